@@ -1,0 +1,85 @@
+"""One kernel launch as a value: what runs, on which grid, with which arguments, and what it moves.
+
+The builders of this package return `Call`s in place of launching. An operation runs its list of calls; the static check
+(`bench/static.py`) compiles the very same list from tensors on the meta device for every architecture, and the
+benchmark adds up its bytes and operations. So what is checked without a GPU is what is launched on one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(slots=True)
+class Call:
+    """A kernel launch that has not happened yet.
+
+    Attributes:
+        name: the operation's part in words, such as "shrink" or "base + expand".
+        kernel: the `triton.jit` function.
+        grid: programs along each axis, all at least 1.
+        args: run-time arguments by name: tensors, host-side tensor descriptors, Python ints and floats, None.
+        constants: `tl.constexpr` arguments by name.
+        num_warps, num_stages: launch options.
+        bytes: bytes that must cross device memory, each operand counted once.
+        flops: floating-point operations, 2 for each multiply-add.
+        options: further compile options, such as `enable_fp_fusion`.
+    """
+
+    name: str
+    kernel: Any
+    grid: tuple[int, int, int]
+    args: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    bytes: int = 0
+    flops: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Launch on the current stream of the tensors' device."""
+        self.kernel[self.grid](
+            **self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages, **self.options
+        )
+
+
+@dataclass(slots=True)
+class TorchCall:
+    """A library call (cuBLAS through torch) that stands between kernel launches in an operation's list."""
+
+    name: str
+    function: Any
+    args: tuple[Any, ...]
+    bytes: int = 0
+    flops: int = 0
+
+    def run(self) -> None:
+        self.function(*self.args)
+
+
+def run_all(calls: Iterable[Call | TorchCall]) -> None:
+    """Run calls in order on the current stream."""
+    for call in calls:
+        call.run()
+
+
+def cdiv(a: int, b: int) -> int:
+    """Ceiling of a / b for positive integers."""
+    return -(-a // b)
+
+
+def nbytes(*tensors: torch.Tensor | None) -> int:
+    """Bytes of the tensors' elements, for `Call.bytes`."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def is_aligned(t: torch.Tensor) -> bool:
+    """Whether rows start on 16-byte boundaries and the last stride is 1: what vector and TMA loads ask for."""
+    if t.dim() != 2 or t.stride(1) != 1:
+        return False
+    return t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0

@@ -1,0 +1,65 @@
+"""peftkern: fine-tune large models with adapters at the price of running them frozen.
+
+`import peftkern as peft` serves code written for Hugging Face PEFT; `peftkern.ops` holds the operations,
+`peftkern.nn` the layers for a loop of your own. Importing the package imports torch and nothing heavier.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from peftkern.backend import use_backend
+
+if TYPE_CHECKING:
+    from peftkern import nn, ops
+    from peftkern.auto import AutoPeftModel, AutoPeftModelForCausalLM
+    from peftkern.config import PeftConfig
+    from peftkern.explain import explain
+    from peftkern.mapping import inject_adapter_in_model
+    from peftkern.mapping_func import get_peft_model
+    from peftkern.peft_model import PeftModel
+    from peftkern.tuners.lora import LoraConfig, LoraModel
+    from peftkern.utils.peft_types import PeftType, TaskType
+
+__version__ = "0.1.0"
+
+_AUTO = ["", "ForCausalLM", "ForSeq2SeqLM", "ForSequenceClassification", "ForTokenClassification"]
+_AUTO += ["ForQuestionAnswering", "ForFeatureExtraction"]
+_MODELS = ["", "ForCausalLM", "ForSeq2SeqLM", "ForSequenceClassification", "ForTokenClassification"]
+_MODELS += ["ForQuestionAnswering", "ForFeatureExtraction"]
+
+# Where each public name lives; a module is imported when one of its names is first used.
+_HOMES = {
+    "peftkern.explain": ["explain"],
+    "peftkern.config": ["PeftConfig", "PeftConfigMixin"],
+    "peftkern.mapping": ["inject_adapter_in_model"],
+    "peftkern.mapping_func": ["get_peft_model"],
+    "peftkern.peft_model": [f"PeftModel{suffix}" for suffix in _MODELS],
+    "peftkern.auto": [f"AutoPeftModel{suffix}" for suffix in _AUTO],
+    "peftkern.tuners.lora": ["LoraConfig", "LoraModel"],
+    "peftkern.utils.peft_types": ["PeftType", "TaskType"],
+    "peftkern.utils.save_and_load": [
+        "get_peft_model_state_dict",
+        "load_peft_weights",
+        "set_peft_model_state_dict",
+    ],
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_SUBMODULES = {"nn", "ops"}
+
+__all__ = ["__version__", "nn", "ops", "use_backend", *_HOME_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"peftkern.{name}")
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'peftkern' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

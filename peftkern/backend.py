@@ -1,0 +1,113 @@
+"""The one setting of the library: which backend operations may take, and what the devices here can do.
+
+`use_backend` is read when an operation is called; backward follows its forward, whatever thread runs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+ENVIRONMENT_VARIABLE = "PEFTKERN_BACKEND"
+# Numbers that stand for AMD architectures beside CUDA's compute capabilities (80, 90, ...).
+AMD_ARCHITECTURES = {"gfx942": 942, "gfx1100": 1100}
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """What a plan needs to know of a device.
+
+    Attributes:
+        type: "cpu", "cuda" (NVIDIA and AMD alike, as in torch) or another torch device type.
+        arch: compute capability times ten (80, 89, 90, ...), 942 or 1100 for gfx942 and gfx1100, 0 where there is none.
+        triton: why Triton kernels cannot run there, or "" if they can.
+    """
+
+    type: str
+    arch: int = 0
+    triton: str = ""
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_backend: ContextVar[str | None] = ContextVar("peftkern_backend", default=None)
+
+
+def current_backend() -> str:
+    """The backend in force here: that of the innermost `use_backend`, else $PEFTKERN_BACKEND, else "auto"."""
+    return _backend.get() or _environment_backend()
+
+
+@functools.cache
+def _environment_backend() -> str:
+    return _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), f"environment variable {ENVIRONMENT_VARIABLE}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, run operations on `name`.
+
+    Args:
+        name: "auto" lets the plan choose the fastest path, "triton" asks for Triton kernels and raises where they cannot
+            run, "torch" asks for the plain PyTorch path.
+
+    Raises:
+        ValueError: for another name.
+    """
+    token = _backend.set(_checked(name, "use_backend(name)"))
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+@torch.compiler.assume_constant_result
+def backend_in_force() -> str:
+    """`current_backend()`, taken as a constant by torch.compile."""
+    return current_backend()
+
+
+@functools.cache
+def _triton_missing() -> str:
+    return "" if importlib.util.find_spec("triton") is not None else "triton is not installed"
+
+
+def interpreter_is_on() -> bool:
+    """Whether Triton kernels run on the CPU, in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def _device_info(device_type: str, index: int | None) -> DeviceInfo:
+    missing = _triton_missing()
+    if device_type == "cpu":
+        if missing or interpreter_is_on():
+            return DeviceInfo("cpu", 0, missing)
+        return DeviceInfo("cpu", 0, "Triton has no CPU backend (TRITON_INTERPRET=1 runs its interpreter, slowly)")
+    if device_type != "cuda":
+        return DeviceInfo(device_type, 0, missing or f"no kernels for device type {device_type}")
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+        arch = AMD_ARCHITECTURES.get(name, 0)
+        return DeviceInfo("cuda", arch, missing or ("" if arch else f"{name} has not been compiled for"))
+    major, minor = torch.cuda.get_device_capability(index)
+    arch = 10 * major + minor
+    return DeviceInfo("cuda", arch, missing or ("" if arch >= 80 else f"sm_{arch} is older than sm_80"))
+
+
+@torch.compiler.assume_constant_result
+def device_info(device: torch.device) -> DeviceInfo:
+    """What the plan needs to know of `device`; remembered for each device."""
+    return _device_info(device.type, device.index)

@@ -1,0 +1,127 @@
+"""What the operations share: checks of arguments, autocast, dropout seeds, and which door to dispatch through."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast, if it is on for x's device, gives a matmul's operands."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def draw_seed(device: torch.device) -> torch.Tensor:
+    """A dropout seed from torch's generator of `device`: drawn outside the operator, so that checkpointing, which
+    restores the generator, and torch.compile, which records the draw, repeat it."""
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def needs_operator(*tensors: torch.Tensor) -> bool:
+    """Whether something here looks at operators: a compiler, a dispatch mode, or a tensor subclass."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return True
+    return any(type(t) not in _PLAIN_TYPES for t in tensors)
+
+
+def none_if_empty(t: torch.Tensor) -> torch.Tensor | None:
+    """Operators return tensors only: an empty one stands for None."""
+    return None if t.numel() == 0 else t
+
+
+def adapters_for(
+    dtype: torch.dtype, lora_A: torch.Tensor, lora_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B rounded to `dtype`; themselves if they have it."""
+    if lora_A.dtype != dtype:
+        lora_A = lora_A.to(dtype)
+    if lora_B.dtype != dtype:
+        lora_B = lora_B.to(dtype)
+    return lora_A, lora_B
+
+
+def refuse_double_backward(operation: str) -> None:
+    """Raise where gradients of gradients are asked for: what was saved (S) has no history to differentiate."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{operation}: double backward (create_graph=True) is not supported")
+
+
+def adapters_fit(
+    x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, bias: torch.Tensor | None
+) -> bool:
+    """Whether the common case holds (plain tensors, one dtype or fp32 adapters, shapes that agree): a few
+    comparisons, where `check_adapters` finds the words for what is wrong and allows the rarer cases."""
+    if not all(type(t) in _PLAIN_TYPES for t in (x, weight, lora_A, lora_B)):
+        return False
+    dtype, device = x.dtype, x.device
+    if not (dtype == weight.dtype and dtype in FLOATS and device == weight.device == lora_A.device == lora_B.device):
+        return False
+    if lora_A.dtype != lora_B.dtype or lora_A.dtype not in (dtype, torch.float32):
+        return False
+    if weight.dim() != 2 or lora_A.dim() != 2:
+        return False
+    N, K = weight.shape
+    R = lora_A.shape[0]
+    if x.dim() < 1 or x.shape[-1] != K or lora_A.shape[1] != K or lora_B.shape != (N, R) or 0 in (N, K, R):
+        return False
+    if bias is None:
+        return True
+    return type(bias) in _PLAIN_TYPES and (bias.dtype == dtype and bias.shape == (N,) and bias.device == device)
+
+
+def _check_matrix(operation: str, name: str, t: torch.Tensor, shape: tuple[int | None, int | None], meaning: str) -> None:
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{operation}: {name}: expected a tensor {meaning}, got {type(t).__name__}")
+    if t.dim() != 2 or any(want is not None and want != got for want, got in zip(shape, t.shape, strict=True)):
+        wanted = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{operation}: {name}: expected shape [{wanted}] {meaning}, got {list(t.shape)}")
+
+
+def check_adapters(
+    operation: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    mixed: bool,
+) -> None:
+    """Refuse what `lora_linear` cannot mean; `mixed` allows a weight and bias in another float dtype (autocast)."""
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{operation}: x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
+    _check_matrix(operation, "weight", weight, (None, None), "[out_features, in_features]")
+    N, K = weight.shape
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"{operation}: x: expected shape [..., {K}] to fit weight {[N, K]}, got {list(x.shape)}")
+    _check_matrix(operation, "lora_A", lora_A, (None, K), "[r, in_features]")
+    R = lora_A.shape[0]
+    _check_matrix(operation, "lora_B", lora_B, (N, R), "[out_features, r]")
+    if 0 in (N, K, R):
+        raise ValueError(f"{operation}: out_features, in_features and r: expected at least 1, got {N}, {K}, {R}")
+    if weight.dtype != x.dtype and not (mixed and weight.dtype in FLOATS):
+        raise TypeError(f"{operation}: weight: expected x's dtype {x.dtype}, got {weight.dtype}")
+    for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
+        # Under autocast adapters may have any float dtype; without it, x's or fp32 masters.
+        if t.dtype != x.dtype and t.dtype != torch.float32 and not (mixed and t.dtype in FLOATS):
+            raise TypeError(f"{operation}: {name}: expected x's dtype {x.dtype} or torch.float32, got {t.dtype}")
+    tensors = [("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)]
+    if bias is not None:
+        if not isinstance(bias, torch.Tensor):
+            raise TypeError(f"{operation}: bias: expected a tensor [out_features] or None, got {type(bias).__name__}")
+        if bias.dim() != 1 or bias.shape[0] != N:
+            raise ValueError(f"{operation}: bias: expected shape [{N}], got {list(bias.shape)}")
+        if bias.dtype != x.dtype and not (bias.dtype in FLOATS and (mixed or bias.dtype == torch.float32)):
+            raise TypeError(f"{operation}: bias: expected x's dtype {x.dtype} or torch.float32, got {bias.dtype}")
+        tensors.append(("bias", bias))
+    for name, t in tensors:
+        if t.device != x.device:
+            raise ValueError(f"{operation}: {name}: expected device {x.device} as x, got {t.device}")

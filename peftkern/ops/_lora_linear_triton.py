@@ -1,0 +1,127 @@
+"""`lora_linear` as a list of kernel launches, forward and backward.
+
+Each function allocates its outputs and returns them with the `Call`s that fill them; nothing runs here. The operation
+runs the list; the static check compiles it from meta tensors for every architecture; a benchmark adds up its bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peftkern_kernels.dropout import Dropout
+from peftkern_kernels.launch import Call, TorchCall, nbytes, run_all
+from peftkern_kernels.lora_decode import decode_calls
+from peftkern_kernels.lora_dy_pass import dy_pass_calls
+from peftkern_kernels.lora_expand import expand_calls
+from peftkern_kernels.lora_linear import base_plus_expand_calls
+from peftkern_kernels.lora_shrink import shrink_calls
+from peftkern_kernels.weight_gradient import weight_gradient_calls
+
+Calls = list[Call | TorchCall]
+# Up to this rank one pass over dY gives dS and dB: above it the partial sums of dB cost more than reading dY again
+# (0.79 MB * R written and read at 8192 x 4096, against 67 MB; predicted, the two meet near R = 50).
+ONE_PASS_RANK = 32
+
+
+__all__ = ["backward_calls", "dropout", "forward_calls", "run_all"]
+
+
+def dropout(seed: torch.Tensor | None, p: float) -> Dropout | None:
+    """The kernels' dropout argument, None where nothing is dropped."""
+    return None if seed is None else Dropout(seed, p)
+
+
+def _add_base(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> TorchCall:
+    """`out += x weight^T` by cuBLAS, in place."""
+    moved = nbytes(x, weight, out, out)
+    return TorchCall("base (cuBLAS)", out.addmm_, (x, weight.t()), moved, 2 * x.shape[0] * weight.numel())
+
+
+def precision() -> str:
+    """How fp32 products are taken: as torch's own setting for matmuls says."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def forward_calls(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None,
+    dropout: Dropout | None,
+    path: str,
+    arch: int,
+) -> tuple[torch.Tensor, torch.Tensor, Calls]:
+    """x [M, K] -> y [M, N], S [M, R] (scaling applied in fp32, then rounded to x's dtype), and the launches."""
+    M, N, R = x.shape[0], weight.shape[0], lora_A.shape[0]
+    y, s = x.new_empty(M, N), x.new_empty(M, R)
+    common: dict[str, Any] = {"arch": arch, "precision": precision()}
+    if path == "decode":
+        calls: Calls = [
+            *decode_calls(x, weight, lora_A, lora_B, scaling, y, s, bias=bias, dropout=dropout, **common)
+        ]
+        return y, s, calls
+    calls = [*shrink_calls(x, lora_A, s, scaling=scaling, dropout=dropout, **common)]
+    if path == "cublas":
+        calls += expand_calls(s, lora_B, y, bias=bias, **common)
+        calls.append(_add_base(x, weight, y))
+    else:
+        calls += base_plus_expand_calls(x, weight, s, lora_B, y, bias=bias, **common)
+    return y, s, calls
+
+
+def backward_calls(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    s: torch.Tensor | None,
+    scaling: float,
+    dropout: Dropout | None,
+    path: str,
+    arch: int,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Calls]:
+    """dy [M, N] -> (dX [M, K], dA [R, K], dB [N, R], launches), each gradient only if `needs` asks for it.
+
+    `x` may be None if dA is not asked for, `s` if dB is not. dA and dB are in the adapters' own dtypes.
+    """
+    needs_x, needs_a, needs_b = needs
+    M, K, R = dy.shape[0], weight.shape[1], lora_A.shape[0]
+    common: dict[str, Any] = {"arch": arch, "precision": precision()}
+    dx = dy.new_empty(M, K) if needs_x else None
+    da = torch.empty_like(lora_A, memory_format=torch.contiguous_format) if needs_a else None
+    db = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if needs_b else None
+    ds = dy.new_empty(M, R) if needs_x or needs_a else None
+    calls: Calls = []
+    db_done = False
+    if path == "decode" and dx is not None and dropout is None:
+        # dX = dY W + (dY B) A has the form of a forward pass, with dS in S's place.
+        calls += decode_calls(dy, weight.t(), lora_B.t(), lora_A.t(), scaling, dx, ds, bias=None, **common)
+    else:
+        if ds is not None and db is not None and R <= ONE_PASS_RANK:
+            calls += dy_pass_calls(dy, lora_B, s, ds, db, scaling=scaling, **common)
+            db_done = True
+        elif ds is not None:
+            calls += shrink_calls(dy, lora_B.t(), ds, scaling=scaling, **common)
+        if dx is not None and path == "cublas":
+            calls += expand_calls(ds, lora_A.t(), dx, dropout=dropout, **common)
+            calls.append(_add_base(dy, weight.t(), dx))
+        elif dx is not None:
+            calls += base_plus_expand_calls(dy, weight.t(), ds, lora_A.t(), dx, dropout=dropout, **common)
+    if da is not None or (db is not None and not db_done):
+        left_b = None if db_done or db is None else s
+        calls += weight_gradient_calls(
+            ds if da is not None else None,
+            x if da is not None else None,
+            left_b,
+            dy if left_b is not None else None,
+            da,
+            db if left_b is not None else None,
+            dropout=dropout,
+            **common,
+        )
+    return dx, da, db, calls

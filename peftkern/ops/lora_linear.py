@@ -1,0 +1,307 @@
+"""`lora_linear`: a frozen linear layer and its low-rank adapter as one differentiable operation.
+
+The public function checks, draws a dropout seed, asks the plan once, and hands the path on, so that backward takes the
+same one. Two doors lead to the same forward and backward: an autograd function in plain eager mode, which costs half
+the dispatch, and a `torch.library` operator wherever something looks at operators (torch.compile, fake tensors,
+selective checkpointing).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from peftkern.backend import backend_in_force, device_info
+from peftkern.ops import _lora_linear_torch
+from peftkern.ops._common import (
+    adapters_fit,
+    adapters_for,
+    autocast_dtype,
+    check_adapters,
+    draw_seed,
+    needs_operator,
+    none_if_empty,
+    refuse_double_backward,
+)
+from peftkern.ops.plan import Plan, plan_lora_linear
+
+Needs = tuple[bool, bool, bool, bool, bool]  # x, weight, lora_A, lora_B, bias
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`y = x W^T + bias + scaling * dropout(x) A^T B^T` (LoRA, Hu et al. 2021, arXiv:2106.09685).
+
+    Gradients flow to whichever of x, weight, lora_A, lora_B and bias require them; only those are computed. Kept for
+    backward: x by reference, S = scaling * dropout(x) A^T [M, R], and a seed (kernels) or a mask of one byte an element
+    (plain PyTorch). Under autocast, x, weight and bias are cast to its dtype. Double backward is not supported.
+
+    Args:
+        x: [..., in_features], float32, float16 or bfloat16 (float64 on the plain path); any strides.
+        weight: [out_features, in_features] in x's dtype; any strides, so a transposed view will do.
+        lora_A: [r, in_features], in x's dtype or float32 (master weights, rounded to x's dtype where they are used).
+        lora_B: [out_features, r], likewise.
+        scaling: multiplies the adapter's output, lora_alpha / r in PEFT's terms.
+        bias: [out_features] or None.
+        dropout_p: probability of dropping an element of x on its way to the adapter, in [0, 1).
+        training: dropout applies only if true.
+        seed: int64 tensor of one element on x's device that fixes the dropout mask; drawn from torch's generator of
+            that device if None.
+
+    Returns:
+        [..., out_features] in x's dtype (autocast's under autocast).
+
+    Raises:
+        TypeError: an argument's type or dtype is not one of the above.
+        ValueError: shapes, devices or a number do not fit.
+        RuntimeError: `use_backend("triton")` is in force and Triton kernels cannot run there.
+    """
+    cast = autocast_dtype(x)
+    if cast is not None:
+        x = x.to(cast)
+    if not adapters_fit(x, weight, lora_A, lora_B, bias):
+        check_adapters("lora_linear", x, weight, lora_A, lora_B, bias, mixed=cast is not None)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p!r}")
+    if dropout_p == 0.0 or not training:
+        dropout_p, seed = 0.0, None
+    elif seed is None:
+        seed = draw_seed(x.device)
+    elif seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != x.device:
+        raise ValueError(
+            f"seed: expected an int64 tensor of one element on {x.device}, got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
+        )
+    scaling = float(scaling)
+    path = plan_for(x, weight, lora_A.shape[0], backend_in_force()).path
+    if needs_operator(x, weight, lora_A, lora_B):
+        return _operator(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)[0]
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_A.requires_grad
+        or lora_B.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        return _LoraLinear.apply(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
+    return _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)[0]
+
+
+def plan_for(x: torch.Tensor, weight: torch.Tensor, rank: int, backend: str) -> Plan:
+    """The plan for these tensors; `x` [..., K] and `weight` [N, K] may be on the meta device's stand-ins."""
+    N, K = weight.shape
+    info = device_info(x.device)
+    aligned = True
+    if info.type != "cpu":
+        size = x.element_size()
+        rows = (x.stride(-2) if x.dim() > 1 else K, max(weight.stride()))
+        aligned = all(stride * size % 16 == 0 for stride in rows)
+    plan = plan_lora_linear if not torch.compiler.is_compiling() else plan_lora_linear.__wrapped__
+    return plan(
+        M=x.numel() // K, N=N, K=K, R=rank, dtype=x.dtype, device=info, aligned=aligned, backend=backend
+    )
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    path: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """y [..., N], S [M, R], and a mask [M, K] on the plain path with dropout."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    dtype = x.dtype
+    if weight.dtype != dtype:
+        weight = weight.to(dtype)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    mask = None
+    if path == "torch":
+        lora_A, lora_B = adapters_for(dtype, lora_A, lora_B)
+        y, s, mask = _lora_linear_torch.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
+    else:
+        from peftkern.ops import _lora_linear_triton as kernels
+
+        y, s, calls = kernels.forward_calls(
+            rows, weight, lora_A, lora_B, scaling, bias, kernels.dropout(seed, dropout_p), path, device_info(x.device).arch
+        )
+        kernels.run_all(calls)
+    return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])), s, mask
+
+
+def _backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    s: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    path: str,
+    needs: Needs,
+    bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of (x [..., K], weight, lora_A, lora_B, bias), None where `needs` does not ask."""
+    needs_x, needs_w, needs_a, needs_b, needs_bias = needs
+    N, K = weight.shape
+    grad = dy if dy.dim() == 2 else dy.reshape(-1, N)
+    rows = x if x is None or x.dim() == 2 else x.reshape(-1, K)
+    dtype = grad.dtype
+    base = weight if weight.dtype == dtype else weight.to(dtype)
+    wanted = (needs_x, needs_a, needs_b)
+    if path == "torch":
+        a, b = adapters_for(dtype, lora_A, lora_B)
+        dx, da, db = _lora_linear_torch.backward(grad, rows, base, a, b, s, mask, scaling, dropout_p, wanted)
+        if da is not None and da.dtype != lora_A.dtype:
+            da = da.to(lora_A.dtype)
+        if db is not None and db.dtype != lora_B.dtype:
+            db = db.to(lora_B.dtype)
+    else:
+        from peftkern.ops import _lora_linear_triton as kernels
+
+        dx, da, db, calls = kernels.backward_calls(
+            grad, rows, base, lora_A, lora_B, s, scaling, kernels.dropout(seed, dropout_p), path,
+            device_info(dy.device).arch, wanted,
+        )  # fmt: skip
+        kernels.run_all(calls)
+    if dx is not None and dy.dim() != 2:
+        dx = dx.view(*dy.shape[:-1], K)
+    dw = (grad.t() @ rows).to(weight.dtype) if needs_w and rows is not None else None
+    dbias = grad.sum(0, dtype=torch.float32 if dtype.itemsize == 2 else dtype).to(bias_dtype) if needs_bias else None
+    return dx, dw, da, db, dbias
+
+
+class _LoraLinear(torch.autograd.Function):
+    """The eager door."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path):  # type: ignore[override]
+        y, s, mask = _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
+        needs: Needs = ctx.needs_input_grad[:5]
+        _, needs_w, needs_a, needs_b, _ = needs
+        # Only x, S and the mask are activations: weight and adapters exist anyway and are kept by reference.
+        ctx.save_for_backward(
+            x if needs_a or needs_w else None,
+            weight,
+            lora_A,
+            lora_B,
+            s if needs_b else None,
+            mask,
+            seed if mask is None else None,
+        )
+        ctx.numbers = (scaling, dropout_p, path, needs, None if bias is None else bias.dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy):  # type: ignore[override]
+        refuse_double_backward("lora_linear")
+        return (*_backward(dy, *ctx.saved_tensors, *ctx.numbers), None, None, None, None)
+
+
+# -- the operator -------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("peftkern::lora_linear", mutates_args=())
+def _operator(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    path: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, S, mask); mask is empty unless the plain path drew one."""
+    y, s, mask = _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
+    return y, s, x.new_empty(0, dtype=torch.bool) if mask is None else mask
+
+
+@_operator.register_fake
+def _(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path):
+    M = x.numel() // x.shape[-1]
+    mask_shape = (M, x.shape[-1]) if seed is not None and path == "torch" else (0,)
+    return (
+        x.new_empty(*x.shape[:-1], weight.shape[0]),
+        x.new_empty(M, lora_A.shape[0]),
+        x.new_empty(mask_shape, dtype=torch.bool),
+    )
+
+
+@torch.library.custom_op("peftkern::lora_linear_backward", mutates_args=())
+def _operator_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    s: torch.Tensor,
+    mask: torch.Tensor,
+    seed: torch.Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    path: str,
+    needs: list[bool],
+    bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of (x, weight, lora_A, lora_B, bias), empty where not asked for."""
+    grads = _backward(
+        dy, x, weight, lora_A, lora_B, s, none_if_empty(mask), seed, scaling, dropout_p, path, tuple(needs), bias_dtype
+    )
+    return tuple(dy.new_empty(0) if g is None else g for g in grads)
+
+
+@_operator_backward.register_fake
+def _(dy, x, weight, lora_A, lora_B, s, mask, seed, scaling, dropout_p, path, needs, bias_dtype):
+    N, K = weight.shape
+    full = (
+        ((*dy.shape[:-1], K), dy.dtype),
+        ((N, K), weight.dtype),
+        (lora_A.shape, lora_A.dtype),
+        (lora_B.shape, lora_B.dtype),
+        ((N,), bias_dtype),
+    )
+    return tuple(
+        dy.new_empty(shape, dtype=dtype) if need else dy.new_empty(0)
+        for need, (shape, dtype) in zip(needs, full, strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path = inputs
+    _, s, mask = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, lora_A, lora_B, s, mask, seed)
+    ctx.numbers = (scaling, dropout_p, path)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _operator_autograd(ctx: Any, dy: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:5])
+    refuse_double_backward("lora_linear")
+    if dy is None:
+        return (None,) * 9
+    grads = _operator_backward(dy, *ctx.saved_tensors, *ctx.numbers, needs, ctx.bias_dtype)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
+
+
+_operator.register_autograd(_operator_autograd, setup_context=_setup_context)

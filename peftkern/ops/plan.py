@@ -1,0 +1,100 @@
+"""Which path an operation takes, and why: pure functions of sizes, dtypes, alignment and device.
+
+The same arguments always give the same plan, so forward and backward agree and a test can ask for any device. Launch
+parameters (tiles, warps) are not chosen here but in the tables of `peftkern_kernels`.
+
+Paths of `lora_linear`:
+    "torch"   plain PyTorch: cuBLAS or oneDNN for every product.
+    "triton"  shrink; base GEMM with the expand in its accumulator.
+    "cublas"  shrink and expand as Triton kernels, the base GEMM by cuBLAS into the expand's output.
+    "decode"  at most 16 tokens: two launches with K split over programs.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from peftkern.backend import DeviceInfo
+
+DECODE_TOKENS = 16
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A path and the reason for it, in words."""
+
+    path: str
+    reason: str
+
+
+def _why_not_triton(dtype: torch.dtype, device: DeviceInfo) -> str:
+    if device.triton:
+        return device.triton
+    if dtype not in KERNEL_DTYPES:
+        return f"no kernel for {str(dtype).removeprefix('torch.')}"
+    return ""
+
+
+def _without_triton(operation: str, why_not: str, backend: str) -> Plan:
+    if backend == "triton":
+        raise RuntimeError(f"{operation}: use_backend('triton') is in force, but {why_not}")
+    return Plan("torch", why_not)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_lora_linear(
+    *, M: int, N: int, K: int, R: int, dtype: torch.dtype, device: DeviceInfo, aligned: bool = True, backend: str = "auto"
+) -> Plan:
+    """The path of `lora_linear`, forward and backward.
+
+    Args:
+        M, N, K, R: tokens, out_features, in_features, rank.
+        dtype: of x and y.
+        device: where the tensors are.
+        aligned: whether rows of x and weight start on 16-byte boundaries.
+        backend: "auto", "triton" or "torch", see `peftkern.use_backend`.
+
+    Raises:
+        RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
+    """
+    if backend == "torch":
+        return Plan("torch", "use_backend('torch')")
+    if M == 0:
+        return Plan("torch", "empty input")
+    why_not = _why_not_triton(dtype, device)
+    if why_not:
+        return _without_triton("lora_linear", why_not, backend)
+    if device.type == "cpu" and backend == "auto":
+        return Plan("torch", "on a CPU plain PyTorch is faster than Triton's interpreter")
+    if M <= DECODE_TOKENS:
+        return Plan("decode", f"{M} tokens: bound by reading the weight, K split over programs")
+    if dtype == torch.float32 and device.arch:
+        # Predicted: exact fp32 products run on FFMA, where cuBLAS's hand-scheduled kernels lead.
+        return Plan("cublas", "fp32: cuBLAS for the base, Triton for the adapter (predicted)")
+    if not aligned and M >= 512:
+        # Predicted: without 16-byte rows Triton loses asynchronous copies; cuBLAS has kernels for it.
+        return Plan("cublas", "rows of x or weight are not 16-byte aligned: cuBLAS for the base (predicted)")
+    return Plan("triton", "expand inside the base GEMM's accumulator, y written once (predicted)")
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_lora_embedding(*, dtype: torch.dtype, device: DeviceInfo, backend: str = "auto", empty: bool = False) -> Plan:
+    """The path of `lora_embedding`: "triton" (gather and expand in one kernel, sorted scatter) or "torch".
+
+    Raises:
+        RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
+    """
+    if backend == "torch":
+        return Plan("torch", "use_backend('torch')")
+    if empty:
+        return Plan("torch", "empty input")
+    why_not = _why_not_triton(dtype, device)
+    if why_not:
+        return _without_triton("lora_embedding", why_not, backend)
+    if device.type == "cpu" and backend == "auto":
+        return Plan("torch", "on a CPU plain PyTorch is faster than Triton's interpreter")
+    return Plan("triton", "rows gathered and adapted in one kernel, sorted scatter in backward (predicted)")

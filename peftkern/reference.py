@@ -1,0 +1,85 @@
+"""What each operation means, in a few lines of plain PyTorch: the oracle of every test.
+
+Nothing here is fast, and everything works in float64. Formulas use the names of the kernels: M tokens, K in_features,
+N out_features, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Philox-4x32 constants: J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+_PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+_PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+_MASK32 = 0xFFFFFFFF
+DROPOUT_ROUNDS = 7
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """`y = x W^T + bias + scaling * (keep * x / (1 - p)) A^T B^T`; x [..., K], W [N, K], A [R, K], B [N, R], keep like x."""
+    dropped = x if keep is None else x * keep / (1.0 - dropout_p)
+    y = x @ weight.T + scaling * (dropped @ lora_A.T) @ lora_B.T
+    return y if bias is None else y + bias
+
+
+def lora_embedding(
+    input: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """`y = W[i] + scaling * A[:, i]^T B^T`; input [...] int, W [V, E], A [R, V], B [E, R] -> y [..., E]."""
+    return weight[input] + scaling * lora_A.T[input] @ lora_B.T
+
+
+def _philox_4x32(counter: list[torch.Tensor], key: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+    """Philox-4x32 on int64 tensors that hold unsigned 32-bit words."""
+
+    def multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # The 64-bit product of two 32-bit words does not fit int64's sign, so halves of b are multiplied.
+        high = (a * (b >> 16) + (a * (b & 0xFFFF) >> 16)) >> 16
+        return high & _MASK32, (a * b) & _MASK32
+
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(DROPOUT_ROUNDS):
+        high0, low0 = multiply(_PHILOX_M0, c0)
+        high1, low1 = multiply(_PHILOX_M1, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _PHILOX_W0) & _MASK32, (k1 + _PHILOX_W1) & _MASK32
+    return [c0, c1, c2, c3]
+
+
+def dropout_threshold(p: float) -> int:
+    """The 31-bit number below which a random word drops its element: `round(p * 2^31)`, at most 2^31 - 1."""
+    return min(round(p * 2**31), 2**31 - 1)
+
+
+def dropout_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:
+    """The mask that every kernel draws: a pure function of (seed, row, column), True where the element is kept.
+
+    Word `k % 4` of `philox_4x32_7(key = seed, counter = (k // 4, m, 0, 0))`, shifted right by one, is compared with
+    `round(p * 2^31)`. Kernels with different tiles therefore agree, and nothing but the seed need be stored.
+
+    Args:
+        seed: int64 tensor of one element.
+        M, K: rows and columns.
+        p: probability of dropping, in [0, 1).
+
+    Returns:
+        bool [M, K] on the seed's device.
+    """
+    seed = seed.reshape(()).to(torch.int64)
+    groups = -(-K // 4)
+    columns = torch.arange(groups, device=seed.device).expand(M, groups)
+    rows = torch.arange(M, device=seed.device)[:, None].expand(M, groups)
+    zero = torch.zeros_like(columns)
+    words = _philox_4x32([columns, rows, zero, zero], (seed & _MASK32, (seed >> 32) & _MASK32))
+    bits = torch.stack(words, dim=-1).reshape(M, groups * 4)[:, :K]
+    return (bits >> 1) >= dropout_threshold(p)

@@ -1,0 +1,42 @@
+"""Where there is no GPU, Triton kernels run in Triton's interpreter, mended for bfloat16 (see interpreter.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Triton reads this once, when it is imported, so it must stand before any test imports triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if not HAS_GPU and importlib.util.find_spec("triton") is not None:
+    from interpreter import mend_bfloat16
+
+    mend_bfloat16()
+
+
+def pytest_collection_modifyitems(config, items):
+    if HAS_GPU:
+        return
+    chosen = [item for item in items if "gpu" not in item.keywords]
+    deselected = [item for item in items if "gpu" in item.keywords]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = chosen
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run: the GPU if there is one, else the CPU under the interpreter."""
+    return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,61 @@
+"""What tests share: awkward tensors, and the bound that a correctly rounded result must keep."""
+
+from __future__ import annotations
+
+import torch
+
+EPS32 = torch.finfo(torch.float32).eps
+
+
+def padded_randn(*shape: int, pad: int, dtype: torch.dtype, device: str = "cpu", seed: int | None = None) -> torch.Tensor:
+    """A matrix of normal numbers that is a view into a larger one filled with NaN.
+
+    Reading past a row's end, or assuming that rows are contiguous, then shows up as NaN in the result.
+    """
+    generator = torch.Generator().manual_seed(seed) if seed is not None else None
+    *rows, columns = shape
+    storage = torch.full((*rows, columns + pad), float("nan"), dtype=dtype, device=device)
+    view = storage[..., :columns]
+    view.copy_(torch.randn(*shape, generator=generator).to(dtype))
+    return view
+
+
+def assert_rounded(
+    out: torch.Tensor,
+    truth: torch.Tensor,
+    magnitude: torch.Tensor,
+    *,
+    terms: int,
+    rounded: float = 0.0,
+    accumulate_eps: float | None = None,
+) -> None:
+    """Assert that `out` is `truth` up to the errors that its arithmetic implies, and no more.
+
+    The bound, elementwise, with eps the spacing at 1 of `out`'s dtype:
+        eps/2 * |truth|  +  terms * eps_acc * magnitude  +  rounded * eps/2 * magnitude
+    the store's rounding, the accumulation of `terms` products in fp32 (fp64 for fp64 results), and one term for each
+    intermediate that is rounded to the dtype on the way (`rounded` counts them: S, dS, cast A and B).
+
+    Args:
+        out: result under test.
+        truth: the same formula in fp64.
+        magnitude: the same formula in fp64 on absolute values: an upper bound of every partial sum.
+        terms: number of products added for one element.
+        rounded: intermediates rounded to `out`'s dtype; fractions where only part of the magnitude passes through.
+        accumulate_eps: eps of the accumulator, fp32's by default.
+    """
+    assert out.shape == truth.shape, f"shape {tuple(out.shape)}, expected {tuple(truth.shape)}"
+    assert out.isfinite().all(), f"{int((~out.isfinite()).sum())} elements are not finite"
+    info = torch.finfo(out.dtype)
+    accumulate = accumulate_eps if accumulate_eps is not None else min(EPS32, info.eps)
+    if out.dtype == torch.float64:
+        accumulate = info.eps
+    bound = info.eps / 2 * truth.abs() + (terms * accumulate + rounded * info.eps / 2) * magnitude
+    bound = bound + info.smallest_normal * info.eps * (1 + rounded)  # half a step among subnormals
+    error = (out.double() - truth).abs()
+    worst = (error - bound).argmax()
+    at = tuple(int(i) for i in torch.unravel_index(worst, error.shape)) if error.numel() else ()
+    assert (error <= bound).all(), (
+        f"at {at}: got {out[at].item()!r}, truth {truth[at].item()!r}, error {error[at].item():.3e}, "
+        f"bound {bound[at].item():.3e}; {int((error > bound).sum())} of {error.numel()} elements are outside"
+    )
