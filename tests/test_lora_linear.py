@@ -129,10 +129,12 @@ def test_compiles_with_dynamic_tokens():
     _, w, a, b, bias = make(6, 5, 7, 3)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     run = torch.compile(lambda x: lora_linear(x, w, a, b, SCALING, bias), backend=counter, fullgraph=True, dynamic=True)
+    compilations = []
     for M in (40, 50, 60):
         x = torch.randn(M, 7)
         assert torch.equal(run(x), lora_linear(x, w, a, b, SCALING, bias))
-    assert counter.frame_count == 1
+        compilations.append(counter.frame_count)
+    assert compilations[0] == compilations[-1] > 0
 
 
 # torch.compile traces the non-reentrant kind only.

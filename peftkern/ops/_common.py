@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from peftkern.ops.plan import Plan
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
@@ -13,7 +17,7 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast, if it is on for x's device, gives a matmul's operands."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    kind = x.device.type
+    kind = "cpu" if x.is_cpu else x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(kind)
@@ -29,7 +33,15 @@ def needs_operator(*tensors: torch.Tensor) -> bool:
     """Whether something here looks at operators: a compiler, a dispatch mode, or a tensor subclass."""
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return True
-    return any(type(t) not in _PLAIN_TYPES for t in tensors)
+    for t in tensors:  # a loop: a generator costs a microsecond, and this runs at every call
+        if type(t) not in _PLAIN_TYPES:
+            return True
+    return False
+
+
+def ask(plan: Any, *arguments: Any) -> Plan:
+    """A plan, from its cache unless torch.compile is tracing: sizes may be symbols then, which no cache can hold."""
+    return plan.__wrapped__(*arguments) if torch.compiler.is_compiling() else plan(*arguments)
 
 
 def none_if_empty(t: torch.Tensor) -> torch.Tensor | None:
@@ -59,22 +71,27 @@ def adapters_fit(
 ) -> bool:
     """Whether the common case holds (plain tensors, one dtype or fp32 adapters, shapes that agree): a few
     comparisons, where `check_adapters` finds the words for what is wrong and allows the rarer cases."""
-    if not all(type(t) in _PLAIN_TYPES for t in (x, weight, lora_A, lora_B)):
+    if type(x) not in _PLAIN_TYPES or type(weight) not in _PLAIN_TYPES:
         return False
-    dtype, device = x.dtype, x.device
-    if not (dtype == weight.dtype and dtype in FLOATS and device == weight.device == lora_A.device == lora_B.device):
+    if type(lora_A) not in _PLAIN_TYPES or type(lora_B) not in _PLAIN_TYPES:
         return False
-    if lora_A.dtype != lora_B.dtype or lora_A.dtype not in (dtype, torch.float32):
+    dtype, adapter_dtype = x.dtype, lora_A.dtype
+    if dtype is not weight.dtype or dtype not in FLOATS:
         return False
-    if weight.dim() != 2 or lora_A.dim() != 2:
+    if adapter_dtype is not lora_B.dtype or (adapter_dtype is not dtype and adapter_dtype is not torch.float32):
         return False
-    N, K = weight.shape
-    R = lora_A.shape[0]
-    if x.dim() < 1 or x.shape[-1] != K or lora_A.shape[1] != K or lora_B.shape != (N, R) or 0 in (N, K, R):
+    if weight.dim() != 2 or lora_A.dim() != 2 or x.dim() == 0:
+        return False
+    if not (x.is_cpu and weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu):  # quicker than comparing devices
+        device = x.device
+        if device != weight.device or device != lora_A.device or device != lora_B.device:
+            return False
+    (N, K), (R, K_of_A) = weight.shape, lora_A.shape
+    if N == 0 or K == 0 or R == 0 or K_of_A != K or x.shape[-1] != K or lora_B.shape != (N, R):
         return False
     if bias is None:
         return True
-    return type(bias) in _PLAIN_TYPES and (bias.dtype == dtype and bias.shape == (N,) and bias.device == device)
+    return type(bias) in _PLAIN_TYPES and bias.dtype is dtype and bias.shape == (N,) and bias.device == x.device
 
 
 def _check_matrix(operation: str, name: str, t: torch.Tensor, shape: tuple[int | None, int | None], meaning: str) -> None:

@@ -7,6 +7,7 @@ is kept for backward is x by reference, S [M, R] and, with dropout, a mask of on
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import linear
 
 from peftkern import reference
 
@@ -28,12 +29,6 @@ def keep_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:
     return (words.view(lane)[: M * K] >= min(round(p * 2**bits) - half, half - 1)).view(M, K)
 
 
-def _scaled_product(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """`scaling * a b` with one rounding."""
-    out = a.new_empty(a.shape[0], b.shape[1])
-    return torch.addmm(out, a, b, beta=0, alpha=scaling, out=out)
-
-
 def forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -44,24 +39,27 @@ def forward(
     dropout_p: float,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """x [M, K], all in one dtype -> y [M, N], S [M, R] (carries scaling and 1/(1-p)), mask [M, K] or None."""
+    """x [M, K], all in one dtype -> y [M, N], S = (keep * x) A^T [M, R], mask [M, K] or None.
+
+    Unlike the kernels' S this one carries no factor: here scaling / (1 - p) rides in the products as `alpha`.
+    """
     mask = None
     dropped = x
     if seed is not None:
-        mask = keep_mask(seed, *x.shape, dropout_p)
+        mask = keep_mask(seed, x.shape[0], x.shape[1], dropout_p)
         dropped = x * mask
         scaling = scaling / (1.0 - dropout_p)
-    s = _scaled_product(dropped, lora_A.t(), scaling)
-    y = torch.nn.functional.linear(x, weight, bias)
-    return y.addmm_(s, lora_B.t()), s, mask
+    s = linear(dropped, lora_A)
+    y = linear(x, weight, bias)
+    return y.addmm_(s, lora_B.t(), alpha=scaling), s, mask
 
 
 def backward(
     dy: torch.Tensor,
     x: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    lora_A: torch.Tensor | None,
-    lora_B: torch.Tensor | None,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
     s: torch.Tensor | None,
     mask: torch.Tensor | None,
     scaling: float,
@@ -70,19 +68,21 @@ def backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """dy [M, N] -> (dX [M, K], dA [R, K], dB [N, R]), each only if `needs` asks for it."""
     needs_x, needs_a, needs_b = needs
-    dx = da = db = ds = None
+    dx = da = db = None
     if mask is not None:
         scaling = scaling / (1.0 - dropout_p)
     if needs_x or needs_a:
-        ds = _scaled_product(dy, lora_B, scaling)
-    if needs_x:
-        dx = dy @ weight
-        if mask is None:
-            dx.addmm_(ds, lora_A)
-        else:
-            dx += (ds @ lora_A).mul_(mask)
-    if needs_a:
-        da = ds.t() @ (x if mask is None else x * mask)
+        ds = dy.mm(lora_B)
+        if needs_x:
+            dx = dy.mm(weight)
+            if mask is None:
+                dx.addmm_(ds, lora_A, alpha=scaling)
+            else:
+                dx.addcmul_(ds.mm(lora_A), mask.to(dx.dtype), value=scaling)
+        if needs_a:
+            dropped = x if mask is None else x * mask
+            # beta = 0: A only lends its shape.
+            da = torch.addmm(lora_A, ds.t(), dropped, beta=0, alpha=scaling)
     if needs_b:
-        db = dy.t() @ s
+        db = torch.addmm(lora_B, dy.t(), s, beta=0, alpha=scaling)
     return dx, da, db

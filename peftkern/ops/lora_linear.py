@@ -17,6 +17,7 @@ from peftkern.ops import _lora_linear_torch
 from peftkern.ops._common import (
     adapters_fit,
     adapters_for,
+    ask,
     autocast_dtype,
     check_adapters,
     draw_seed,
@@ -98,18 +99,14 @@ def lora_linear(
 
 
 def plan_for(x: torch.Tensor, weight: torch.Tensor, rank: int, backend: str) -> Plan:
-    """The plan for these tensors; `x` [..., K] and `weight` [N, K] may be on the meta device's stand-ins."""
+    """The plan for x [..., K] and weight [N, K]."""
     N, K = weight.shape
-    info = device_info(x.device)
     aligned = True
-    if info.type != "cpu":
+    if not x.is_cpu:
         size = x.element_size()
         rows = (x.stride(-2) if x.dim() > 1 else K, max(weight.stride()))
         aligned = all(stride * size % 16 == 0 for stride in rows)
-    plan = plan_lora_linear if not torch.compiler.is_compiling() else plan_lora_linear.__wrapped__
-    return plan(
-        M=x.numel() // K, N=N, K=K, R=rank, dtype=x.dtype, device=info, aligned=aligned, backend=backend
-    )
+    return ask(plan_lora_linear, x.numel() // K, N, K, rank, x.dtype, device_info(x.device), aligned, backend)
 
 
 def _forward(

@@ -47,7 +47,7 @@ def _without_triton(operation: str, why_not: str, backend: str) -> Plan:
 
 @functools.lru_cache(maxsize=4096)
 def plan_lora_linear(
-    *, M: int, N: int, K: int, R: int, dtype: torch.dtype, device: DeviceInfo, aligned: bool = True, backend: str = "auto"
+    M: int, N: int, K: int, R: int, dtype: torch.dtype, device: DeviceInfo, aligned: bool = True, backend: str = "auto"
 ) -> Plan:
     """The path of `lora_linear`, forward and backward.
 
@@ -82,7 +82,7 @@ def plan_lora_linear(
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_lora_embedding(*, dtype: torch.dtype, device: DeviceInfo, backend: str = "auto", empty: bool = False) -> Plan:
+def plan_lora_embedding(tokens: int, dtype: torch.dtype, device: DeviceInfo, backend: str = "auto") -> Plan:
     """The path of `lora_embedding`: "triton" (gather and expand in one kernel, sorted scatter) or "torch".
 
     Raises:
@@ -90,7 +90,7 @@ def plan_lora_embedding(*, dtype: torch.dtype, device: DeviceInfo, backend: str 
     """
     if backend == "torch":
         return Plan("torch", "use_backend('torch')")
-    if empty:
+    if tokens == 0:
         return Plan("torch", "empty input")
     why_not = _why_not_triton(dtype, device)
     if why_not:
