@@ -29,11 +29,13 @@ class DeviceInfo:
         type: "cpu", "cuda" (NVIDIA and AMD alike, as in torch) or another torch device type.
         arch: compute capability times ten (80, 89, 90, ...), 942 or 1100 for gfx942 and gfx1100, 0 where there is none.
         triton: why Triton kernels cannot run there, or "" if they can.
+        scalar_matmul: dtypes for which it has no matrix instructions, so that torch multiplies them in a scalar loop.
     """
 
     type: str
     arch: int = 0
     triton: str = ""
+    scalar_matmul: tuple[torch.dtype, ...] = ()
 
 
 def _checked(name: str, source: str) -> str:
@@ -89,13 +91,20 @@ def interpreter_is_on() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+def _cpu_scalar_matmul() -> tuple[torch.dtype, ...]:
+    """16-bit dtypes that oneDNN, which torch multiplies matrices with, has no kernels for on this CPU."""
+    checks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return tuple(dtype for dtype, check in checks.items() if not getattr(torch.ops.mkldnn, check)())
+
+
 @functools.cache
-def _device_info(device_type: str, index: int | None) -> DeviceInfo:
+def _device_info(device: torch.device) -> DeviceInfo:
+    device_type, index = device.type, device.index
     missing = _triton_missing()
     if device_type == "cpu":
-        if missing or interpreter_is_on():
-            return DeviceInfo("cpu", 0, missing)
-        return DeviceInfo("cpu", 0, "Triton has no CPU backend (TRITON_INTERPRET=1 runs its interpreter, slowly)")
+        if not missing and not interpreter_is_on():
+            missing = "Triton has no CPU backend (TRITON_INTERPRET=1 runs its interpreter, slowly)"
+        return DeviceInfo("cpu", 0, missing, _cpu_scalar_matmul())
     if device_type != "cuda":
         return DeviceInfo(device_type, 0, missing or f"no kernels for device type {device_type}")
     if torch.version.hip is not None:
@@ -110,4 +119,4 @@ def _device_info(device_type: str, index: int | None) -> DeviceInfo:
 @torch.compiler.assume_constant_result
 def device_info(device: torch.device) -> DeviceInfo:
     """What the plan needs to know of `device`; remembered for each device."""
-    return _device_info(device.type, device.index)
+    return _device_info(device)

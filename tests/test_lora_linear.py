@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -12,10 +14,13 @@ from peftkern import reference, use_backend
 from peftkern.ops import lora_linear
 from peftkern.ops._lora_linear_torch import keep_mask
 from peftkern.ops.lora_linear import _operator
+from peftkern.ops.plan import Plan
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(64, 64, 64, 16), (1, 17, 33, 1), (65, 130, 200, 12), (7, 1, 1, 3), (33, 48, 40, 70)]
 SCALING = 0.75
+# The package exports the function under its module's name.
+MODULE = importlib.import_module("peftkern.ops.lora_linear")
 
 
 def make(M, N, K, R, dtype=torch.float32, adapter_dtype=None, grad=True):
@@ -338,3 +343,28 @@ def test_backend_names_are_checked():
     """Would catch a misspelt backend that is ignored."""
     with pytest.raises(ValueError, match="expected one of auto, triton, torch"), use_backend("cuda"):
         pass
+
+
+@pytest.mark.parametrize("path", ["torch", "torch_fp32"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_both_plain_paths_match_fp64(dtype, dropout_p, path, monkeypatch):
+    """Would catch a fault in the path that this machine's CPU does not take, and in sums over several row blocks."""
+    monkeypatch.setattr("peftkern.ops._lora_linear_fp32.BLOCK_ROWS", 16)
+    monkeypatch.setattr(MODULE, "plan_for", lambda *_: Plan(path, "forced by a test"))
+    tensors = make(50, 24, 40, 6, dtype, torch.float32)
+    dy = torch.randn(50, 24).to(dtype)
+    seed = torch.tensor([77])
+    keep = keep_mask(seed, 50, 40, dropout_p) if dropout_p else None
+    y = lora_linear(*tensors[:4], SCALING, tensors[4], dropout_p=dropout_p, seed=seed)
+    y.backward(dy)
+    eps = torch.finfo(dtype).eps
+    # Masters and S (dS) rounded on "torch", S alone on "torch_fp32", whose forward rounds nothing on the way.
+    for out, (truth, magnitude), rounded in zip(
+        [y.detach(), *(t.grad for t in tensors)],
+        truth_and_magnitude(tensors, dy, keep, dropout_p),
+        (6, 6, 0, 4, 4, 0) if path == "torch" else (0, 0, 0, 0, 1, 0),
+        strict=True,
+    ):
+        factor = eps / torch.finfo(out.dtype).eps
+        assert_rounded(out, truth, magnitude, terms=130, rounded=rounded * factor)

@@ -5,6 +5,8 @@ On a GPU the kernels run compiled, elsewhere in Triton's interpreter, which is s
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from numerics import assert_rounded, padded_randn
@@ -14,6 +16,8 @@ from peftkern.ops import lora_linear
 from peftkern.ops import plan as plans
 
 SCALING = 0.75
+# The package exports the function under its module's name.
+MODULE = importlib.import_module("peftkern.ops.lora_linear")
 SHAPES = [(65, 70, 40, 12), (33, 17, 130, 40), (5, 33, 70, 3), (1, 64, 64, 16)]
 
 
@@ -27,7 +31,7 @@ def path(request, monkeypatch):
         return plans.Plan(request.param, "forced by a test") if plan.path in ("triton", "cublas") else plan
 
     forced.__wrapped__ = forced
-    monkeypatch.setattr("peftkern.ops.lora_linear.plan_lora_linear", forced)
+    monkeypatch.setattr(MODULE, "plan_lora_linear", forced)
     return request.param
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from peftkern.backend import backend_in_force, device_info
-from peftkern.ops import _lora_linear_torch
+from peftkern.ops import _lora_linear_fp32, _lora_linear_torch
 from peftkern.ops._common import (
     adapters_fit,
     adapters_for,
@@ -27,6 +27,7 @@ from peftkern.ops._common import (
 )
 from peftkern.ops.plan import Plan, plan_lora_linear
 
+PLAIN_PATHS = ("torch", "torch_fp32")
 Needs = tuple[bool, bool, bool, bool, bool]  # x, weight, lora_A, lora_B, bias
 
 
@@ -131,6 +132,8 @@ def _forward(
     if path == "torch":
         lora_A, lora_B = adapters_for(dtype, lora_A, lora_B)
         y, s, mask = _lora_linear_torch.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
+    elif path == "torch_fp32":
+        y, s, mask = _lora_linear_fp32.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     else:
         from peftkern.ops import _lora_linear_triton as kernels
 
@@ -164,9 +167,14 @@ def _backward(
     dtype = grad.dtype
     base = weight if weight.dtype == dtype else weight.to(dtype)
     wanted = (needs_x, needs_a, needs_b)
-    if path == "torch":
-        a, b = adapters_for(dtype, lora_A, lora_B)
-        dx, da, db = _lora_linear_torch.backward(grad, rows, base, a, b, s, mask, scaling, dropout_p, wanted)
+    if path in PLAIN_PATHS:
+        if path == "torch":
+            a, b = adapters_for(dtype, lora_A, lora_B)
+            dx, da, db = _lora_linear_torch.backward(grad, rows, base, a, b, s, mask, scaling, dropout_p, wanted)
+        else:
+            dx, da, db = _lora_linear_fp32.backward(
+                grad, rows, base, lora_A, lora_B, s, mask, scaling, dropout_p, wanted
+            )
         if da is not None and da.dtype != lora_A.dtype:
             da = da.to(lora_A.dtype)
         if db is not None and db.dtype != lora_B.dtype:
@@ -236,7 +244,7 @@ def _operator(
 @_operator.register_fake
 def _(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path):
     M = x.numel() // x.shape[-1]
-    mask_shape = (M, x.shape[-1]) if seed is not None and path == "torch" else (0,)
+    mask_shape = (M, x.shape[-1]) if seed is not None and path in PLAIN_PATHS else (0,)
     return (
         x.new_empty(*x.shape[:-1], weight.shape[0]),
         x.new_empty(M, lora_A.shape[0]),

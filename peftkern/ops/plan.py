@@ -5,6 +5,8 @@ parameters (tiles, warps) are not chosen here but in the tables of `peftkern_ker
 
 Paths of `lora_linear`:
     "torch"   plain PyTorch: cuBLAS or oneDNN for every product.
+    "torch_fp32"  the same with products in fp32, block by block, for 16-bit tensors on a CPU without 16-bit
+              matrix instructions.
     "triton"  shrink; base GEMM with the expand in its accumulator.
     "cublas"  shrink and expand as Triton kernels, the base GEMM by cuBLAS into the expand's output.
     "decode"  at most 16 tokens: two launches with K split over programs.
@@ -39,10 +41,16 @@ def _why_not_triton(dtype: torch.dtype, device: DeviceInfo) -> str:
     return ""
 
 
-def _without_triton(operation: str, why_not: str, backend: str) -> Plan:
+def _plain(reason: str, dtype: torch.dtype, device: DeviceInfo) -> Plan:
+    if dtype in device.scalar_matmul:
+        name = str(dtype).removeprefix("torch.")
+        return Plan("torch_fp32", f"{reason}; this CPU has no {name} matrix instructions: products in fp32 blocks")
+    return Plan("torch", reason)
+
+
+def _refuse_if_triton(operation: str, why_not: str, backend: str) -> None:
     if backend == "triton":
         raise RuntimeError(f"{operation}: use_backend('triton') is in force, but {why_not}")
-    return Plan("torch", why_not)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -62,14 +70,15 @@ def plan_lora_linear(
         RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
     """
     if backend == "torch":
-        return Plan("torch", "use_backend('torch')")
+        return _plain("use_backend('torch')", dtype, device)
     if M == 0:
         return Plan("torch", "empty input")
     why_not = _why_not_triton(dtype, device)
     if why_not:
-        return _without_triton("lora_linear", why_not, backend)
+        _refuse_if_triton("lora_linear", why_not, backend)
+        return _plain(why_not, dtype, device)
     if device.type == "cpu" and backend == "auto":
-        return Plan("torch", "on a CPU plain PyTorch is faster than Triton's interpreter")
+        return _plain("on a CPU plain PyTorch is faster than Triton's interpreter", dtype, device)
     if M <= DECODE_TOKENS:
         return Plan("decode", f"{M} tokens: bound by reading the weight, K split over programs")
     if dtype == torch.float32 and device.arch:
@@ -94,7 +103,8 @@ def plan_lora_embedding(tokens: int, dtype: torch.dtype, device: DeviceInfo, bac
         return Plan("torch", "empty input")
     why_not = _why_not_triton(dtype, device)
     if why_not:
-        return _without_triton("lora_embedding", why_not, backend)
+        _refuse_if_triton("lora_embedding", why_not, backend)
+        return Plan("torch", why_not)
     if device.type == "cpu" and backend == "auto":
         return Plan("torch", "on a CPU plain PyTorch is faster than Triton's interpreter")
     return Plan("triton", "rows gathered and adapted in one kernel, sorted scatter in backward (predicted)")
