@@ -1,0 +1,187 @@
+"""Launch parameters of the kernels that walk the frozen weight: tile, warps, stages, split of K, by architecture.
+
+`choose_tile` is a pure function of (architecture, dtype, shape, alignment). Its rows are literals, keyed by
+(family, bits, aligned, size). SOURCE says where they come from: a result file under bench/results, or "predicted",
+which means chosen from registers, spills and shared memory of the compiled kernel and from arithmetic, not timing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .launch import cdiv
+
+SOURCE = "predicted"
+
+# Streaming multiprocessors (AMD: compute units) of the architecture's usual part: how many programs fill it once.
+MULTIPROCESSORS = {0: 4, 80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170, 942: 304, 1100: 96}
+
+# Shared memory that one program may use, in bytes.
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, 942: 65536, 1100: 65536}
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a GEMM-shaped kernel is cut up.
+
+    Attributes:
+        block_m, block_n, block_k: the output tile and the step along the contraction.
+        num_warps, num_stages: launch options.
+        group_m: row tiles that are walked together, so that the weight's tile is found in L2.
+        split_k: programs that share one output tile; above 1 their fp32 planes are summed by a second launch.
+        tma: whether x and the weight are loaded through tensor descriptors.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    split_k: int = 1
+    tma: bool = False
+
+
+def _family(arch: int) -> str:
+    """The table's name for an architecture; unknown ones take the nearest that asks for least."""
+    if arch == 0:
+        return "interpreter"
+    if arch >= 900:
+        return "cdna" if arch < 1000 else "rdna"
+    if arch == 90 or 100 <= arch < 120:
+        return {90: "hopper"}.get(arch, "blackwell")
+    return "ampere" if arch == 80 else "consumer"
+
+
+# (family, bits, aligned) -> tile by size: "large" fills the device with large tiles; "medium" is the rest above 64
+# rows; "small" is up to 64 rows, "tiny" up to 16 (Hopper's and Blackwell's matrix instructions take 64 rows or more).
+_TILES: dict[tuple[str, int, bool], dict[str, Tile]] = {
+    ("hopper", 16, True): {
+        "large": Tile(128, 256, 64, 8, 4, tma=True),
+        "medium": Tile(128, 128, 64, 8, 4, tma=True),
+        "small": Tile(64, 128, 64, 4, 4, tma=True),
+        "tiny": Tile(64, 128, 64, 4, 4),
+    },
+    ("blackwell", 16, True): {
+        "large": Tile(128, 256, 64, 8, 4, tma=True),
+        "medium": Tile(128, 128, 64, 8, 4, tma=True),
+        "small": Tile(64, 128, 64, 4, 4, tma=True),
+        "tiny": Tile(64, 128, 64, 4, 4),
+    },
+    ("ampere", 16, True): {
+        "large": Tile(128, 256, 32, 8, 4),
+        "medium": Tile(128, 128, 32, 8, 4),
+        "small": Tile(64, 128, 64, 4, 4),
+        "tiny": Tile(16, 128, 64, 4, 4),
+    },
+    ("consumer", 16, True): {
+        "large": Tile(128, 128, 32, 8, 4),
+        "medium": Tile(128, 64, 32, 4, 4),
+        "small": Tile(64, 64, 64, 4, 4),
+        "tiny": Tile(16, 64, 64, 4, 4),
+    },
+    ("cdna", 16, True): {
+        "large": Tile(128, 128, 64, 4, 2),
+        "medium": Tile(128, 64, 64, 4, 2),
+        "small": Tile(64, 64, 64, 4, 2),
+        "tiny": Tile(16, 64, 64, 4, 2),
+    },
+    ("rdna", 16, True): {
+        "large": Tile(128, 128, 32, 8, 2),
+        "medium": Tile(128, 64, 32, 4, 2),
+        "small": Tile(64, 64, 32, 4, 2),
+        "tiny": Tile(16, 64, 64, 4, 2),
+    },
+}
+_UNALIGNED_16 = {
+    "large": Tile(128, 64, 32, 8, 2),
+    "medium": Tile(64, 128, 32, 4, 2),
+    "small": Tile(64, 64, 32, 4, 2),
+    "tiny": Tile(16, 64, 32, 4, 2),
+}
+_UNALIGNED_64_ROWS = {**_UNALIGNED_16, "tiny": _UNALIGNED_16["small"]}
+_FP32 = {
+    "large": Tile(64, 64, 32, 8, 2),
+    "medium": Tile(64, 64, 32, 8, 2),
+    "small": Tile(64, 32, 32, 4, 2),
+    "tiny": Tile(16, 64, 32, 4, 2),
+}
+_INTERPRETER = {
+    "large": Tile(64, 64, 64, 4, 1),
+    "medium": Tile(64, 64, 64, 4, 1),
+    "small": Tile(32, 64, 64, 4, 1),
+    "tiny": Tile(16, 64, 64, 4, 1),
+}
+
+
+def _rows(arch: int, bits: int, aligned: bool) -> dict[str, Tile]:
+    if arch == 0:
+        return _INTERPRETER
+    if bits != 16:
+        return _FP32
+    family = _family(arch)
+    if not aligned:
+        return _UNALIGNED_64_ROWS if family in ("hopper", "blackwell") else _UNALIGNED_16
+    return _TILES[family, 16, True]
+
+
+def choose_tile(arch: int, dtype: torch.dtype, *, M: int, N: int, K: int, aligned: bool) -> Tile:
+    """The tile of `out[M, N] = x[M, K] weight[N, K]^T`, with `split_k` set so that few rows still fill the device.
+
+    Args:
+        arch: 80, 86, 89, 90, 100, 120; 942, 1100; 0 for the interpreter.
+        dtype: of x and weight.
+        M, N, K: sizes.
+        aligned: every row of both operands starts on a 16-byte boundary and one stride of each is 1.
+    """
+    rows = _rows(arch, 16 if dtype.itemsize == 2 else 32, aligned)
+    processors = MULTIPROCESSORS.get(arch, 64)
+    large = rows["large"]
+    if M <= 16:
+        tile = rows["tiny"]
+    elif M <= 64:
+        tile = rows["small"]
+    elif cdiv(M, large.block_m) * cdiv(N, large.block_n) >= 0.75 * processors:
+        return large
+    else:
+        tile = rows["medium"]
+    return replace(tile, split_k=split_of_k(cdiv(M, tile.block_m) * cdiv(N, tile.block_n), K, tile.block_k, processors))
+
+
+def split_of_k(tiles: int, K: int, block_k: int, processors: int, *, steps: int = 8) -> int:
+    """Programs along K for one output tile: enough to fill the device once, each with at least `steps` steps of K.
+
+    Powers of two up to 16 only, so that few variants of the second launch exist.
+    """
+    split = 1
+    while split < 16 and tiles * split * 2 <= 1.25 * processors and K // (block_k * split * 2) >= steps:
+        split *= 2
+    return split
+
+
+def choose_decode_tile(arch: int, dtype: torch.dtype, *, N: int, K: int, R: int, aligned: bool) -> Tile:
+    """The tile of a decode step: `block_n` rows of the weight against 16 tokens, K split so that the device is full."""
+    if arch == 0:
+        tile = Tile(16, 64, 64, 4, 1)
+    elif dtype.itemsize != 2 or not aligned:
+        tile = Tile(16, 64, 32, 4, 2)
+    elif arch >= 900:
+        tile = Tile(16, 64, 64, 4, 2)
+    else:
+        tile = Tile(16, 64, 64, 4, 4)
+    # Two programs on each multiprocessor keep enough loads under way to reach the memory's bandwidth.
+    programs = 2 * MULTIPROCESSORS.get(arch, 64)
+    tiles = cdiv(N, tile.block_n) + cdiv(R, tile.block_n)
+    return replace(tile, split_k=split_of_k(tiles, K, tile.block_k, programs, steps=4))
+
+
+def rank_block(R: int, dtype: torch.dtype, *, narrow: bool = False) -> int:
+    """The step along the rank: the next power of two from 16 (`tl.dot`'s least) to 64, or to 32 if `narrow`.
+
+    Narrow where an expand has more in registers: a dropout mask, or fp32 factors beside a 128 x 256 accumulator. 16 for
+    fp32 dots, whose operands are held in registers whole.
+    """
+    most = 16 if dtype.itemsize > 2 else 32 if narrow else 64
+    return min(most, max(16, 1 << (R - 1).bit_length()))

@@ -1,0 +1,145 @@
+"""`out = keep / (1 - p) * (S B^T) + bias`: the low-rank part by itself, and as the start of a GEMM's accumulator.
+
+S [M, R] already carries the scaling. `expand_tile` is what the base GEMMs start their accumulator from, so that y is
+written once; `expand_calls` writes it to memory, for the route on which cuBLAS then accumulates x W^T in place.
+`keep` is indexed by the row and column of `out` (in dX the dropped operand is x, whose shape is dX's).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .dropout import Dropout, keep_tile
+from .gemm_tables import rank_block
+from .launch import Call, cdiv, nbytes
+
+
+@triton.jit
+def expand_tile(
+    s_ptr, b_ptr, bias_ptr, seed_ptr,  # [M, R] [N, R] [N] or None, [1] or None
+    offs_m, rows, column_start, columns,
+    R, stride_sm, stride_sr, stride_bn, stride_br, stride_bias, threshold, keep_scale,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BLOCK_M, BLOCK_N] = keep * keep_scale * (S B^T) + bias.
+
+    `rows` [BLOCK_M] and `columns` [BLOCK_N] are int64 and inside the matrices (wrapped at the edges), `offs_m` and
+    `column_start` are the true coordinates, which the mask is drawn from. S and B are cast to DTYPE in registers.
+    """
+    if seed_ptr is not None:  # drawn while the accumulator does not yet hold registers: after the dots it spills
+        keep = keep_tile(tl.load(seed_ptr), offs_m, column_start, threshold, BLOCK_M, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Mostly one step. As a loop even so: straight-line code holds S's and B's shared memory beside the main loop's.
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
+        mask_r = offs_r < R
+        s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
+        b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r[:, None] * stride_br
+        s = tl.load(s_ptrs, mask=mask_r[None, :], other=0.0).to(DTYPE)  # [BLOCK_M, BLOCK_R]
+        b = tl.load(b_ptrs, mask=mask_r[:, None], other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
+        acc = tl.dot(s, b, acc, input_precision=PRECISION)
+    if seed_ptr is not None:
+        acc = tl.where(keep, acc * keep_scale, 0.0)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + columns * stride_bias).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _expand_kernel(
+    s_ptr, b_ptr, bias_ptr, seed_ptr, out_ptr,  # [M, R] [N, R] [N] [1] -> [M, N]
+    M, N, R, stride_sm, stride_sr, stride_bn, stride_br, stride_bias, stride_om, stride_on, threshold, keep_scale,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Columns run fastest, so that neighbouring programs share S's rows and write neighbouring memory.
+    programs_n = tl.cdiv(N, BLOCK_N)
+    pid_m = (tl.program_id(0) // programs_n).to(tl.int64)
+    pid_n = (tl.program_id(0) % programs_n).to(tl.int64)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = expand_tile(
+        s_ptr, b_ptr, bias_ptr, seed_ptr, offs_m, offs_m % M, pid_n * BLOCK_N, offs_n % N, R, stride_sm, stride_sr,
+        stride_bn, stride_br, stride_bias, threshold, keep_scale, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+    )  # fmt: skip
+    out_ptrs = out_ptr + offs_m[:, None] * stride_om + offs_n[None, :] * stride_on
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
+def expand_arguments(
+    s: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dropout: Dropout | None
+) -> dict[str, object]:
+    """The run-time arguments, by name, that every kernel with an `expand_tile` takes for it."""
+    return {
+        "s_ptr": s,
+        "b_ptr": b,
+        "bias_ptr": bias,
+        "seed_ptr": None if dropout is None else dropout.seed,
+        "R": b.shape[1],
+        "stride_sm": s.stride(0),
+        "stride_sr": s.stride(1),
+        "stride_bn": b.stride(0),
+        "stride_br": b.stride(1),
+        "stride_bias": 0 if bias is None else bias.stride(0),
+        "threshold": 0 if dropout is None else dropout.threshold,
+        "keep_scale": 1.0 if dropout is None else dropout.keep_scale,
+    }
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name for a torch dtype that the matrix kernels take."""
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+
+
+def expand_calls(
+    s: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    dropout: Dropout | None = None,
+    arch: int,
+    precision: str = "ieee",
+) -> list[Call]:
+    """Launches that write `out[M, N] = keep / (1 - p) * (s[M, R] b[N, R]^T) + bias[N]`.
+
+    Args:
+        s: S with the scaling in it. b: the second factor; fp32 masters are cast to `out`'s dtype in registers.
+        out: written; any strides.
+        bias: [N]. dropout: mask by (row, column) of `out`. arch: see `gemm_tables`.
+        precision: `input_precision` of fp32 dots.
+    """
+    (M, N), R = out.shape, b.shape[1]
+    if M == 0:
+        return []
+    wide = out.dtype.itemsize == 4
+    block_m, block_n = (32, 64) if wide or arch == 0 else (64, 128)
+    return [
+        Call(
+            name="expand",
+            kernel=_expand_kernel,
+            grid=(cdiv(M, block_m) * cdiv(N, block_n), 1, 1),
+            args={
+                **expand_arguments(s, b, bias, dropout),
+                "out_ptr": out,
+                "M": M,
+                "N": N,
+                "stride_om": out.stride(0),
+                "stride_on": out.stride(1),
+            },
+            constants={
+                "BLOCK_R": rank_block(R, out.dtype),
+                "DTYPE": triton_dtype(out.dtype),
+                "BLOCK_M": block_m,
+                "BLOCK_N": block_n,
+                "PRECISION": precision,
+            },
+            num_warps=4,
+            num_stages=1,
+            bytes=nbytes(s, b, bias, out),
+            flops=2 * M * N * R,
+        )
+    ]

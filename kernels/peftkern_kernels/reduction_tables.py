@@ -1,0 +1,147 @@
+"""Launch parameters of the reduction kernels (shrink, dY pass, weight gradient, plane sums) as pure functions.
+
+Keyed by (architecture, dtype, size bucket, R bucket, aligned, dropout), with a default that is right everywhere. Every
+row here is predicted: chosen by counting bytes, registers and shared memory on compiled kernels, not yet timed.
+
+Shared memory that one program may use: 101,376 bytes on sm_86, 89 and 120, 166,912 on sm_80, 232,448 on sm_90 and 100,
+65,536 on AMD; the tiles stay below it with every supported rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .launch import cdiv, is_aligned
+
+# (multiprocessors or compute units, bytes that memory moves in a microsecond) of the largest common device of each
+# architecture; 0 is the interpreter, and an architecture that is not listed counts as the last row.
+DEVICES = {
+    0: (4, 1_000_000),
+    80: (108, 2_000_000),
+    86: (84, 900_000),
+    89: (128, 1_000_000),
+    90: (132, 4_000_000),
+    100: (148, 8_000_000),
+    120: (170, 1_800_000),
+    942: (304, 5_000_000),
+    1100: (96, 900_000),
+}
+OTHER_DEVICE = (128, 1_000_000)
+MAX_SPLITS = 64
+LAUNCH_US = 2  # what a second, dependent launch costs
+REACH = 1.25  # how far a multiprocessor can exceed its even share of the memory's bandwidth while others are idle
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A program's tile: BLOCK_M rows (tokens) by BLOCK_C columns (of K or N) by BLOCK_R of the rank.
+
+    `source` names the result file in which the row was measured, or says predicted.
+    """
+
+    block_m: int
+    block_c: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+    source: str = "predicted"
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def vectorizes(t: torch.Tensor) -> bool:
+    """Whether Triton can load t's rows in 16-byte asynchronous copies: it knows multiples of 16 elements only."""
+    return is_aligned(t) and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0
+
+
+def rank_block(R: int, most: int) -> int:
+    """Block along R: a power of two, at least 16 (tensor cores' smallest), at most `most`."""
+    return min(most, max(16, next_power_of_2(R)))
+
+
+def best_splits(*, blocks: int, steps: int, arch: int, operand_bytes: int, plane_bytes: int) -> int:
+    """Into how many parts to cut a reduction of `steps` tiles, where `blocks` programs exist without cutting.
+
+    The cost of s parts is counted in bytes of traffic: the operands, more if the busiest multiprocessor has so much of
+    them that it cannot keep up (`REACH`), plus, if s > 1, the fp32 planes written and read and one more launch. The
+    cheapest s wins.
+
+    Args:
+        blocks: programs when nothing is cut.
+        steps: tiles along the reduced axis.
+        arch: architecture number, a key of `DEVICES`.
+        operand_bytes: bytes that are read whatever s is.
+        plane_bytes: bytes of one partial plane.
+    """
+    processors, bytes_per_us = DEVICES.get(arch, OTHER_DEVICE)
+
+    def cost(s: int) -> float:
+        busiest = cdiv(blocks * s, processors) * cdiv(steps, s) / (blocks * steps)  # share of the work
+        planes = LAUNCH_US * bytes_per_us + 2 * s * plane_bytes if s > 1 else 0
+        return operand_bytes * max(1.0, busiest * processors / REACH) + planes
+
+    return min(range(1, min(steps, MAX_SPLITS) + 1), key=cost)
+
+
+def shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, dropout: bool) -> Tile:
+    """Tile of `S = scaling * drop(x) A^T`: bound by reading x, so whole rows of 256 bytes and three or more in flight.
+
+    A is read again by every BLOCK_M rows (from the L2 cache), so wider ranks take taller tiles.
+    """
+    rows = 16 if M <= 16 else 32 if M <= 32 else 64
+    if arch >= 900:  # AMD: 64 KiB of LDS, two stages
+        if dtype == torch.float32:
+            return Tile(rows, 32, rank_block(R, 64), 4, 2)
+        return Tile(rows, 64, rank_block(R, 128), 4, 2)
+    if dtype == torch.float32:
+        return Tile(rows, 32, rank_block(R, 64), 4, 3)
+    if not aligned:  # no asynchronous loads: the tile passes through registers
+        return Tile(rows, 64, rank_block(R, 128), 4, 2)
+    roomy = arch in (80, 90, 100)
+    if R <= 32:
+        return Tile(rows, 128, rank_block(R, 32), 4, 4 if roomy else 3)
+    if M > 64 and R > 32 and roomy:
+        rows = 128
+    return Tile(rows, 64, rank_block(R, 128), 8 if rows == 128 else 4, 4 if roomy else 3)
+
+
+def weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, dropout: bool) -> Tile:
+    """Tile of `dA = dS^T drop(x)` and `dB = dY^T S`: BLOCK_C columns of x or dY, walking down the rows."""
+    rows = 16 if M <= 16 else 32 if M <= 32 else 64
+    if arch >= 900:
+        if dtype == torch.float32:
+            return Tile(16, 64, rank_block(R, 64), 4, 2)
+        return Tile(min(rows, 32), 128, rank_block(R, 64), 4, 2)
+    if dtype == torch.float32:
+        return Tile(16, 64, rank_block(R, 64), 4, 3)
+    if not aligned:
+        return Tile(min(rows, 32), 128, rank_block(R, 64), 4, 2)
+    return Tile(rows, 128, rank_block(R, 128), 4 if R <= 64 else 8, 3)
+
+
+def dy_pass_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool) -> Tile:
+    """Tile of the one pass over dY that gives dS and dB (small R): rows x 256 columns held once, used twice."""
+    if arch >= 900:
+        if dtype == torch.float32:
+            return Tile(16, 128, rank_block(R, 64), 8, 2)
+        return Tile(32, 256, rank_block(R, 64), 8, 2)
+    if dtype == torch.float32:
+        return Tile(16, 128, rank_block(R, 64), 8, 2)
+    if not aligned:
+        return Tile(32, 128, rank_block(R, 64), 8, 2)
+    if arch in (90, 100):
+        return Tile(64, 256, rank_block(R, 64), 4, 3)
+    return Tile(32, 256, rank_block(R, 64), 4, 3)
+
+
+def embedding_tile(*, arch: int, dtype: torch.dtype, T: int, R: int) -> Tile:
+    """Tile of the embedding's gather: BLOCK_M tokens by BLOCK_C columns of the table."""
+    rows = 16 if T <= 2048 else 32
+    if dtype == torch.float32 or arch == 1100:
+        return Tile(16, 64, rank_block(R, 32), 4, 2)
+    return Tile(rows, 128, rank_block(R, 64), 4, 2)
