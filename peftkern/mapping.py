@@ -1,0 +1,73 @@
+"""Which class configures and which class makes the adapters of each method; adapters in a bare model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftkern.config import PeftConfig
+from peftkern.tuners.lora import LoraConfig, LoraModel
+from peftkern.tuners.tuners_utils import BaseTuner
+from peftkern.utils.peft_types import PeftType
+
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, type[PeftConfig]] = {PeftType.LORA: LoraConfig}
+PEFT_TYPE_TO_TUNER_MAPPING: dict[str, type[BaseTuner]] = {PeftType.LORA: LoraModel}
+PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, str] = {PeftType.LORA: LoraModel.prefix}
+
+
+def config_class(config: Mapping[str, Any]) -> type[PeftConfig]:
+    """The configuration class that `config["peft_type"]` names.
+
+    Raises:
+        ValueError: It is missing, unknown, or a method that is not built.
+    """
+    known = ", ".join(sorted(map(str, PEFT_TYPE_TO_CONFIG_MAPPING)))
+    peft_type = config.get("peft_type")
+    if peft_type is None:
+        raise ValueError(f"peft_type is missing from the configuration; the methods known here: {known}")
+    if not isinstance(peft_type, str) or peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"peft_type={peft_type!r} is not a method known here; those that are: {known}")
+    return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
+    """The configuration that a dict describes; its `peft_type` says which class."""
+    config = PeftConfig.from_dict(config_dict)
+    if not isinstance(config, PeftConfig):
+        raise TypeError(f"config_dict must describe an adapter, got {type(config).__name__}")
+    return config
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> nn.Module:
+    """Adapts `model` in place without wrapping it in a `PeftModel`.
+
+    Args:
+        peft_config: The adapter's configuration.
+        model: The model; all but the adapter is frozen in it.
+        adapter_name: The adapter's name; it becomes active.
+        low_cpu_mem_usage: Make the adapter's weights on the meta device, to be filled from a file.
+        state_dict: If given, the modules adapted are those that its keys name rather than `target_modules`.
+
+    Returns:
+        `model`. Its state dict now has the adapter's keys, such as `<module>.lora_A.<adapter_name>.weight`.
+
+    Raises:
+        TypeError: `peft_config` is no configuration of peftkern's.
+        ValueError: The method puts no layers into a model; or see `BaseTuner`.
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"peft_config must be a peftkern configuration, got {type(peft_config).__name__}")
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_config.peft_type or "")
+    if tuner is None:
+        raise ValueError(f"inject_adapter_in_model cannot inject peft_type={peft_config.peft_type!r}")
+    tuner(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+    return model

@@ -1,0 +1,163 @@
+"""LoRA layers by themselves, for a training loop that has no use for configurations.
+
+They are the layers that `get_peft_model` puts into a model, with one adapter named "default": `merge`, `unmerge`,
+`state_dict` keys and `explain` are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftkern.tuners.lora.config import LoraConfig
+from peftkern.tuners.lora.embedding import Embedding
+from peftkern.tuners.lora.layer import Linear, LoraLayer
+from peftkern.tuners.targets import is_conv1d
+
+__all__ = ["LoraEmbedding", "LoraLinear"]
+
+ADAPTER = "default"
+
+
+def _finish(layer: LoraLayer, adapter_dtype: torch.dtype | None) -> None:
+    """Freezes the base and gives the adapter its dtype: float32 beside a 16-bit base unless another is asked for."""
+    layer.get_base_layer().requires_grad_(False)
+    containers: list[Any] = layer._containers()
+    for container in containers:
+        for name, held in list(container.items()):
+            dtype = next(held.parameters()).dtype if isinstance(held, nn.Module) else held.dtype
+            wanted = adapter_dtype or (torch.float32 if dtype.itemsize < 4 else dtype)
+            if isinstance(held, nn.Module):
+                held.to(wanted)
+            else:
+                container[name] = nn.Parameter(held.detach().to(wanted))
+
+
+class LoraLinear(Linear):
+    """A frozen linear layer and a trained low-rank adapter: `y = x W^T + b + scaling * dropout(x) A^T B^T`.
+
+    Args:
+        in_features, out_features: Sizes of the layer.
+        r: Rank of the adapter, at least 1.
+        lora_alpha: Numerator of the scaling, `lora_alpha / r`.
+        lora_dropout: Probability that an element of x is dropped on its way to the adapter in training, in [0, 1).
+        bias: Whether the frozen layer has a bias.
+        use_rslora: Scale by `lora_alpha / sqrt(r)`.
+        init_lora_weights: True, False or "gaussian": see `LoraConfig`.
+        device, dtype: Of the frozen layer; the adapter lies on the same device.
+        adapter_dtype: Of the adapter; None: float32 beside a 16-bit layer, otherwise the layer's.
+
+    Raises:
+        ValueError, TypeError: A number outside its range, or a layer that is not linear.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        lora_alpha: int | float = 8,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        config = LoraConfig(
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+        )
+        self._wrap(nn.Linear(in_features, out_features, bias, device, dtype), config, adapter_dtype)
+
+    def _wrap(self, linear: nn.Module, config: LoraConfig, adapter_dtype: torch.dtype | None) -> None:
+        super().__init__(linear, ADAPTER, config)
+        _finish(self, adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        r: int = 8,
+        lora_alpha: int | float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> LoraLinear:
+        """Adds an adapter to an `nn.Linear` or transformers' Conv1D; it is kept by reference, and frozen.
+
+        The other arguments are the class's.
+        """
+        if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
+            raise TypeError(f"linear must be an nn.Linear or a Conv1D, got {type(linear).__name__}")
+        config = LoraConfig(
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+        )
+        layer = cls.__new__(cls)
+        layer._wrap(linear, config, adapter_dtype)
+        return layer
+
+
+class LoraEmbedding(Embedding):
+    """A frozen embedding and a trained low-rank adapter: `y = W[i] + scaling * (A[:, i])^T B^T`.
+
+    Args:
+        num_embeddings, embedding_dim: Sizes of the embedding.
+        r, lora_alpha, use_rslora: As in `LoraLinear`.
+        init_lora_weights: True: A zero and B normal. False: both normal.
+        padding_idx: As in `nn.Embedding`: an id whose row is not trained.
+        device, dtype, adapter_dtype: As in `LoraLinear`.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        r: int = 8,
+        lora_alpha: int | float = 8,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        config = LoraConfig(r=r, lora_alpha=lora_alpha, use_rslora=use_rslora, init_lora_weights=init_lora_weights)
+        made: dict[str, Any] = {"padding_idx": padding_idx, "device": device, "dtype": dtype}
+        self._wrap(nn.Embedding(num_embeddings, embedding_dim, **made), config, adapter_dtype)
+
+    def _wrap(self, embedding: nn.Embedding, config: LoraConfig, adapter_dtype: torch.dtype | None) -> None:
+        super().__init__(embedding, ADAPTER, config)
+        _finish(self, adapter_dtype)
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        r: int = 8,
+        lora_alpha: int | float = 8,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> LoraEmbedding:
+        """Adds an adapter to an `nn.Embedding`; it is kept by reference, and frozen.
+
+        The other arguments are the class's.
+        """
+        if not isinstance(embedding, nn.Embedding):
+            raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
+        config = LoraConfig(r=r, lora_alpha=lora_alpha, use_rslora=use_rslora, init_lora_weights=init_lora_weights)
+        layer = cls.__new__(cls)
+        layer._wrap(embedding, config, adapter_dtype)
+        return layer

@@ -1,0 +1,531 @@
+"""`PeftModel`: a base model with named adapters, under PEFT 0.21's names. `peftkern.peft_model` is its address."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from peftkern.config import PeftConfig
+from peftkern.integrations.peft_bridge import bridge_wrappers, bridged_class
+from peftkern.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peftkern.tuners.tuner_layer import BaseTunerLayer
+from peftkern.utils.adapter_error import shorten
+from peftkern.utils.adapter_files import PathLike, weights_file, write_adapter
+from peftkern.utils.model_card import update_model_card
+from peftkern.utils.model_snapshot import restored_on_error
+from peftkern.utils.peft_types import PeftType
+from peftkern.utils.save_and_load import (
+    check_lora_tensors,
+    get_peft_model_state_dict,
+    load_config,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+
+
+class PeftModel(nn.Module):
+    """A base model whose layers carry adapters.
+
+    `base_model` is the tuner (`LoraModel`), `base_model.model` the model that was given, changed in place. What is
+    not found here is looked up there: `merge_and_unload`, `unload`, `merge_adapter`, `unmerge_adapter`, `config`.
+
+    While transformers or peft is loaded, an instance's class is also a subclass of the `peft` class of that name, if
+    peft is installed (see `peftkern.integrations.peft_bridge`).
+
+    Args:
+        model: The base model.
+        peft_config: The first adapter's configuration.
+        adapter_name: Its name.
+        autocast_adapter_dtype: Keep adapters of float16 and bfloat16 layers in float32.
+        low_cpu_mem_usage: Make the adapter's parameters on the meta device, to be loaded into.
+    """
+
+    # Trainer's question of a quantized base: is there an adapter on it?
+    _hf_peft_config_loaded = True
+    _is_prompt_learning = False
+    # Names that the task adds to modules_to_save.
+    _heads: tuple[str, ...] = ()
+    _pipeline_tag: str | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> PeftModel:
+        return super().__new__(bridged_class(cls))
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)  # not super(): next in line may be peft's class, which would set itself up
+        _check_adapter_name(adapter_name, peft_config)
+        self._add_heads(peft_config)
+        self.peft_type = peft_config.peft_type
+        self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
+        self._adapters_disabled = False
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
+        with restored_on_error(model):
+            self.base_model = tuner(
+                model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+            )
+            self.base_model._cast_adapter_dtype(
+                adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
+            )
+            bridge_wrappers(self)
+            self.active_adapter = adapter_name
+            if _is_checkpointed(model):
+                self._prepare_model_for_gradient_checkpointing(model)
+        # Some models imitate tensor parallelism when this is above 1, slicing weights that adapters replace.
+        if getattr(getattr(model, "config", None), "pretraining_tp", 1) != 1:
+            model.config.pretraining_tp = 1
+
+    # --- what is in it -----------------------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The configuration of each adapter, by its name."""
+        return self.base_model.peft_config
+
+    @peft_config.setter
+    def peft_config(self, value: dict[str, PeftConfig]) -> None:
+        self.base_model.peft_config = value
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The active adapter's configuration."""
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether some adapter is active and adapters are not disabled."""
+        return not self._adapters_disabled and bool(self.active_adapters)
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The base model's dtype, where it says one."""
+        return getattr(self.base_model, "dtype", None)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The names in any adapter's `modules_to_save`; None if there are none."""
+        names = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
+        return names or None
+
+    def get_base_model(self) -> nn.Module:
+        """The model that was given, with the adapters in it."""
+        return self.base_model.model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            if name == "base_model":  # not set yet: looking it up there would never end
+                raise
+            return getattr(self.base_model, name)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """The numbers of trainable and of all parameters; a packed 4-bit weight counts its elements, not its bytes."""
+        trainable = every = 0
+        for parameter in self.parameters():
+            count = parameter.numel() or getattr(parameter, "ds_numel", 0)
+            if type(parameter).__name__ == "Params4bit":
+                count *= 2 * parameter.element_size()
+            every += count
+            trainable += count if parameter.requires_grad else 0
+        return trainable, every
+
+    def print_trainable_parameters(self) -> None:
+        """Print the numbers of trainable and of all parameters and their ratio in per cent, in one line."""
+        trainable, every = self.get_nb_trainable_parameters()
+        share = 100 * trainable / every
+        print(f"trainable params: {trainable:,d} || all params: {every:,d} || trainable%: {share:.4f}")
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward, adapters included."""
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            return self.get_base_model()(*args, **self._model_kwargs(kwargs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, adapters included."""
+        if "generation_config" in self.__dict__:  # set on this wrapper by the user
+            self.get_base_model().generation_config = self.__dict__["generation_config"]
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            return self.get_base_model().generate(*args, **self._model_kwargs(kwargs))
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Give the tuner what is meant for it (`adapter_names`), for the time of one call."""
+        if not hasattr(type(self.base_model), "_enable_peft_forward_hooks"):
+            named = [name for name in self.special_peft_forward_args if kwargs.get(name) is not None]
+            if named:
+                raise NotImplementedError(f"{named[0]}: {type(self.base_model).__name__} does not take it")
+            yield
+            return
+        with self.base_model._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    def _model_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in kwargs.items() if name not in self.special_peft_forward_args}
+
+    def _named_forward(self, kwargs: dict[str, Any], **named: Any) -> Any:
+        """Forward for the task classes: those of the named arguments that were given, by name."""
+        given = {name: value for name, value in named.items() if value is not None}
+        return PeftModel.forward(self, **given, **kwargs)
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Let the embeddings' output require grad: otherwise no gradient passes a checkpointed frozen block."""
+        self._prepare_model_for_gradient_checkpointing(model)
+
+    def _prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        # `prepare_model_for_kbit_training` has done it for these.
+        if any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
+            return model
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        elif hasattr(model, "get_input_embeddings"):
+            model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+        return model
+
+    # --- adapters ----------------------------------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add a new, untrained adapter; it does not become active.
+
+        Raises:
+            ValueError: The name is taken, or the method is not that of the first adapter. The model is unchanged.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name: an adapter {adapter_name!r} exists already")
+        if peft_config.peft_type != self.peft_type:
+            raise ValueError(f"peft_config: the model has {self.peft_type} adapters, got {peft_config.peft_type}")
+        _check_adapter_name(adapter_name, peft_config)
+        self._add_heads(peft_config)
+        with restored_on_error(self):
+            self.peft_config[adapter_name] = peft_config
+            self.base_model.inject_adapter(self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+            self.base_model._cast_adapter_dtype(
+                adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
+            )
+            bridge_wrappers(self)
+
+    def _add_heads(self, config: PeftConfig) -> None:
+        """Have the task's new head trained and saved whole."""
+        if self._heads and hasattr(config, "modules_to_save"):
+            names = list(config.modules_to_save or ())
+            config.modules_to_save = names + [head for head in self._heads if head not in names]
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make one adapter the active one, trainable unless `inference_mode`; the others are frozen."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"adapter_name: no adapter {adapter_name!r}; there are {sorted(self.peft_config)}")
+        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Thaw or freeze adapters, active or not."""
+        self.base_model.set_requires_grad(adapter_names=adapter_names, requires_grad=requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was active, another one becomes so, with a warning."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"adapter_name: no adapter {adapter_name!r}; there are {sorted(self.peft_config)}")
+        self.base_model.delete_adapter(adapter_name)
+        if len(self.active_adapters) == 1:
+            self.active_adapter = self.active_adapters[0]
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """In this context the model is the base model."""
+        disabled = {module.disable_adapters for module in self.modules() if isinstance(module, BaseTunerLayer)}
+        if len(disabled) == 2:
+            warnings.warn("Some layers' adapters were disabled, others not: all are enabled afterwards.", stacklevel=3)
+        was_disabled = self._adapters_disabled
+        self.base_model.disable_adapter_layers()
+        self._adapters_disabled = True
+        try:
+            yield
+        finally:
+            if disabled != {True}:
+                self.base_model.enable_adapter_layers()
+            self._adapters_disabled = was_disabled
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Save adapters as PEFT does: "default" in the folder itself, any other in a subfolder of its name.
+
+        Each adapter's two files are replaced as one: after a kill there is the old adapter or the new one.
+
+        Args:
+            save_directory: The folder; made if it is not there.
+            safe_serialization: Must be True: only safetensors are written.
+            selected_adapters: Which; all by default.
+            save_embedding_layers: As for `get_peft_model_state_dict`.
+            is_main_process: Only then is anything written. With FSDP2 every rank has to call.
+            path_initial_model_for_weight_conversion: Not built; must be None.
+            state_dict: The model's state dict, where it was gathered already.
+
+        Raises:
+            ValueError: `save_directory` is a file, or an adapter's name is unknown or leads out of the folder.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization: only safetensors are written, so it must be True")
+        if path_initial_model_for_weight_conversion is not None:
+            raise NotImplementedError("path_initial_model_for_weight_conversion is not built")
+        if os.path.isfile(save_directory):
+            raise ValueError(f"save_directory: expected a folder, got a file: {os.fspath(save_directory)}")
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"selected_adapters: no adapter {unknown[0]!r}; there are {sorted(self.peft_config)}")
+        if state_dict is None:
+            state_dict = self.state_dict()
+        for name in names:
+            folder = _adapter_folder(save_directory, name)
+            tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
+            if is_main_process:
+                write_adapter(folder, self._config_to_save(name), tensors)
+        if is_main_process:
+            self.create_or_update_model_card(save_directory)
+
+    def _config_to_save(self, adapter_name: str) -> dict[str, Any]:
+        """The content of adapter_config.json."""
+        config = self.peft_config[adapter_name]
+        base = self.get_base_model()
+        content = config.to_json_dict() | {"inference_mode": True}
+        if content["base_model_name_or_path"] is None:
+            content["base_model_name_or_path"] = base.__dict__.get("name_or_path") or None
+        if config.task_type is None:
+            content["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        return content
+
+    def create_or_update_model_card(self, output_dir: PathLike) -> None:
+        """Write README.md in `output_dir`, or bring the one there up to date (see `peftkern.utils.model_card`)."""
+        from peftkern import __version__
+
+        base = self.get_base_model()
+        name = getattr(base, "name_or_path", None)
+        tags = list(getattr(base, "model_tags", None) or ())
+        tags += ["lora"] if self.peft_type == PeftType.LORA else []
+        tags += ["transformers"] if any(c.__module__.startswith("transformers.") for c in type(base).__mro__) else []
+        tags += [f"base_model:adapter:{name}"] if name else []
+        update_model_card(
+            output_dir, base_model=name or None, tags=tags, pipeline_tag=self._pipeline_tag, version=__version__
+        )
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Save the adapters to a temporary folder and upload it; `kwargs` as for `peftkern.utils.hub.upload_folder`."""
+        import tempfile
+
+        from peftkern.utils.hub import upload_folder
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload_folder(folder, repo_id, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Put a saved adapter on `model`, which is changed in place; if anything is wrong, it is left as it was.
+
+        Args:
+            model: The base model.
+            model_id: The adapter's folder, or its repository on the Hub.
+            adapter_name: The name that the adapter gets here.
+            is_trainable: Train it further; otherwise it is frozen and the model put in evaluation mode.
+            config: Use this configuration rather than the saved one.
+            autocast_adapter_dtype: As for the class.
+            ephemeral_gpu_offload: Not built; must be False.
+            low_cpu_mem_usage: Do not initialize what is about to be loaded.
+            key_mapping: As for `load_peft_weights`.
+            kwargs: As for `load_adapter`.
+
+        Returns:
+            The class that the configuration's `task_type` names, or `cls`.
+
+        Raises:
+            AdapterFileError: (a ValueError) A file is missing or damaged, or does not fit `model`.
+
+        Warns:
+            UserWarning: NaN or Inf, unknown names, or layers without tensors in the file; each by name.
+        """
+        from peftkern.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING  # the task classes inherit from this one
+
+        hub, _, options = PeftConfig._split_kwargs(kwargs)
+        if config is None:
+            config = load_config(model_id, **hub)
+        elif not isinstance(config, PeftConfig):
+            raise TypeError(f"config: expected a PeftConfig, got {type(config).__name__}")
+        config.inference_mode = not is_trainable
+        if key_mapping is None:
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        tensors, options = _read_adapter(model_id, config, key_mapping, ephemeral_gpu_offload, hub, options)
+        wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)
+        with restored_on_error(model):
+            made = wrapper(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            result = made._load_tensors(tensors, adapter_name, model_id, hub, options, low_cpu_mem_usage)
+        if result.missing_keys:
+            message = f"Found missing adapter keys while loading the checkpoint: {result.missing_keys}."
+            warnings.warn(message, stacklevel=2)
+        if not is_trainable:
+            made.eval()
+        return made
+
+    def load_adapter(
+        self,
+        model_id: PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | torch.device | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> _IncompatibleKeys:
+        """Load a saved adapter beside the others, or, if `adapter_name` is here already, its values into that one.
+
+        A new adapter does not become active. If anything is wrong, the model is left as it was.
+
+        Args:
+            model_id, is_trainable, autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping: As
+                for `from_pretrained`.
+            adapter_name: The adapter's name here.
+            torch_device: Where the file is read to before it is copied into the model.
+            kwargs: For the Hub: `subfolder`, `revision`, `token`, `cache_dir` and the like; `ignore_mismatched_sizes`.
+
+        Returns:
+            `missing_keys`, the adapter's names that the file lacks (whole layers only), and `unexpected_keys`.
+
+        Raises:
+            AdapterFileError: (a ValueError) A file is missing or damaged, or does not fit the model.
+        """
+        hub, _, options = PeftConfig._split_kwargs(kwargs)
+        options["torch_device"] = torch_device
+        known = adapter_name in self.peft_config
+        config = self.peft_config[adapter_name] if known else load_config(model_id, **hub)
+        tensors, options = _read_adapter(model_id, config, key_mapping, ephemeral_gpu_offload, hub, options)
+        with restored_on_error(self):
+            if not known:
+                config.inference_mode = not is_trainable
+                self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+                if is_trainable:
+                    self.set_requires_grad(adapter_name)
+            empty = low_cpu_mem_usage and not known
+            result = self._load_tensors(tensors, adapter_name, model_id, hub, options, empty)
+            self.base_model._cast_adapter_dtype(
+                adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
+            )
+        if not is_trainable:
+            self.eval()
+        return result
+
+    def _load_tensors(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        adapter_name: str,
+        model_id: PathLike,
+        hub: dict[str, Any],
+        options: dict[str, Any],
+        low_cpu_mem_usage: bool,
+    ) -> _IncompatibleKeys:
+        """Load the tensors of a file; warn of names that the model has no place for."""
+        file = weights_file(model_id, **hub)
+        result = set_peft_model_state_dict(
+            self, tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, source=file, **options
+        )
+        if result.unexpected_keys:
+            warnings.warn(f"{file}: unknown names, not loaded: {shorten(result.unexpected_keys)}.", stacklevel=3)
+        return result
+
+
+def _is_checkpointed(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on; as in PEFT, a model that does not say may switch it on later."""
+    name = "is_activation_checkpointing"  # transformers' name since 5.20; reading the older one there warns
+    return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", True))
+
+
+def _check_adapter_name(adapter_name: str, config: PeftConfig) -> None:
+    """Refuse names that cannot be part of a parameter's name; warn of one that PEFT may confuse with the method's."""
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name: expected a string without dots, got {adapter_name!r}")
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
+    if prefix and adapter_name in prefix:
+        warnings.warn(
+            f"Adapter name {adapter_name!r} is contained in the prefix {prefix!r} of its parameters' names: PEFT may "
+            "take one for the other when it loads this adapter.",
+            stacklevel=4,
+        )
+
+
+def _adapter_folder(save_directory: PathLike, adapter_name: str) -> str:
+    """Where an adapter is saved; never outside of `save_directory`."""
+    if adapter_name == "default":
+        return os.fspath(save_directory)
+    folder = os.path.join(save_directory, adapter_name)
+    root = os.path.abspath(save_directory)
+    if os.path.commonpath([root, os.path.abspath(folder)]) != root:
+        raise ValueError(f"adapter name {adapter_name!r}: would be saved outside of {root}")
+    return folder
+
+
+def _read_adapter(
+    model_id: PathLike,
+    config: PeftConfig,
+    key_mapping: Mapping[str, str] | None,
+    ephemeral_gpu_offload: bool,
+    hub: dict[str, Any],
+    options: dict[str, Any],
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read and check the weight file; return it and the options for `set_peft_model_state_dict`."""
+    if ephemeral_gpu_offload:
+        raise NotImplementedError("ephemeral_gpu_offload is not built")
+    device = options.pop("torch_device", None)
+    unknown = sorted(set(options) - {"ignore_mismatched_sizes"})
+    if unknown:
+        raise TypeError(f"unknown arguments: {', '.join(unknown)}")
+    tensors = load_peft_weights(model_id, device=device, key_mapping=key_mapping, **hub)
+    if config.peft_type == PeftType.LORA:
+        check_lora_tensors(weights_file(model_id, **hub), tensors, config)
+    return tensors, options

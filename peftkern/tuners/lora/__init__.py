@@ -1,0 +1,36 @@
+"""LoRA: configuration, layers and model."""
+
+from peftkern.tuners.lora.config import LoraConfig
+from peftkern.tuners.lora.embedding import Embedding
+from peftkern.tuners.lora.layer import Linear, LoraLayer
+from peftkern.tuners.lora.model import LoraModel
+from peftkern.tuners.lora.variant_configs import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
+
+__all__ = [
+    "ArrowConfig",
+    "BdLoraConfig",
+    "CordaConfig",
+    "Embedding",
+    "EvaConfig",
+    "KasaConfig",
+    "Linear",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraGAConfig",
+    "LoraLayer",
+    "LoraModel",
+    "LoraRuntimeConfig",
+    "MontecloraConfig",
+    "VeloraConfig",
+]

@@ -1,0 +1,234 @@
+"""`LoraConfig`: PEFT 0.21.2's fields, names and defaults; what is not built is refused by name, never ignored."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from peftkern.config import PeftConfig, _expect
+from peftkern.tuners.lora.variant_configs import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
+from peftkern.utils.peft_types import PeftType
+
+# Initializations that PEFT knows and peftkern has not built; `pissa_niter_<n>` is one more.
+_UNBUILT_INITS = ("eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
+# Fields whose empty value means the same as their default.
+_OFF_WHEN_EMPTY = ("loftq_config", "alora_invocation_tokens", "layer_replication", "target_parameters")
+# Fields that must keep their default until what they ask for is built.
+_UNBUILT: dict[str, Any] = {
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "trainable_token_indices": None,
+    "loftq_config": {},
+    "eva_config": None,
+    "corda_config": None,
+    "lora_ga_config": None,
+    "use_dora": False,
+    "velora_config": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "qalora_group_size": 16,
+    "monteclora_config": None,
+    "layer_replication": None,
+    "runtime_config": LoraRuntimeConfig(),
+    "target_parameters": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "ensure_weight_tying": False,
+}
+
+
+@dataclass
+class LoraConfig(PeftConfig):
+    """Low-rank adaptation: `y = x W^T + bias + (lora_alpha / r) * dropout(x) A^T B^T`, with W frozen.
+
+    Args:
+        r: Rank of the adapters, at least 1.
+        target_modules: Which modules to adapt: names or dotted suffixes of names; or a regular expression that a whole
+            name must match; or "all-linear": every linear layer but the output head. None: the architecture's default.
+        exclude_modules: Names, suffixes or a regular expression of modules to leave alone.
+        lora_alpha: Numerator of the scaling.
+        lora_dropout: Probability, in [0, 1), that an element of the adapter's input is dropped in training.
+        fan_in_fan_out: Whether weights are stored [in_features, out_features], as transformers' Conv1D does. Set by
+            the kind of layer when it is plain from it.
+        bias: Which biases of the base model train: "none", "all", or "lora_only" (those of adapted layers).
+        use_rslora: Scale by `lora_alpha / sqrt(r)` (arXiv:2312.03732).
+        modules_to_save: Suffixes of names of modules to train and save whole.
+        init_lora_weights: True: A as `nn.Linear` starts, B zero. "gaussian": A normal with deviation 1 / r, B zero.
+            False: both random, so that the adapter changes the output from the start.
+        layers_to_transform: Indices of the layers to adapt, for `target_modules` as a list.
+        layers_pattern: Name of the list of layers (such as "layers" or "h") that those indices count.
+        rank_pattern: Name, suffix or regular expression of modules -> their rank.
+        alpha_pattern: The same for `lora_alpha`.
+        lora_bias: Give `lora_B` a trained bias.
+        megatron_config, megatron_core, trainable_token_indices, loftq_config, eva_config, corda_config, lora_ga_config,
+        use_dora, velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config,
+        layer_replication, runtime_config, target_parameters, use_bdlora, arrow_config, kasa_config,
+        ensure_weight_tying: PEFT's, not built; anything but the default raises NotImplementedError.
+
+    Raises:
+        ValueError, TypeError: A value that is not allowed, by field.
+        NotImplementedError: A field or initialization that is not built.
+    """
+
+    r: int = 8
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    lora_alpha: int | float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    megatron_config: dict | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: LoftQConfig | dict = field(default_factory=dict)
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
+    use_dora: bool = False
+    velora_config: VeloraConfig | dict | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: MontecloraConfig | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: BdLoraConfig | None = None
+    arrow_config: ArrowConfig | None = None
+    kasa_config: KasaConfig | None = None
+    ensure_weight_tying: bool = False
+
+    method: ClassVar[PeftType | None] = PeftType.LORA
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                _expect_names(name, getattr(self, name))
+                setattr(self, name, set(getattr(self, name)))
+        # Older files hold null where newer ones hold an empty dict.
+        for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
+            if getattr(self, name) is None:
+                setattr(self, name, {})
+        super().__post_init__()
+
+    def check(self) -> None:
+        super().check()
+        for name, default in _UNBUILT.items():
+            value = getattr(self, name)
+            if value != default and not (name in _OFF_WHEN_EMPTY and not value):
+                raise NotImplementedError(
+                    f"LoraConfig.{name}={value!r} is not built in peftkern; leave it at its default, {default!r}"
+                )
+        self._check_numbers()
+        self._check_names()
+        for name in ("fan_in_fan_out", "use_rslora", "lora_bias"):
+            _expect(name, getattr(self, name), (bool,), "True or False")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
+        _check_init(self.init_lora_weights)
+        if self.lora_bias and self.init_lora_weights not in (True, False):
+            raise ValueError(f"lora_bias=True needs init_lora_weights True or False, got {self.init_lora_weights!r}")
+
+    def _check_numbers(self) -> None:
+        _check_rank("r", self.r)
+        _check_alpha("lora_alpha", self.lora_alpha)
+        _expect("lora_dropout", self.lora_dropout, (int, float), "a number in [0, 1)")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+            patterns = getattr(self, name)
+            _expect(name, patterns, (dict,), "a dict of name patterns to numbers")
+            for pattern, value in patterns.items():
+                _expect(f"a key of {name}", pattern, (str,), "a str")
+                _check_regex(f"the key {pattern!r} of {name}", f"({pattern})")
+                check(f"{name}[{pattern!r}]", value)
+
+    def _check_names(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, str) and name != "modules_to_save":
+                _check_regex(name, value)
+                continue
+            _expect_names(name, value)
+        indices = self.layers_to_transform
+        if indices is not None:
+            _expect("layers_to_transform", indices, (int, list, tuple), "an int, a list of ints, or None")
+            for index in indices if isinstance(indices, (list, tuple)) else [indices]:
+                _expect("an index of layers_to_transform", index, (int,), "an int")
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} goes with target_modules as a list of names, got target_modules="
+                        f"{self.target_modules!r}"
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, got None")
+
+    def _register_custom_module(self, mapping: dict[type[nn.Module], type[nn.Module]]) -> None:
+        """PEFT's private hook for layer classes of one's own: not built."""
+        raise NotImplementedError(f"LoraConfig._register_custom_module is not built in peftkern, got {mapping!r}")
+
+
+def _expect_names(name: str, value: Any) -> None:
+    """Raises unless `value` is a list, tuple or set of non-empty strings."""
+    _expect(name, value, (list, tuple, set, frozenset), "a list of str, or None")
+    for item in value:
+        _expect(f"an entry of {name}", item, (str,), "a str")
+        if not item:
+            raise ValueError(f"{name} must not hold an empty name, got {value!r}")
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}") from error
+
+
+def _check_rank(name: str, value: Any) -> None:
+    _expect(name, value, (int,), "an int of at least 1")
+    if value < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+
+
+def _check_alpha(name: str, value: Any) -> None:
+    _expect(name, value, (int, float), "a finite number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
+def _check_init(value: Any) -> None:
+    _expect("init_lora_weights", value, (bool, str), "True, False or 'gaussian'")
+    if isinstance(value, str) and value.lower() != "gaussian":
+        if value.lower() in _UNBUILT_INITS or value.lower().startswith("pissa_niter_"):
+            raise NotImplementedError(
+                f"LoraConfig.init_lora_weights={value!r} is not built in peftkern; True, False and 'gaussian' are"
+            )
+        raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {value!r}")

@@ -1,0 +1,377 @@
+"""LoRA's layers: what wraps one layer of the base model and adds named low-rank adapters to it.
+
+`y = base(x) + sum over active adapters of scaling * dropout(x) A^T B^T` (Hu et al. 2021, arXiv:2106.09685). Attribute
+and parameter names are PEFT 0.21.2's, so state dicts are the same. Forward is one call of `peftkern.ops`; where the
+base layer does more than a linear layer does (hooks, a parametrization, a forward of its own), it is called as it is
+and the adapter is added by plain PyTorch. `explain_row` says which of the two, and why.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftkern.backend import current_backend
+from peftkern.ops import lora_linear
+from peftkern.ops.lora_linear import plan_for
+from peftkern.ops.plan import Plan
+from peftkern.tuners.lora.config import LoraConfig
+from peftkern.tuners.lora.fusing import ExplainRow, plain_weight, why_called_as_is
+from peftkern.tuners.lora.merging import delta_weight, merge_adapters, unmerge_adapters
+from peftkern.tuners.targets import conv1d_class
+from peftkern.tuners.tuner_layer import BaseTunerLayer
+
+
+class LoraLayer(BaseTunerLayer):
+    """What LoRA's layers share: named adapters with a rank, a scaling and a dropout each.
+
+    Args:
+        base_layer: The layer to wrap.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_bias")
+
+    in_features: int
+    out_features: int
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
+        self.base_layer = base_layer
+        self.in_features = in_features
+        self.out_features = out_features
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, int | float] = {}
+        self.scaling: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int | float, config: LoraConfig, **_: Any) -> None:
+        """Adds an adapter, or makes an existing one anew.
+
+        Args:
+            adapter_name: Its name: not empty, without a dot.
+            r: Its rank (the configuration's, or that of a pattern).
+            lora_alpha: Likewise.
+            config: The rest: dropout, bias, scaling rule, initialization, inference mode.
+
+        Raises:
+            ValueError: A rank below 1, a name that cannot be part of a state-dict key, or a merged adapter's name.
+        """
+        if not isinstance(r, int) or r < 1:
+            raise ValueError(f"r must be an int of at least 1, got {r!r}")
+        check_adapter_name(adapter_name)
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before making it anew")
+        self._check_adapter(config)
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.lora_bias[adapter_name] = config.lora_bias
+        self.scaling[adapter_name] = self._initial_scaling(adapter_name)
+        p = config.lora_dropout
+        self.lora_dropout[adapter_name] = nn.Dropout(p) if p > 0 else nn.Identity()
+        self._make_weights(adapter_name, r, config.lora_bias)
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _check_adapter(self, config: LoraConfig) -> None:
+        """Raises for a configuration that this kind of layer cannot follow."""
+
+    def _make_weights(self, adapter_name: str, r: int, lora_bias: bool) -> None:
+        """Makes the adapter's parameters, drawing from torch's generator exactly as PEFT does."""
+        raise NotImplementedError(type(self).__name__)
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """Gives the adapter its initial values: see `LoraConfig.init_lora_weights`."""
+        raise NotImplementedError(type(self).__name__)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What merging `adapter` adds to the base weight, in the weight's layout and the adapter's dtype."""
+        raise NotImplementedError(type(self).__name__)
+
+    def get_delta_bias(self, adapter: str) -> torch.Tensor | None:
+        """What merging `adapter` adds to the base bias: None without `lora_bias`."""
+        return None
+
+    def _initial_scaling(self, adapter: str) -> float:
+        r = self.r[adapter]
+        return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora[adapter] else r)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Sets the scaling of `adapter`, if it is here, to `scale` times its initial one."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._initial_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scaling of the active adapters by `scale`."""
+        for name in self._active_here():
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the scaling of the active adapters by `scale`; None gives them their initial one back."""
+        for name in self._active_here():
+            self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds adapters to the base weight, in place.
+
+        Args:
+            safe_merge: Check that the sums are finite before the weight is touched.
+            adapter_names: Which; None for the active ones.
+
+        Raises:
+            TypeError: The weight is no plain floating-point tensor.
+            ValueError: A sum is not finite (`safe_merge`), or there is no bias to merge a `lora_bias` into.
+        """
+        merge_adapters(self, safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """Subtracts every merged adapter from the base weight."""
+        if not self.merged:
+            warnings.warn("no adapter is merged: nothing to unmerge", stacklevel=2)
+            return
+        unmerge_adapters(self)
+
+    def _active_here(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.scaling]
+
+    def _why_not_fused(self, names: list[str]) -> str:
+        """Why forward with these adapters cannot be one operation, or ""."""
+        raise NotImplementedError(type(self).__name__)
+
+    def explain_row(self, name: str = "") -> ExplainRow:
+        """How forward would run now."""
+        names = self._active_here()
+        if self.disable_adapters:
+            reason = "adapters are disabled: the base layer runs alone"
+        elif self.merged:
+            reason = f"{', '.join(self.merged_adapters)} merged: the base layer runs alone"
+        elif not names:
+            reason = "no active adapter here: the base layer runs alone"
+        else:
+            reason = self._why_not_fused(names)
+        base = self.get_base_layer()
+        return ExplainRow(
+            name,
+            type(base).__name__,
+            self.in_features,
+            self.out_features,
+            sum(self.r[n] for n in names),
+            getattr(getattr(base, "weight", None), "dtype", None),
+            not reason,
+            reason,
+        )
+
+    def __repr__(self) -> str:
+        return "lora." + super().__repr__()
+
+
+def check_adapter_name(name: str) -> None:
+    """Raises ValueError for a name that cannot be a level of a state-dict key or an entry of a ModuleDict."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            f"adapter_name must be a non-empty str without a dot, and no name of a ModuleDict's method, got {name!r}"
+        )
+
+
+class Linear(LoraLayer, nn.Module):
+    """LoRA on a linear layer: `nn.Linear`, or transformers' Conv1D, whose weight is stored transposed.
+
+    Args:
+        base_layer: The layer to wrap: any that has `in_features`, `out_features` and `forward(x)`; fused if it is one
+            of the two above.
+        adapter_name: Name of the first adapter, which becomes active.
+        config: Its configuration.
+        r: Its rank; 0 for the configuration's.
+        lora_alpha: None for the configuration's.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int = 0,
+        lora_alpha: int | float | None = None,
+        **_: Any,
+    ) -> None:
+        nn.Module.__init__(self)
+        conv1d = conv1d_class(base_layer)
+        # PEFT's two names for the same thing: the weight is stored [in_features, out_features].
+        self.is_target_conv_1d_layer = self.fan_in_fan_out = conv1d is not None
+        # A base layer whose class computes anything else is called as it is.
+        self._plain_forward = nn.Linear.forward if conv1d is None else conv1d.forward
+        in_features, out_features = linear_sizes(base_layer)
+        LoraLayer.__init__(self, base_layer, in_features, out_features)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r or config.r, config.lora_alpha if lora_alpha is None else lora_alpha, config)
+
+    def _check_adapter(self, config: LoraConfig) -> None:
+        if config.lora_bias and getattr(self.get_base_layer(), "bias", None) is None:
+            kind = type(self.get_base_layer()).__name__
+            message = f"lora_bias=True on a {kind} without a bias: the adapter can be trained but not merged"
+            warnings.warn(message, stacklevel=2)
+
+    def _make_weights(self, adapter_name: str, r: int, lora_bias: bool) -> None:
+        self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
+        self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=lora_bias)
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        if init_lora_weights is False:
+            return
+        A: Any = self.lora_A[adapter_name]
+        B: Any = self.lora_B[adapter_name]
+        if init_lora_weights is True:
+            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+        elif isinstance(init_lora_weights, str) and init_lora_weights.lower() == "gaussian":
+            nn.init.normal_(A.weight, std=1 / self.r[adapter_name])
+        else:
+            raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")
+        nn.init.zeros_(B.weight)
+        if B.bias is not None:
+            nn.init.zeros_(B.bias)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        A: Any = self.lora_A[adapter]
+        B: Any = self.lora_B[adapter]
+        return delta_weight(A.weight, B.weight, self.scaling[adapter], self.fan_in_fan_out)
+
+    def get_delta_bias(self, adapter: str) -> torch.Tensor | None:
+        B: Any = self.lora_B[adapter]
+        return None if B.bias is None else B.bias * self.scaling[adapter]
+
+    def _why_not_fused(self, names: list[str]) -> str:
+        # Runs at every forward: dicts rather than attributes, which nn.Module looks up slowly.
+        held: dict[str, Any] = self._modules
+        base = held["base_layer"]
+        reason = why_called_as_is(base, self._plain_forward)
+        if reason:
+            return f"base layer: {reason}"
+        weight = plain_weight(base)
+        if weight is None:
+            return f"base layer: its weight is {_describe(base)}"
+        for name in names:
+            for module in (held["lora_A"]._modules[name], held["lora_B"]._modules[name]):
+                reason = why_called_as_is(module, nn.Linear.forward)
+                if reason:
+                    return f"adapter {name!r}: {reason}"
+                part = plain_weight(module)
+                if part is None:
+                    return f"adapter {name!r}: its weight is {_describe(module)}"
+                if part.dtype != weight.dtype and part.dtype != torch.float32:
+                    return f"adapter {name!r}: {part.dtype} beside a base weight of {weight.dtype}"
+            dropout = held["lora_dropout"]._modules[name]
+            if type(dropout) not in (nn.Dropout, nn.Identity):
+                return f"adapter {name!r}: its dropout is a {type(dropout).__name__}"
+            if dropout._forward_hooks or dropout._forward_pre_hooks:
+                return f"adapter {name!r}: its dropout has hooks"
+        return ""
+
+    def plan(self, tokens: int) -> Plan:
+        """The path that forward takes for `tokens` rows of x: "unfused", or that of `lora_linear`."""
+        row = self.explain_row()
+        if not row.fused:
+            return Plan("unfused", row.reason)
+        weight = self._weight_by_rows()
+        # One row seen `tokens` times: the plan looks at sizes, strides and dtype only.
+        x = weight.new_empty(1, 1, self.in_features).expand(tokens, 1, -1)
+        return plan_for(x, weight, row.r, current_backend())
+
+    def _weight_by_rows(self) -> torch.Tensor:
+        """The base weight as [out_features, in_features]."""
+        weight = plain_weight(self._modules["base_layer"])  # type: ignore[arg-type]
+        if weight is None:
+            raise ValueError("the base layer's weight is no plain tensor on a device")
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        _refuse_adapter_names(kwargs)
+        names = self._active_here()
+        if self.merged_adapters or not names:
+            return self.base_layer(x, *args, **kwargs)
+        if args or kwargs or self._why_not_fused(names):
+            return self._add_plain(self.base_layer(x, *args, **kwargs), x, names)
+        held: dict[str, Any] = self._modules
+        dropouts = [held["lora_dropout"]._modules[name] for name in names]
+        if len(names) > 1 and any(type(d) is nn.Dropout and d.training and d.p > 0 for d in dropouts):
+            # Each adapter drops elements of its own, so they share no shrink.
+            return self._add_plain(self._fused(x, names[:1], dropouts[0]), x, names[1:])
+        return self._fused(x, names, dropouts[0])
+
+    def _fused(self, x: torch.Tensor, names: list[str], dropout: nn.Module) -> torch.Tensor:
+        """The base and these adapters, which all see x through `dropout`, as one operation."""
+        held: dict[str, Any] = self._modules
+        As = [held["lora_A"]._modules[name].weight for name in names]
+        Bs = [held["lora_B"]._modules[name].weight for name in names]
+        bias = held["base_layer"].bias
+        for name in names:
+            if self.lora_bias[name]:
+                added = held["lora_B"]._modules[name].bias * self.scaling[name]
+                bias = added if bias is None else bias + added
+        if len(names) == 1:
+            A, B, scaling = As[0], Bs[0], self.scaling[names[0]]
+        else:
+            # Joined along the rank, the adapters are one; its scaling is in B.
+            A = torch.cat(As)
+            B = torch.cat([B * self.scaling[name] for name, B in zip(names, Bs, strict=True)], dim=1)
+            scaling = 1.0
+        p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+        return lora_linear(x, self._weight_by_rows(), A, B, scaling, bias, dropout_p=p, training=dropout.training)
+
+    def _add_plain(self, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
+        """`y` plus each adapter's part, by calling the modules; in y's dtype."""
+        total = y
+        for name in names:
+            A: Any = self.lora_A[name]
+            dropped = self.lora_dropout[name](x.to(A.weight.dtype))
+            total = total + self.lora_B[name](A(dropped)) * self.scaling[name]
+        return total.to(y.dtype)
+
+
+def linear_sizes(layer: nn.Module) -> tuple[int, int]:
+    """in_features and out_features of a linear layer or a Conv1D, or of a layer that says them.
+
+    Raises:
+        TypeError: The layer tells neither.
+    """
+    weight = getattr(layer, "weight", None)
+    if conv1d_class(layer) is not None and isinstance(weight, torch.Tensor):
+        return weight.shape[0], weight.shape[1]
+    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    if not all(isinstance(size, int) for size in sizes):
+        raise TypeError(f"LoRA needs a linear layer with in_features and out_features, got {type(layer).__name__}")
+    return sizes  # type: ignore[return-value]
+
+
+def _describe(module: nn.Module) -> str:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return "missing"
+    if weight.is_meta:
+        return "on the meta device"
+    # FSDP2 keeps a shard between calls and gathers it into a plain tensor for forward.
+    gathered = " (a plain tensor within forward, if FSDP2 gathers it)" if type(weight).__name__ == "DTensor" else ""
+    return f"a {type(weight).__name__}{gathered}"
+
+
+def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
+    """Raises for PEFT's per-row adapters, rather than letting every row take the active one."""
+    if kwargs.pop("adapter_names", None) is not None:
+        raise NotImplementedError("adapter_names (an adapter for each row of a batch) is not built in peftkern")

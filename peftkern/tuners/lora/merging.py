@@ -1,0 +1,116 @@
+"""Adding LoRA adapters to the base weight and taking them out again.
+
+`W <- W + scaling * B A`, and with `lora_bias` also `b <- b + scaling * b_B`. The sum is taken in the wider of the two
+dtypes and rounded once, into the weight's own storage, so that what is tied to the weight stays tied.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peftkern.tuners.tuner_layer import check_adapters_to_merge
+
+if TYPE_CHECKING:
+    from peftkern.tuners.lora.layer import LoraLayer
+
+
+def delta_weight(A: torch.Tensor, B: torch.Tensor, scaling: float, transposed: bool) -> torch.Tensor:
+    """`scaling * B A`, transposed if asked, in the adapters' dtype.
+
+    Sixteen-bit adapters are multiplied in float32 and the result is rounded once.
+
+    Args:
+        A: [R, K].
+        B: [N, R].
+        scaling: The adapter's scaling.
+        transposed: Whether the weight that this is added to is stored [K, N].
+    """
+    dtype = B.dtype
+    if dtype.itemsize < 4:
+        A, B = A.float(), B.float()
+    delta = B @ A
+    return ((delta.T if transposed else delta) * scaling).to(dtype)
+
+
+def check_mergeable(layer: LoraLayer, adapter_names: list[str]) -> None:
+    """Raises for a base layer whose weight cannot be changed in place, before anything is changed.
+
+    Raises:
+        TypeError: The weight is quantized, sharded, parametrized or otherwise no plain floating-point tensor.
+        ValueError: The weight is on the meta device, or there is no bias to merge a `lora_bias` into.
+    """
+    base = layer.get_base_layer()
+    weight: Any = getattr(base, "weight", None)
+    kind = type(base).__name__
+    if "parametrizations" in base._modules:
+        raise TypeError(f"cannot merge into a {kind} whose weight is parametrized: remove the parametrization first")
+    if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point():
+        found = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, torch.Tensor) else repr(weight)
+        raise TypeError(f"cannot merge into a {kind} whose weight is {found}: it must be a plain floating-point tensor")
+    if weight.device.type == "meta":
+        raise ValueError(f"cannot merge into a {kind} whose weight is on the meta device: load it on a device first")
+    for name in adapter_names:
+        if layer.lora_bias.get(name) and getattr(base, "bias", None) is None:
+            raise ValueError(f"cannot merge adapter {name!r} with lora_bias=True: the base layer has no bias")
+
+
+@torch.no_grad()
+def merge_adapters(layer: LoraLayer, safe_merge: bool, adapter_names: list[str] | None) -> None:
+    """Merges the adapters that `layer` has among `adapter_names` (default: the active ones).
+
+    With `safe_merge` all sums are computed and checked before the weight is touched.
+
+    Raises:
+        ValueError, TypeError: See `check_mergeable`; or, with `safe_merge`, a merged weight would not be finite.
+    """
+    available = layer._get_available_adapters()
+    names = [name for name in check_adapters_to_merge(layer, adapter_names) if name in available]
+    if not names:
+        return
+    check_mergeable(layer, names)
+    if safe_merge:
+        weight, bias = checked_merge(layer, names)
+        layer.weight.data.copy_(weight)
+        if bias is not None:
+            layer.get_base_layer().bias.data.copy_(bias)
+    else:
+        for name in names:
+            _add(layer, name, 1)
+    layer.merged_adapters.extend(names)
+
+
+@torch.no_grad()
+def unmerge_adapters(layer: LoraLayer) -> None:
+    """Subtracts what was merged, last first; adapters that were changed since leave the difference behind."""
+    while layer.merged_adapters:
+        _add(layer, layer.merged_adapters[-1], -1)
+        layer.merged_adapters.pop()
+
+
+@torch.no_grad()
+def checked_merge(layer: LoraLayer, names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight and bias with `names` merged, as new tensors.
+
+    Raises:
+        ValueError: One of them is not finite.
+    """
+    weight, bias = layer.weight, getattr(layer.get_base_layer(), "bias", None)
+    for name in names:
+        weight = (weight + layer.get_delta_weight(name)).to(weight.dtype)
+        bias_delta = layer.get_delta_bias(name)
+        if bias is not None and bias_delta is not None:
+            bias = (bias + bias_delta).to(bias.dtype)
+        for what, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise ValueError(f"merging adapter {name!r} would make the {what} not finite: nothing was merged here")
+    return weight, bias
+
+
+def _add(layer: LoraLayer, name: str, sign: int) -> None:
+    layer.weight.data.add_(layer.get_delta_weight(name), alpha=sign)
+    bias_delta = layer.get_delta_bias(name)
+    if bias_delta is not None:
+        layer.get_base_layer().bias.data.add_(bias_delta, alpha=sign)

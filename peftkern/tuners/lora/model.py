@@ -1,0 +1,82 @@
+"""`LoraModel`: LoRA adapters in a model."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from peftkern.tuners.lora.embedding import Embedding
+from peftkern.tuners.lora.layer import Linear, LoraLayer, check_adapter_name
+from peftkern.tuners.lora.merging import check_mergeable, checked_merge
+from peftkern.tuners.targets import check_mamba_target, get_pattern_key, is_conv1d
+from peftkern.tuners.tuner_layer import BaseTunerLayer
+from peftkern.tuners.tuners_utils import BaseTuner
+from peftkern.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+
+class LoraModel(BaseTuner):
+    """A model with LoRA adapters (Hu et al. 2021, arXiv:2106.09685) in its linear layers and embeddings.
+
+    Changes `model` in place: a `Linear` or `Embedding` of `peftkern.tuners.lora` is put around each targeted module.
+    The arguments and errors are those of `BaseTuner`; the configuration is a `LoraConfig`.
+
+    PEFT's `add_weighted_adapter`, `adapter_names` in forward and `subtract_mutated_init` are not built.
+    """
+
+    prefix: str = "lora_"
+    tuner_layer_cls = LoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def check_target(self, config: Any, key: str, target: nn.Module) -> None:
+        layer: Any = target
+        base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LoraLayer):
+            raise ValueError(f"target_modules names {key!r}, which another method adapted ({type(target).__name__})")
+        if not isinstance(base, (nn.Linear, nn.Embedding)) and not is_conv1d(base):
+            raise ValueError(
+                f"target_modules names {key!r}, a {type(base).__name__}: LoRA adapts nn.Linear, nn.Embedding and "
+                "transformers' Conv1D (name the linear layers inside it, or keep it out with exclude_modules)"
+            )
+        parent = self.model.get_submodule(key.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"target_modules names {key!r}, whose weight nn.MultiheadAttention reads without calling the layer: an "
+                "adapter there would do nothing (keep it out with exclude_modules)"
+            )
+        if isinstance(base, nn.Embedding) and config.lora_bias:
+            raise ValueError(f"lora_bias=True does not go with the embedding {key!r}: its adapter has no bias")
+        check_mamba_target(config, self.model, key.rpartition(".")[2])
+
+    def create_layer(self, config: Any, adapter_name: str, key: str, target: nn.Module) -> BaseTunerLayer:
+        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
+        lora_alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha)
+        if isinstance(target, LoraLayer):
+            target.update_layer(adapter_name, r, lora_alpha, config)
+            return target
+        if isinstance(target, nn.Embedding):
+            return Embedding(target, adapter_name, config, r=r, lora_alpha=lora_alpha)
+        if config.fan_in_fan_out != is_conv1d(target):
+            # The layer knows; the configuration is corrected so that its file says it.
+            warnings.warn(
+                f"fan_in_fan_out={config.fan_in_fan_out} does not fit a {type(target).__name__}: set to "
+                f"{not config.fan_in_fan_out}",
+                stacklevel=2,
+            )
+            config.fan_in_fan_out = not config.fan_in_fan_out
+        return Linear(target, adapter_name, config, r=r, lora_alpha=lora_alpha)
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        for name in self.peft_config:
+            check_adapter_name(name)
+
+    def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        for layer in self._layers():
+            wanted = layer.active_adapters if adapter_names is None else adapter_names
+            names = [name for name in wanted if name in layer.scaling and name not in layer.merged_adapters]
+            if names:
+                check_mergeable(layer, names)
+                if safe_merge:
+                    checked_merge(layer, names)

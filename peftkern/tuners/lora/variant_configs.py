@@ -1,0 +1,108 @@
+"""The nested configurations of LoRA's variants: PEFT's names and defaults, so that user code and files parse.
+
+None of the variants is built: `LoraConfig` refuses them by name. The classes exist because PEFT's users import them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Choices that hold for a run and are never saved."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoftQConfig:
+    """LoftQ: adapters that start as the quantization error of the base weight (arXiv:2310.08659)."""
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
+
+
+@dataclass
+class EvaConfig:
+    """EVA: adapters that start from the singular vectors of the activations (arXiv:2410.07170)."""
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+
+@dataclass
+class CordaConfig:
+    """CorDA: adapters that start from a context-oriented decomposition of the base weight (arXiv:2406.05223)."""
+
+    cache_file: str | None = None
+    covariance_file: str | None = None
+    corda_method: Literal["ipm", "kpm"] = "ipm"
+    verbose: bool = False
+    use_float16_for_covariance: bool = False
+    prune_temporary_fields: bool = True
+
+
+@dataclass
+class LoraGAConfig:
+    """LoRA-GA: adapters that start along the full gradient (arXiv:2407.05000)."""
+
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    stable_gamma: int = 16
+
+
+@dataclass
+class VeloraConfig:
+    """VeLoRA: activations compressed for the backward pass (arXiv:2405.17991)."""
+
+    num_groups: int = 64
+    scale: float = 1.0
+    init_type: Literal["batch_average", "batch_average_once", "random"] = "batch_average"
+
+
+@dataclass
+class MontecloraConfig:
+    """Monte Carlo sampling of adapter weights."""
+
+    num_samples: int = 8
+    use_entropy: bool = False
+    dirichlet_prior: float = 0.1
+    sample_scaler: float = 1e-4
+    kl_loss_weight: float = 1e-5
+    buffer_size: int = 150
+
+
+@dataclass
+class BdLoraConfig:
+    """BD-LoRA: block-diagonal factors, for serving across devices."""
+
+    target_modules_bd_a: list[str] | None = None
+    target_modules_bd_b: list[str] | None = None
+    nblocks: int = 1
+    match_strict: bool = True
+
+
+@dataclass
+class ArrowConfig:
+    """Arrow: each token routed to some of several adapters (arXiv:2405.11157)."""
+
+    top_k: int = 3
+    router_temperature: float = 1.0
+    use_gks: bool = False
+    task_adapter_names: list[str] | None = field(default=None, init=False)
+    gks_adapter_names: list[str] | None = field(default=None, init=False)
+    rng_seed: int | None = None
+
+
+@dataclass
+class KasaConfig:
+    """KaSA: a trained diagonal between the two factors, on a truncated base weight (arXiv:2412.06071)."""
+
+    beta: float = 1e-4
+    gamma: float = 1e-3

@@ -1,0 +1,300 @@
+"""Which modules of a model a configuration names: matching, and what to say when nothing matched.
+
+Works on names and on a few attributes, so it serves every method that adapts modules. Rules as in PEFT 0.21.2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftkern.tuners.tuner_layer import BaseTunerLayer
+from peftkern.utils.constants import (
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    MAMBA_MODEL_TYPES,
+    MAMBA_UNCALLED_MODULES,
+    MIN_TARGET_MODULES_FOR_OPTIMIZATION,
+    SEQ_CLS_HEAD_NAMES,
+)
+from peftkern.utils.other import AuxiliaryTrainingWrapper
+from peftkern.utils.peft_types import TaskType
+
+
+def conv1d_class(module: nn.Module) -> type[nn.Module] | None:
+    """transformers' Conv1D if `module` is one, else None: a linear layer with its weight stored transposed.
+
+    Known by its name, so that transformers need not be imported.
+    """
+    classes = type(module).__mro__
+    return next((c for c in classes if c.__name__ == "Conv1D" and c.__module__.startswith("transformers.")), None)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D."""
+    return conv1d_class(module) is not None
+
+
+def ends_with_name(key: str, names: Iterable[str]) -> bool:
+    """Whether the dotted name `key`, or a tail of it that starts after a dot, is one of `names`."""
+    if not isinstance(names, (set, frozenset, dict)):
+        names = set(names)
+    while key not in names:
+        _, dot, key = key.partition(".")
+        if not dot:
+            return False
+    return True
+
+
+def get_pattern_key(patterns: Iterable[str], key: str) -> str:
+    """The first of `patterns` that matches `key` or a tail of it after a dot (as a regular expression), else `key`."""
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", key)), key)
+
+
+def is_excluded(config: Any, key: str) -> bool:
+    """Whether `config` keeps the module named `key` from being adapted: excluded by name, or saved whole."""
+    excluded = getattr(config, "exclude_modules", None)
+    if isinstance(excluded, str) and re.fullmatch(excluded, key):
+        return True
+    if excluded and not isinstance(excluded, str) and ends_with_name(key, excluded):
+        return True
+    # An adapter inside a module that is trained whole would train the same thing twice.
+    whole = getattr(config, "modules_to_save", None) or ()
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", key) for name in whole)
+
+
+def check_target_module_exists(config: Any, key: str) -> bool:
+    """Whether `config` targets the module named `key`.
+
+    Args:
+        config: Has `target_modules` (a str: a regular expression for the whole name; otherwise names and dotted tails),
+            and may have `exclude_modules`, `modules_to_save`, `layers_to_transform`, `layers_pattern`.
+        key: The module's dotted name in the model.
+    """
+    targets = config.target_modules
+    if targets is None or is_excluded(config, key):
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, key) is not None
+    if key in targets:
+        # A full name says which layer is meant: the layer indices do not filter it.
+        return True
+    return ends_with_name(key, targets) and _layer_is_chosen(config, key)
+
+
+def _layer_is_chosen(config: Any, key: str) -> bool:
+    """Whether the layer index in `key` is among `config.layers_to_transform`; True when no layers were chosen."""
+    chosen = getattr(config, "layers_to_transform", None)
+    if chosen is None or (not isinstance(chosen, int) and len(chosen) == 0):
+        return True
+    lists = getattr(config, "layers_pattern", None)
+    # The first numbered level is the layer; a later one may be an expert's number.
+    regexes = [r".*?\.[^.]*\.(\d+)\."]
+    if lists:
+        regexes = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in ([lists] if isinstance(lists, str) else lists)]
+    match = next(filter(None, (re.match(regex, key) for regex in regexes)), None)
+    if match:
+        index = int(match.group(1))
+        return index == chosen if isinstance(chosen, int) else index in chosen
+    return False
+
+
+def match_targets(
+    model: nn.Module,
+    config: Any,
+    defaults: Mapping[str, list[str] | str],
+    prefix: str,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> list[str]:
+    """Names of the modules of `model` to adapt, in the model's order.
+
+    `config.target_modules` is made explicit, as it is to be saved: the architecture's default, the names that
+    "all-linear" stands for, and few suffixes in place of many names.
+
+    Args:
+        model: The base model, adapted or not.
+        config: See `check_target_module_exists`.
+        defaults: `model_type` -> default `target_modules`.
+        prefix: What the method's parameter names start with, such as "lora_".
+        state_dict: If given, the modules that its keys name are taken, with a warning where the config says otherwise.
+
+    Raises:
+        ValueError: None matched, or no default is known.
+    """
+    layers = {k: m for k, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
+    inside = set(layers)
+    names = [k for k, _ in model.named_modules() if k and not lies_under(k, inside)]
+    if config.target_modules is None:
+        config.target_modules = _default_targets(model, defaults)
+    if is_all_linear(config.target_modules):
+        linear = {k for k, m in layers.items() if isinstance(m, BaseTunerLayer) and "Linear" in type(m).__name__}
+        config.target_modules = all_linear_names(model, config.task_type, inside, linear)
+    targets = config.target_modules
+    if not isinstance(targets, str) and len(targets) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
+        short = shortest_suffixes(set(targets), [k for k in names if not ends_with_name(k, targets)])
+        if len(short) < len(targets):
+            config.target_modules = short
+
+    matched = [key for key in names if check_target_module_exists(config, key)]
+    if state_dict is not None:
+        # torch.compile puts "_orig_mod." in front.
+        adapted = {k.removeprefix("_orig_mod.").rsplit("." + prefix, 1)[0] for k in state_dict}
+        chosen = [key for key in names if key.removeprefix("_orig_mod.") in adapted]
+        more, less = sorted(set(chosen) - set(matched)), sorted(set(matched) - set(chosen))
+        if more or less:
+            message = f"state_dict adapts other modules than target_modules does: {more} more, {less} not"
+            warnings.warn(message, stacklevel=4)
+        matched = chosen
+    if not matched:
+        unlimited = dataclasses.replace(config, exclude_modules=None, modules_to_save=None)
+        excluded = [k for k in names if is_excluded(config, k) and check_target_module_exists(unlimited, k)]
+        raise ValueError(no_match_message(config, names, excluded))
+    _warn_of_unused_patterns(config, matched, names)
+    return matched
+
+
+def _default_targets(model: nn.Module, defaults: Mapping[str, list[str] | str]) -> set[str] | str:
+    """The architecture's default `target_modules`."""
+    config = getattr(model, "config", None)
+    model_type = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    default = defaults.get(model_type) if isinstance(model_type, str) else None
+    if default is None:
+        of = "a model without a model_type" if model_type is None else f"model_type {model_type!r}"
+        raise ValueError(f"target_modules must be given: no default is known for {of}")
+    return default if isinstance(default, str) else set(default)
+
+
+def _warn_of_unused_patterns(config: Any, matched: list[str], names: list[str]) -> None:
+    """Warns of what the configuration names and nothing answers to."""
+    if getattr(config, "exclude_modules", None) and not any(is_excluded(config, key) for key in names):
+        warnings.warn(f"exclude_modules={config.exclude_modules!r} matched no module", stacklevel=5)
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field, None) or {}
+        used = {get_pattern_key(patterns, key) for key in matched}
+        unused = [p for p in patterns if p not in used]
+        if unused:
+            warnings.warn(f"{field}: {unused} decided nothing for any targeted module", stacklevel=5)
+
+
+def warn_of_tied_targets(model: nn.Module, config: Any, keys: Iterable[str]) -> None:
+    """Warns where an adapter, or a copy that is trained whole, goes on a weight that another module uses too."""
+    whole = getattr(config, "modules_to_save", None) or []
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    targeted = set(keys)
+    for modules in users.values():
+        if len(modules) > 1 and any(m in targeted or any(m.endswith(w) for w in whole) for m in modules):
+            warnings.warn(
+                f"the adapter targets a weight that is tied between {' and '.join(modules)}: a module gets an adapter "
+                "only if it is targeted itself, and merging changes the weight for all of them",
+                stacklevel=4,
+            )
+
+
+def output_head_names(model: nn.Module, task_type: str | None) -> set[str]:
+    """Names of the layers that turn features into logits, which "all-linear" leaves out.
+
+    A transformers model says which layer that is; for a classifier without output embeddings, the head goes by the
+    names that transformers gives it. Other models have no such convention, so nothing is left out.
+    """
+    heads: list[Any] = []
+    transformer: Any = model
+    if hasattr(transformer, "get_output_embeddings"):
+        heads = [transformer.get_output_embeddings()]
+        if heads[0] is None and task_type == TaskType.SEQ_CLS:
+            found = (getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES)
+            heads = [next((head for head in found if head is not None), None)]
+    return {name for name, module in model.named_modules() if any(module is head for head in heads)}
+
+
+def all_linear_names(model: nn.Module, task_type: str | None, inside: set[str], linear_like: set[str]) -> set[str]:
+    """What the shorthand "all-linear" stands for in `model`.
+
+    Args:
+        model: The model.
+        task_type: The configuration's task, which tells a classification head.
+        inside: Names of adapted layers and wrappers; what lies in them is never meant.
+        linear_like: Those of them that stand in the place of a linear layer.
+    """
+    names = {
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and not lies_under(name, inside)
+    }
+    return (names | linear_like) - output_head_names(model, task_type)
+
+
+def lies_under(key: str, names: set[str]) -> bool:
+    """Whether `key` is the name of something strictly inside a module whose name is in `names`."""
+    parent = key.rpartition(".")[0]
+    while parent:
+        if parent in names:
+            return True
+        parent = parent.rpartition(".")[0]
+    return False
+
+
+def is_all_linear(targets: Any) -> bool:
+    """Whether `targets` is the shorthand "all-linear", in any case."""
+    return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
+def shortest_suffixes(targets: set[str], others: Iterable[str]) -> set[str]:
+    """A small set of dotted tails that ends every name of `targets` and none of `others`.
+
+    A saved configuration then holds `{"q_proj", "v_proj"}` rather than hundreds of full names.
+
+    Args:
+        targets: Names or dotted tails of names.
+        others: Full names that must not match.
+    """
+
+    def tails(name: str) -> list[str]:
+        parts = name.split(".")
+        return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+
+    taken = {tail for name in others for tail in tails(name)}
+    chosen: set[str] = set()
+    for name in sorted(targets, key=tails):
+        if not ends_with_name(name, chosen):
+            chosen.add(next((tail for tail in tails(name) if tail not in taken), name))
+    return chosen
+
+
+def check_mamba_target(config: Any, model: nn.Module, target_name: str) -> None:
+    """Raises ValueError for a layer that a Mamba model's kernel reads without calling it: adapting it does nothing."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in MAMBA_MODEL_TYPES and target_name in MAMBA_UNCALLED_MODULES:
+        raise ValueError(
+            f"target_modules must not name {target_name!r} in a model of type {model_type!r}: its kernel uses the "
+            f"weight without calling the layer, so an adapter there would do nothing (got {config.target_modules!r})"
+        )
+
+
+def no_match_message(config: Any, names: Iterable[str], excluded: list[str]) -> str:
+    """What to say when `config` matched no module: what was asked for, what was excluded, and names that are near."""
+    targets = config.target_modules
+    shown = targets if isinstance(targets, str) or targets is None else sorted(targets)
+    message = f"target_modules={shown!r} matched no module of the base model that can be adapted"
+    for name in ("layers_to_transform", "layers_pattern"):
+        if getattr(config, name, None) is not None:
+            message += f", with {name}={getattr(config, name)!r}"
+    if excluded:
+        some = ", ".join(excluded[:3]) + (", ..." if len(excluded) > 3 else "")
+        message += f"; exclude_modules and modules_to_save left out {len(excluded)} that matched ({some})"
+        return message
+    if not targets:
+        return message + ": name at least one module"
+    tails = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()} - {""})
+    asked = [targets] if isinstance(targets, str) else sorted(targets)
+    near = [n for a in asked for n in difflib.get_close_matches(re.split(r"\\?\.", a)[-1], tails, n=3)]
+    if near:
+        return message + f". Near names: {', '.join(dict.fromkeys(near))}"
+    return message + f". Names in the model end in: {', '.join(tails[:20])}{', ...' if len(tails) > 20 else ''}"

@@ -1,0 +1,186 @@
+"""`BaseTunerLayer`: what every adapted layer has in common, whatever its method.
+
+Attribute names as in PEFT 0.21.2, which Trainer, TRL and diffusers look for.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftkern.utils.other import _set_layer_requires_grad
+
+
+class BaseTunerLayer:
+    """Mixin of an `nn.Module` that wraps a layer of the base model as `self.base_layer` and adds adapters to it.
+
+    Several named adapters can live on a layer. The active ones take part in forward; merged ones are inside the base
+    weight.
+    """
+
+    # Names of the containers (ModuleDict, ParameterDict) that hold adapter weights, keyed by adapter name.
+    adapter_layer_names: tuple[str, ...] = ()
+    # Names of other dicts keyed by adapter name.
+    other_param_names: tuple[str, ...] = ()
+
+    _disable_adapters: bool = False
+    _active_adapter: str | list[str] = "default"
+    # Each layer's __init__ makes its own.
+    merged_adapters: list[str]
+
+    def get_base_layer(self) -> Any:
+        """The wrapped layer (an `nn.Module`); the innermost one when a tuner layer wraps another."""
+        layer: Any = self
+        while hasattr(layer, "base_layer"):
+            layer = layer.base_layer
+        return layer
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base layer's weight: model code asks adapted layers for it."""
+        return self.get_base_layer().weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base layer's bias."""
+        return self.get_base_layer().bias
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is inside the base weight."""
+        return bool(self.merged_adapters)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether forward uses the base layer alone; `enable_adapters` changes it."""
+        return self._disable_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter or adapters; `set_adapter` changes them."""
+        return self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters as a list."""
+        active = self._active_adapter
+        return [active] if isinstance(active, str) else active
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds adapters to the base weight; each method says how."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged")
+
+    def unmerge(self) -> None:
+        """Takes merged adapters out of the base weight; each method says how."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be unmerged")
+
+    def _containers(self) -> list[Any]:
+        """The ModuleDicts and ParameterDicts that hold adapter weights by adapter name."""
+        return [getattr(self, name) for name in self.adapter_layer_names]
+
+    def _get_available_adapters(self) -> set[str]:
+        """Names of all adapters on this layer."""
+        return {name for container in self._containers() for name in container}
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Uses the active adapters in forward, trainable (True), or the base layer alone, adapters frozen (False)."""
+        if enabled:
+            self.set_adapter(self.active_adapters)
+        else:
+            for container in self._containers():
+                _set_layer_requires_grad(container, False)
+        self._disable_adapters = not enabled
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Makes the named adapters active, and exactly those trainable (none in inference mode)."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for container in self._containers():
+            for name, layer in container.items():
+                _set_layer_requires_grad(layer, name in names and not inference_mode)
+        self._active_adapter = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Sets `requires_grad` on the weights of the named adapters."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        for container in self._containers():
+            for name, layer in container.items():
+                if name in names:
+                    _set_layer_requires_grad(layer, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter; if it was the only active one, the first by name that is left becomes active.
+
+        Raises:
+            ValueError: The adapter is merged.
+        """
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
+        for attribute in self.adapter_layer_names + self.other_param_names:
+            held = getattr(self, attribute)
+            if adapter_name in held:
+                del held[adapter_name]
+        if adapter_name not in self.active_adapters:
+            return
+        active = [name for name in self.active_adapters if name != adapter_name]
+        left = sorted(self._get_available_adapters())
+        if not active and left:
+            warnings.warn(f"the active adapter {adapter_name!r} was deleted; {left[0]!r} is active now", stacklevel=2)
+            active = left[:1]
+        self.set_adapter(active)
+
+    def _base_device_and_dtype(self) -> tuple[torch.device | None, torch.dtype | None]:
+        """Where new adapters go, and in which dtype; None for what the base layer does not tell.
+
+        A weight that accelerate offloads lies on the meta device between calls; its hook knows where it computes. A
+        quantized weight has an integer dtype; `compute_dtype` then says in what it computes.
+        """
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if not isinstance(weight, torch.Tensor):
+            return None, None
+        device, dtype = weight.device, getattr(base, "compute_dtype", None) or weight.dtype
+        where = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
+        if device.type == "meta" and where is not None:
+            device = torch.device(where)
+        return device, dtype if dtype.is_floating_point else None
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Moves an adapter to the base weight's device and dtype; one on the meta device waits there for its values."""
+        base_device, dtype = self._base_device_and_dtype()
+        device = device if device is not None else base_device
+        if device is None:
+            return
+        for container in self._containers():
+            if adapter_name not in container:
+                continue
+            layer = container[adapter_name]
+            tensors = [layer] if isinstance(layer, torch.Tensor) else list(layer.parameters())
+            if any(t.device.type == "meta" for t in tensors):
+                continue
+            if isinstance(layer, torch.Tensor):
+                container[adapter_name] = nn.Parameter(layer.detach().to(device=device, dtype=dtype))
+            else:
+                layer.to(device=device, dtype=dtype)
+
+
+def check_adapters_to_merge(layer: BaseTunerLayer, adapter_names: list[str] | None = None) -> list[str]:
+    """Those of `adapter_names` (default: the active ones) that are not merged yet, with a warning about those that are.
+
+    Raises:
+        TypeError: `adapter_names` is a str.
+    """
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names must be a list of adapter names, got the str {adapter_names!r}")
+    names = layer.active_adapters if adapter_names is None else adapter_names
+    if not layer.merged:
+        return list(names)
+    new = [name for name in names if name not in layer.merged_adapters]
+    if new:
+        warnings.warn(f"merging {new} beside the adapters already merged: {layer.merged_adapters}", stacklevel=3)
+    else:
+        warnings.warn("all adapters to merge are already merged: nothing to do", stacklevel=3)
+    return new

@@ -1,0 +1,388 @@
+"""`BaseTuner`: puts adapters of one method into a model, and manages them there.
+
+The interface is PEFT 0.21.2's, which `PeftModel`, Trainer and TRL call: `LoraModel(model, config, adapter_name)`
+changes the model in place and keeps it as `.model`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftkern.config import PeftConfig
+from peftkern.tuners.targets import check_target_module_exists, match_targets, warn_of_tied_targets
+from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapters_to_merge
+from peftkern.utils.other import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    _get_submodules,
+    _set_adapter,
+    check_modules_to_save,
+    wrap_modules_to_save,
+)
+
+__all__ = ["BaseTuner", "BaseTunerLayer", "check_adapters_to_merge", "check_target_module_exists"]
+
+
+class BaseTuner(nn.Module, ABC):
+    """A model with adapters of one method in it.
+
+    Args:
+        model: The base model; its targeted modules are replaced, its parameters frozen.
+        peft_config: The adapter's configuration, or a dict of adapter names to configurations that holds it.
+        adapter_name: The adapter's name; it becomes active.
+        low_cpu_mem_usage: Make the adapter's weights on the meta device, to be filled from a file.
+        state_dict: If given, the modules adapted are those that its keys name rather than `target_modules`.
+
+    Raises:
+        TypeError: `peft_config` is no configuration of this method.
+        ValueError: It matches nothing, or something that cannot be adapted; the model is then as it was.
+    """
+
+    # The first letters of the names of the method's parameters, such as "lora_".
+    prefix: str
+    # The class of its layers.
+    tuner_layer_cls: type[BaseTunerLayer]
+    # `model_type` of a transformers config -> default target_modules.
+    target_module_mapping: Mapping[str, list[str] | str]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        new = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
+        if not isinstance(new, dict) or not isinstance(new.get(adapter_name), PeftConfig):
+            raise TypeError(
+                f"peft_config must be a peftkern configuration, or a dict with one under {adapter_name!r}, "
+                f"got {type(peft_config).__name__}"
+            )
+        held = getattr(model, "peft_config", None)
+        if held:
+            warnings.warn(f"the model has adapters already ({sorted(held)}): {adapter_name!r} joins them", stacklevel=3)
+            if adapter_name in held and not isinstance(held[adapter_name], PeftConfig):
+                raise ValueError(f"the model has an adapter {adapter_name!r} that is not peftkern's")
+            new = {**held, **new}
+        self.model = model
+        self.peft_config: dict[str, PeftConfig] = new
+        self.active_adapter: str | list[str] = adapter_name
+        self.targeted_module_names: list[str] = []
+        self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+        # As in PEFT, so that code which sees the bare model knows of its adapters.
+        self.model.peft_config = self.peft_config  # type: ignore[assignment]
+
+    # -- what a method says ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def check_target(self, config: Any, key: str, target: nn.Module) -> None:
+        """Raises ValueError if the module named `key` cannot be adapted."""
+
+    @abstractmethod
+    def create_layer(self, config: Any, adapter_name: str, key: str, target: nn.Module) -> BaseTunerLayer:
+        """The layer that takes `target`'s place: a new one, or `target` with one more adapter."""
+
+    # -- injecting ---------------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = False,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Adds the adapter that `self.peft_config[adapter_name]` describes; it is trained only if it is active.
+
+        Args:
+            model: The base model.
+            adapter_name: A key of `self.peft_config`.
+            autocast_adapter_dtype: Widen 16-bit adapter weights to float32.
+            low_cpu_mem_usage, state_dict: See the class.
+
+        Raises:
+            ValueError: See the class; nothing is changed then.
+        """
+        config: Any = self.peft_config[adapter_name]
+        config.check()
+        self._check_new_adapter_config(config)
+        keys = match_targets(model, config, self.target_module_mapping, self.prefix, state_dict)
+        for key in keys:
+            self.check_target(config, key, model.get_submodule(key))
+        whole = getattr(config, "modules_to_save", None) or []
+        check_modules_to_save(model, whole)
+        if any(adapter_name in m.merged_adapters for m in model.modules() if isinstance(m, BaseTunerLayer)):
+            raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before making it anew")
+        warn_of_tied_targets(model, config, keys)
+
+        first = not any(isinstance(m, BaseTunerLayer) for m in model.modules())
+        # A further adapter leaves what was there as trainable as it was.
+        before = [] if first else [(p, p.requires_grad) for p in model.parameters()]
+        for key in keys:
+            parent, target, name = _get_submodules(model, key)
+            with torch.device("meta") if low_cpu_mem_usage else contextlib.nullcontext():
+                layer: Any = self.create_layer(config, adapter_name, key, target)
+            if layer is not target:
+                setattr(parent, name, layer)
+        known = set(self.targeted_module_names)
+        self.targeted_module_names += [key for key in keys if key not in known]
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._mark_only_adapters_as_trainable(model)
+        if whole:
+            wrap_modules_to_save(
+                model,
+                whole,
+                adapter_name,
+                inference_mode=config.inference_mode,
+                activate=adapter_name in self.active_adapters,
+            )
+        for parameter, requires_grad in before:
+            parameter.requires_grad = requires_grad
+        self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        """Raises ValueError if the adapters here cannot live with one of this configuration."""
+        with_bias = [name for name, held in self.peft_config.items() if getattr(held, "bias", "none") != "none"]
+        if len(self.peft_config) > 1 and len(with_bias) > 1:
+            raise ValueError(f"only one adapter can train biases of the base model, got bias != 'none' for {with_bias}")
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Freezes all but adapters, modules trained whole, and the biases that the active configurations name."""
+        kept = set()
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                kept |= {id(p) for container in module._containers() for p in container.parameters()}
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                kept |= {id(p) for p in module.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in kept:
+                parameter.requires_grad = False
+        for name in self.active_adapters:
+            bias = getattr(self.peft_config[name], "bias", "none")
+            if bias == "all":
+                for key, parameter in model.named_parameters():
+                    if key == "bias" or key.endswith(".bias"):
+                        parameter.requires_grad = True
+            elif bias != "none":
+                for module in model.modules():
+                    trained = getattr(module, "bias", None) if isinstance(module, self.tuner_layer_cls) else None
+                    if trained is not None:
+                        trained.requires_grad = True
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Widens the weights of an adapter that have less than 32 bits to float32, if asked, as new parameters."""
+        if autocast_adapter_dtype:
+            cast_adapter_dtype(self.model, adapter_name)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's door for arguments of forward that are meant for adapters; none is built, so it only refuses them."""
+        for name in ("adapter_names", "alora_offsets"):
+            if kwargs.get(name) is not None:
+                raise NotImplementedError(f"{name} in forward is not built in peftkern, got {kwargs[name]!r}")
+        yield
+
+    # -- switching ---------------------------------------------------------------------------------------------
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters as a list."""
+        return [self.active_adapter] if isinstance(self.active_adapter, str) else self.active_adapter
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def _layers(self) -> list[Any]:
+        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+
+    def enable_adapter_layers(self) -> None:
+        """Lets the active adapters take part in forward again."""
+        self._enable_adapter_layers(True)
+
+    def disable_adapter_layers(self) -> None:
+        """Lets forward use the base model alone, until `enable_adapter_layers`."""
+        biases = {name: getattr(self.peft_config[name], "bias", "none") for name in self.active_adapters}
+        if any(bias != "none" for bias in biases.values()):
+            warnings.warn(
+                f"biases of the base model may have been trained (bias: {biases}): without its adapters it is then not "
+                "the model that it was",
+                stacklevel=2,
+            )
+        self._enable_adapter_layers(False)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        for module in self.model.modules():
+            if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+                module.enable_adapters(enabled)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes the named adapters active, and only those trainable (none in inference mode); merged ones are unmerged.
+
+        Raises:
+            ValueError: A name that is no adapter here.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self._check_names(names)
+        _set_adapter(self.model, names, inference_mode)
+        for layer in self._layers():
+            if layer.merged:
+                warnings.warn("adapters are merged: unmerged before others are set active", stacklevel=2)
+                layer.unmerge()
+            layer.set_adapter(names, inference_mode)
+        self.active_adapter = adapter_name
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Sets `requires_grad` on the weights of the named adapters."""
+        self._check_names([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        for module in self.model.modules():
+            if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+                module.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter; if it was the only active one, another becomes active.
+
+        Raises:
+            ValueError: No such adapter, or it is merged.
+        """
+        self._check_names([adapter_name])
+        if any(adapter_name in layer.merged_adapters for layer in self._layers()):
+            raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
+        del self.peft_config[adapter_name]
+        active = [name for name in self.active_adapters if name != adapter_name]
+        if not active and self.peft_config:
+            active = [min(self.peft_config)]
+            warnings.warn(f"the active adapter {adapter_name!r} was deleted; {active[0]!r} is active now", stacklevel=2)
+        for layer in self._layers():
+            # Every layer takes the model's choice, also one that never had the deleted adapter.
+            if adapter_name in layer.active_adapters:
+                layer.set_adapter(active)
+            layer.delete_adapter(adapter_name)
+        for module in self.model.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module.delete_adapter(adapter_name, active)
+        self.active_adapter = active
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"no adapter is named {unknown}; there are: {sorted(self.peft_config)}")
+
+    # -- merging -----------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Adds adapters (default: the active ones) to the base weights; `unmerge_adapter` takes them out.
+
+        Args:
+            adapter_names: Which.
+            safe_merge: Check first that every merged weight is finite; if one is not, none is changed.
+
+        Raises:
+            TypeError, ValueError: A layer cannot be merged; see its `merge`. None has been changed then.
+        """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names must be a list of adapter names, got the str {adapter_names!r}")
+        self._check_names(adapter_names or [])
+        self.check_mergeable(adapter_names, safe_merge)
+        for layer in self._layers():
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raises for a layer that could not be merged, before any is."""
+
+    def unmerge_adapter(self) -> None:
+        """Subtracts every merged adapter from the base weights."""
+        for layer in self._layers():
+            layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base model with the adapters (default: the active ones) in its weights and every trace of them removed.
+
+        Args:
+            progressbar: Accepted for PEFT's callers; nothing is shown.
+            safe_merge, adapter_names: See `merge_adapter`.
+        """
+        self._check_names(adapter_names or [])
+        self.check_mergeable(adapter_names, safe_merge)
+        for layer in self._layers():
+            if set(layer.active_adapters if adapter_names is None else adapter_names) - set(layer.merged_adapters):
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        model = self._unload()
+        _mark_untied(model)
+        return model
+
+    def unload(self) -> nn.Module:
+        """The base model without adapters; as in PEFT, what was merged before stays in its weights."""
+        return self._unload()
+
+    def _unload(self) -> nn.Module:
+        # A tied module stands in several places, so names of duplicates count.
+        for key, module in list(self.model.named_modules(remove_duplicate=False)):
+            if not isinstance(module, (self.tuner_layer_cls, ModulesToSaveWrapper)):
+                continue
+            parent, _, name = key.rpartition(".")
+            inner = module.unloaded_module() if isinstance(module, ModulesToSaveWrapper) else module.get_base_layer()
+            setattr(self.model.get_submodule(parent), name, inner)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The model's configuration as a dict; `{"model_type": "custom"}` for a model without one, as in PEFT."""
+        config = getattr(model, "config", None)
+        if config is None:
+            return {"model_type": "custom"}
+        if hasattr(config, "to_dict"):
+            return config.to_dict()
+        return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        """What this object does not have is the base model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Before __init__ has set `model` there is nothing to ask.
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+def _mark_untied(model: Any) -> None:
+    """Says in a transformers model's config that its embeddings are no longer tied, if they are not.
+
+    Otherwise saving and loading would tie them again and lose the head that was trained.
+    """
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
+        return
+    ends: Any = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if None not in ends and ends[0].weight is not ends[1].weight:
+        config.tie_word_embeddings = False
+        message = "input and output embeddings differ after merging: tie_word_embeddings is now False"
+        warnings.warn(message, stacklevel=3)
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str) -> None:
+    """Widens the weights of `adapter_name` in `model` that have less than 32 bits to float32, as new parameters."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for container in [c for layer in layers for c in layer._containers() if adapter_name in c]:
+        # A ParameterDict holds the adapter's parameter itself, a ModuleDict a module that holds some.
+        owner: Any = container if isinstance(container, nn.ParameterDict) else container[adapter_name]
+        names = [adapter_name] if owner is container else [name for name, _ in owner.named_parameters(recurse=False)]
+        for name in names:
+            parameter = owner.get_parameter(name)
+            if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
+                wide = nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
+                owner.register_parameter(name, wide)

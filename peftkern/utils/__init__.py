@@ -1,0 +1,54 @@
+"""Utilities under the names that PEFT's users import them by."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from peftkern.utils.constants import (
+    CONFIG_NAME,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    SAFETENSORS_WEIGHTS_NAME,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    WEIGHTS_NAME,
+)
+from peftkern.utils.other import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    _freeze_adapter,
+    _get_submodules,
+    _set_adapter,
+    transpose,
+)
+from peftkern.utils.peft_types import PeftType, TaskType
+
+if TYPE_CHECKING:
+    from peftkern.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+# These know the tuners, which use this package: imported when first asked for.
+_SAVE_AND_LOAD = ("get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict")
+
+__all__ = [
+    "CONFIG_NAME",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    "WEIGHTS_NAME",
+    "AuxiliaryTrainingWrapper",
+    "ModulesToSaveWrapper",
+    "PeftType",
+    "TaskType",
+    "_freeze_adapter",
+    "_get_submodules",
+    "_set_adapter",
+    "get_peft_model_state_dict",
+    "load_peft_weights",
+    "set_peft_model_state_dict",
+    "transpose",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SAVE_AND_LOAD:
+        return getattr(importlib.import_module("peftkern.utils.save_and_load"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

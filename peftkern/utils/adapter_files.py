@@ -1,0 +1,311 @@
+"""The two files of an adapter: `adapter_config.json` and `adapter_model.safetensors`, in PEFT 0.21's format.
+
+Reading refuses damage with an `AdapterFileError` that names file, key and reason. Writing is atomic for the pair:
+
+1. both new files are written and synced in a hidden staging folder beside the old ones;
+2. one rename turns the staging folder into `.adapter_commit`: from here on the new adapter is the one that counts;
+3. the two files are renamed into place and the empty folder is removed.
+
+A writer killed before step 2 leaves the old adapter, one killed after it the new one: `read_config`, `read_weights` and
+the next writer look into `.adapter_commit` first. A reader that does not know it (PEFT) sees the old pair or the new
+one too, except between the renames of step 3 when the *configuration* changed as well: there it finds no configuration
+and refuses, rather than silently pairing old settings with new weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from peftkern.utils.adapter_error import AdapterFileError, shorten
+from peftkern.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peftkern.utils.safetensors_header import check_regular_file, check_safetensors, parse_json_object
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_COMMIT = ".adapter_commit"
+_STAGING = ".adapter_staging_"
+# Not the final names: transformers takes any folder that holds an adapter_model.safetensors for another adapter.
+_STAGED = {CONFIG_NAME: "config.new", SAFETENSORS_WEIGHTS_NAME: "weights.new"}
+_MAX_CONFIG = 64 * 1024 * 1024
+_STALE_SECONDS = 3600.0
+
+PathLike = str | os.PathLike[str]
+
+
+def read_config(folder_or_hub_id: PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> dict[str, Any]:
+    """Read `adapter_config.json` of a local folder, or of a Hub repository, as a plain dict.
+
+    Args:
+        folder_or_hub_id: A folder, or the id of a repository on the Hub (which needs `huggingface_hub`).
+        subfolder: A folder inside it.
+        hub_kwargs: What `huggingface_hub.hf_hub_download` takes (`revision`, `token`, `cache_dir`, ...).
+
+    Raises:
+        AdapterFileError: The file is missing, empty, or not a JSON object.
+    """
+    path = _find(folder_or_hub_id, (CONFIG_NAME,), subfolder, hub_kwargs)
+    size = check_regular_file(path)
+    if size > _MAX_CONFIG:
+        raise AdapterFileError(path, f"a configuration of {size} bytes is not plausible (at most {_MAX_CONFIG})")
+    with open(path, "rb") as file:
+        return parse_json_object(path, file.read())
+
+
+def read_weights(
+    folder_or_hub_id: PathLike,
+    subfolder: str | None = None,
+    device: str | torch.device = "cpu",
+    **hub_kwargs: Any,
+) -> dict[str, torch.Tensor]:
+    """Read the tensors of an adapter: `adapter_model.safetensors`, or else `adapter_model.bin` by the safe unpickler.
+
+    Args:
+        folder_or_hub_id, subfolder, hub_kwargs: As for `read_config`.
+        device: Where the tensors are put.
+
+    Returns:
+        The tensors by the name that they have in the file, `base_model.model.<module>.lora_A.weight` and so on.
+
+    Raises:
+        AdapterFileError: The file is missing, empty, cut, of another format, or malformed.
+
+    Warns:
+        UserWarning: Tensors that hold NaN or Inf, by name.
+    """
+    path = _find(folder_or_hub_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), subfolder, hub_kwargs)
+    if os.path.basename(path) == WEIGHTS_NAME:
+        tensors = _read_bin(path, device)
+    else:
+        check_safetensors(path)
+        try:
+            tensors = load_file(path, device=str(device))
+        except SafetensorError as error:
+            raise AdapterFileError(path, f"not a valid safetensors file: {error}") from error
+    if not tensors:
+        raise AdapterFileError(path, "it holds no tensors")
+    bad = [name for name, value in tensors.items() if value.is_floating_point() and not _all_finite(value)]
+    if bad:
+        warnings.warn(f"{path}: NaN or Inf in {shorten(bad)}.", stacklevel=2)
+    return tensors
+
+
+def weights_file(folder_or_hub_id: PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> str:
+    """The path that `read_weights` reads, for messages."""
+    return _find(folder_or_hub_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), subfolder, hub_kwargs)
+
+
+def config_file(folder_or_hub_id: PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> str:
+    """The path that `read_config` reads, for messages."""
+    return _find(folder_or_hub_id, (CONFIG_NAME,), subfolder, hub_kwargs)
+
+
+def write_config(folder: PathLike, config: Mapping[str, Any]) -> None:
+    """Write `config` as `adapter_config.json`, atomically; the bytes are those of PEFT for an equal configuration."""
+    _replace_files(folder, {CONFIG_NAME: _config_writer(config)})
+
+
+def write_weights(folder: PathLike, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Write `state_dict` as `adapter_model.safetensors`, atomically.
+
+    Raises:
+        TypeError: A value is not a tensor.
+        ValueError: A tensor is on the meta device and so has no values.
+    """
+    _replace_files(folder, {SAFETENSORS_WEIGHTS_NAME: _weights_writer(state_dict)})
+
+
+def write_adapter(folder: PathLike, config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Write both files as one: a kill at any moment leaves the old pair or the new one (see the module's text)."""
+    writers = {SAFETENSORS_WEIGHTS_NAME: _weights_writer(state_dict), CONFIG_NAME: _config_writer(config)}
+    _replace_files(folder, writers)
+
+
+def write_text_file(path: PathLike, text: str) -> None:
+    """Write `text` to `path` by way of a file beside it and one rename."""
+    handle, beside = tempfile.mkstemp(prefix=f".{os.path.basename(path)}_", dir=os.path.dirname(path) or ".")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o666 & ~_umask())
+        os.replace(beside, path)
+    except BaseException:
+        if os.path.exists(beside):
+            os.unlink(beside)
+        raise
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def _find(model_id: PathLike, names: tuple[str, ...], subfolder: str | None, hub_kwargs: dict[str, Any]) -> str:
+    """The path of the first of `names` in the folder, or downloaded from the Hub."""
+    model_id = os.fspath(model_id)
+    folder = os.path.join(model_id, subfolder) if subfolder else model_id
+    if os.path.isdir(model_id):
+        for name in names:
+            for path in (os.path.join(folder, _COMMIT, _STAGED.get(name, name)), os.path.join(folder, name)):
+                if os.path.lexists(path):
+                    return path
+        others = sorted(os.listdir(folder))[:8] if os.path.isdir(folder) else "no such folder"
+        raise AdapterFileError(folder, f"expected {' or '.join(names)} here; found {others}")
+    if os.path.exists(model_id):
+        raise AdapterFileError(model_id, "expected the folder of an adapter, got a file")
+    from peftkern.utils.hub import download  # the Hub's client is imported only when a download is asked for
+
+    return download(model_id, names, subfolder=subfolder, **hub_kwargs)
+
+
+def _read_bin(path: str, device: str | torch.device) -> dict[str, torch.Tensor]:
+    """Read a `.bin` file by torch's restricted unpickler, which builds tensors and containers only."""
+    check_regular_file(path)
+    try:
+        loaded = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises whatever the damaged bytes led its readers to
+        raise AdapterFileError(path, f"torch.load(weights_only=True) refused it: {error}") from error
+    if not isinstance(loaded, dict):
+        raise AdapterFileError(path, f"expected a dict of tensors, got {type(loaded).__name__}")
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise AdapterFileError(path, f"expected a tensor by a string, got {type(value).__name__}", key=str(name))
+    return dict(loaded)
+
+
+def _all_finite(value: torch.Tensor) -> bool:
+    """Whether no element is NaN or Inf (the one-byte floats are widened first: isfinite does not know them all)."""
+    return bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all())
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _config_writer(config: Mapping[str, Any]) -> Callable[[str], None]:
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+
+    def write(path: str) -> None:
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+
+    return write
+
+
+def _weights_writer(state_dict: Mapping[str, torch.Tensor]) -> Callable[[str], None]:
+    """Make the tensors fit for safetensors: contiguous, no two sharing memory."""
+    ready: dict[str, torch.Tensor] = {}
+    seen: set[tuple[torch.device, int]] = set()
+    for name, value in state_dict.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"state_dict[{name!r}]: expected a tensor, got {type(value).__name__}")
+        if value.is_meta:
+            raise ValueError(f"state_dict[{name!r}]: the tensor is on the meta device and has no values to save")
+        value = value.detach().contiguous()
+        storage = (value.device, value.untyped_storage().data_ptr())
+        ready[name] = value.clone() if storage in seen and value.numel() else value
+        seen.add(storage)
+
+    def write(path: str) -> None:
+        save_file(ready, path, metadata={"format": "pt"})
+
+    return write
+
+
+def _replace_files(folder: PathLike, writers: Mapping[str, Callable[[str], None]]) -> None:
+    """Replace the named files of `folder` as one, each written by its function of a path."""
+    folder = os.fspath(folder)
+    if os.path.isfile(folder):
+        raise ValueError(f"save_directory: expected a folder, got a file: {folder}")
+    os.makedirs(folder, exist_ok=True)
+    with _locked(folder):
+        _remove_stale(folder)
+        _finish_commit(folder)
+        staging = tempfile.mkdtemp(prefix=_STAGING, dir=folder)
+        try:
+            for name, write in writers.items():
+                path = os.path.join(staging, _STAGED[name])
+                write(path)
+                _sync(path)
+            _sync(staging)
+            os.rename(staging, os.path.join(folder, _COMMIT))
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        _sync(folder)
+        _finish_commit(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Keep other writers out of `folder`, where the system and the file system have locks; a kill releases it."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        # A network file system may have no locks; then several writers at once are the caller's affair.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _finish_commit(folder: str) -> None:
+    """Move the files of a committed save into place (step 3); nothing to do where there is none."""
+    commit = os.path.join(folder, _COMMIT)
+    if not os.path.isdir(commit):
+        return
+    staged = {name: os.path.join(commit, short) for name, short in _STAGED.items()}
+    config = os.path.join(folder, CONFIG_NAME)
+    if all(map(os.path.isfile, (*staged.values(), config))) and not _same_bytes(staged[CONFIG_NAME], config):
+        os.unlink(config)
+    for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+        if os.path.isfile(staged[name]):
+            os.replace(staged[name], os.path.join(folder, name))
+    _sync(folder)
+    os.rmdir(commit)
+
+
+def _remove_stale(folder: str) -> None:
+    """Remove staging folders that a killed writer left an hour or more ago (a younger one may be in use)."""
+    for entry in os.scandir(folder):
+        if entry.name.startswith(_STAGING) and time.time() - entry.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _same_bytes(first: str, second: str) -> bool:
+    with open(first, "rb") as a, open(second, "rb") as b:
+        return a.read() == b.read()
+
+
+def _sync(path: str) -> None:
+    """Flush a file or folder to the disk (Windows has no way to do it for a folder)."""
+    if os.name == "nt" and os.path.isdir(path):
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    """The process's umask (it can only be read by setting it)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,118 @@
+"""Which tensor of a model belongs to which name in an adapter's file: one map, used for saving and for loading.
+
+In the model a name carries the adapter's name, `base_model.model.<m>.lora_A.<adapter>.weight`; in the file it does
+not, `base_model.model.<m>.lora_A.weight`, because an adapter may be loaded under another name. The map is read off the
+module tree, not guessed from names: a user's module may well be called `lora_A` or `default`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftkern.tuners.tuner_layer import BaseTunerLayer
+from peftkern.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peftkern.utils.other import ModulesToSaveWrapper
+
+PREFIX = "base_model.model."
+EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
+# Names that FSDP and activation checkpointing add to modules but not to state dicts.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Names in the file -> names in `model.state_dict()`, for every tensor of the adapter, biases and embeddings aside.
+
+    Covers each adapted layer's own parameters and the copies of `modules_to_save`.
+    """
+    found: dict[str, str] = {}
+    for name, module in _named_modules(model):
+        dot = f"{name}." if name else ""
+        if isinstance(module, ModulesToSaveWrapper):
+            load_map = module.adapter_state_dict_load_map(adapter_name)
+            found.update({f"{dot}{saved}": f"{dot}{held}" for saved, held in load_map.items()})
+        elif isinstance(module, BaseTunerLayer):
+            for child_name, child in module.named_children():
+                if child_name == "base_layer" or not isinstance(child, nn.ModuleDict | nn.ParameterDict):
+                    continue
+                if isinstance(child, nn.ParameterDict):
+                    if adapter_name in child:
+                        found[f"{dot}{child_name}"] = f"{dot}{child_name}.{adapter_name}"
+                elif adapter_name in child:
+                    for key in child[adapter_name].state_dict():
+                        found[f"{dot}{child_name}.{key}"] = f"{dot}{child_name}.{adapter_name}.{key}"
+    return found
+
+
+def base_bias_keys(model: nn.Module, config: Any) -> list[str]:
+    """Names in `model.state_dict()` of the base model's biases that `config.bias` makes part of the adapter."""
+    bias = getattr(config, "bias", "none")
+    found = []
+    if bias != "none":
+        for name, module in _named_modules(model):
+            if bias == "all" and not isinstance(module, ModulesToSaveWrapper | BaseTunerLayer):
+                if isinstance(module._parameters.get("bias"), torch.Tensor) and not _inside_adapter(model, name):
+                    found.append(f"{name}.bias" if name else "bias")
+            elif bias.endswith("_only") and isinstance(module, BaseTunerLayer):
+                base = module.get_base_layer()
+                if isinstance(getattr(base, "bias", None), torch.Tensor):
+                    found.append(f"{name}.base_layer.bias" if name else "base_layer.bias")
+    return found
+
+
+def embedding_keys(model: nn.Module, targeted: bool) -> list[str]:
+    """Names in `model.state_dict()` of the weights of the input and output embeddings.
+
+    With `targeted` embeddings the names are those of the wrapped layers (`....base_layer.weight`), and an embedding
+    that is not adapted is left out. Empty for a model without `get_input_embeddings`.
+    """
+    if not hasattr(model, "get_input_embeddings"):
+        return []
+    found = []
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        wanted = getattr(layer, "base_layer", None) if targeted else layer
+        if targeted and not isinstance(wanted, nn.Linear | nn.Embedding):
+            continue
+        name = next((name for name, module in _named_modules(model) if module is wanted), None)
+        if name is not None:
+            found += [f"{name}.{key}" for key in wanted.state_dict()]
+    return found
+
+
+def embedding_is_targeted(model: nn.Module, config: Any) -> bool:
+    """Whether `config.target_modules` reaches the embeddings (by the names that PEFT looks for)."""
+    targets = getattr(config, "target_modules", None)
+    if not targets or targets == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return False
+    if isinstance(targets, str):
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        names = (name for name, _ in base.named_modules() if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
+        return any(re.fullmatch(targets, name) for name in names)
+    return any(name in targets for name in EMBEDDING_LAYER_NAMES)
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        yield name, module
+
+
+def _inside_adapter(model: nn.Module, name: str) -> bool:
+    """Whether module `name` is part of an adapter (a `lora_B` with a bias, a copy of `modules_to_save`)."""
+    parts = name.split(".")
+    module: nn.Module | None = model
+    for part in parts:
+        if isinstance(module, BaseTunerLayer) and part != "base_layer":
+            return True
+        if isinstance(module, ModulesToSaveWrapper) and part != "original_module":
+            return True
+        module = module._modules.get(part) if module is not None else None
+        for wrapper in _WRAPPERS:
+            inner = module._modules.get(wrapper[:-1]) if module is not None else None
+            module = inner if inner is not None else module
+    return False

@@ -1,0 +1,43 @@
+"""Names that adapter files and model architectures fix: file names, shorthand, and each architecture's LoRA targets."""
+
+from __future__ import annotations
+
+CONFIG_NAME = "adapter_config.json"
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.bin"
+
+INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
+# The attribute names under which transformers' sequence classifiers keep their head.
+SEQ_CLS_HEAD_NAMES = ("score", "classifier")
+# From this many targets on, `target_modules` is shortened to the suffixes that tell the targets from the rest.
+MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
+# In these architectures a fused kernel reads the weights of out_proj and conv1d and never calls the modules, so
+# that an adapter there would have no effect.
+MAMBA_MODEL_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+MAMBA_UNCALLED_MODULES = ("out_proj", "conv1d")
+
+# `model_type`s of transformers configs that share one default; the same choice as PEFT's.
+_LORA_TARGETS: list[tuple[list[str], list[str]]] = [
+    (["bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm"], ["q_proj", "v_proj"]),
+    (["gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"], ["q_proj", "v_proj"]),
+    (["bert", "roberta", "xlm-roberta", "electra", "layoutlm"], ["query", "value"]),
+    (["bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"], ["query_key_value"]),
+    (["t5", "mt5"], ["q", "v"]),
+    (["gpt2", "gpt_bigcode"], ["c_attn"]),
+    (["blip-2"], ["q", "v", "q_proj", "v_proj"]),
+    (["btlm"], ["c_proj", "c_attn"]),
+    (["codegen"], ["qkv_proj"]),
+    (["deberta"], ["in_proj"]),
+    (["deberta-v2"], ["query_proj", "value_proj"]),
+    (["mpt"], ["Wqkv"]),
+    (["nemotron_h"], ["q_proj", "k_proj", "v_proj", "o_proj"]),
+    (["phi"], ["q_proj", "v_proj", "fc1", "fc2"]),
+    (["rwkv"], ["key", "value", "receptance", "output"]),
+    (["rwkv7"], ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"]),
+]
+
+# `model_type` -> the default `target_modules`: a list of suffixes, or a regular expression.
+TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING: dict[str, list[str] | str] = {
+    **{name: list(targets) for names, targets in _LORA_TARGETS for name in names},
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+}

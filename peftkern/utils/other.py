@@ -1,0 +1,262 @@
+"""Modules that are trained whole beside the adapters, and small helpers on module trees.
+
+Names and state-dict keys as in PEFT 0.21.2: `<name>.original_module.*` and `<name>.modules_to_save.<adapter>.*`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftkern.utils.constants import SEQ_CLS_HEAD_NAMES
+
+
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """The parent of the module named `key`, the module, and its name in the parent."""
+    parent, _, name = key.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(key), name
+
+
+def transpose(weight: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
+    """`weight` transposed when it is stored [in_features, out_features]."""
+    return weight.T if fan_in_fan_out else weight
+
+
+def _set_layer_requires_grad(layer: nn.Module | torch.Tensor, requires_grad: bool) -> None:
+    """Sets `requires_grad` on a parameter or on all parameters of a module; those that are no leaves keep theirs."""
+    for parameter in [layer] if isinstance(layer, torch.Tensor) else layer.parameters():
+        if parameter.is_leaf:
+            parameter.requires_grad_(requires_grad)
+
+
+def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Freezes every parameter with a level of its name equal to `adapter_name`."""
+    for name, parameter in model.named_parameters():
+        if adapter_name in name.split("."):
+            parameter.requires_grad = False
+
+
+class AuxiliaryTrainingWrapper(nn.Module):
+    """Base of what wraps a module to train it in another way than by an adapter inside it."""
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+    """Keeps a frozen module and, for each adapter that asked for it, a copy that is trained and saved whole.
+
+    Args:
+        module_to_save: The module to copy.
+        adapter_name: The adapter that the first copy belongs to.
+
+    Raises:
+        TypeError: `module_to_save` is a container without a forward, or is itself an adapted layer.
+    """
+
+    # For code that walks adapters: the containers keyed by adapter name.
+    adapter_layer_names: tuple[str, ...] = ("modules_to_save",)
+    other_param_names: tuple[str, ...] = ()
+
+    def __init__(self, module_to_save: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        _check_can_copy(module_to_save)
+        self.original_module = module_to_save
+        self.modules_to_save = nn.ModuleDict()
+        self._active_adapter: list[str] = [adapter_name]
+        self._disable_adapters = False
+        self.update(adapter_name)
+
+    def update(self, adapter_name: str) -> None:
+        """Adds a copy for `adapter_name` if there is none; the original is frozen."""
+        if adapter_name not in self.modules_to_save:
+            self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
+        self.original_module.requires_grad_(False)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the original is used whatever adapter is active."""
+        return self._disable_adapters
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The active adapter, as a list of none or one."""
+        return self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapter, as a list of none or one."""
+        return self._active_adapter
+
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.modules_to_save.keys())
+
+    def _get_available_adapters(self) -> set[str]:
+        """Names of the adapters that have a copy here."""
+        return self._adapters
+
+    def active_module(self) -> nn.Module:
+        """The copy of the active adapter, or the original when none is active or adapters are disabled."""
+        if self._disable_adapters or not self._active_adapter or self._active_adapter[0] not in self.modules_to_save:
+            return self.original_module
+        return self.modules_to_save[self._active_adapter[0]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.active_module()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_modules" not in self.__dict__ or "modules_to_save" not in self.__dict__["_modules"]:
+                raise
+        # Model code asks the wrapped module for its weight, its config and so on.
+        return getattr(self.active_module(), name)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Uses the copies (True) or the original (False), with gradients accordingly."""
+        self._disable_adapters = not enabled
+        for name, module in self.modules_to_save.items():
+            _set_layer_requires_grad(module, enabled and name in self._active_adapter)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes the copy of one adapter active and trainable (frozen in inference mode); an empty list: the original.
+
+        Raises:
+            ValueError: More than one adapter, or one that has no copy here.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) > 1:
+            raise ValueError(f"modules_to_save takes one active adapter at a time, got {names}")
+        if names and names[0] not in self.modules_to_save:
+            have = sorted(self._adapters)
+            raise ValueError(f"adapter {names[0]!r} has no modules_to_save here; those that do: {have}")
+        for name, module in self.modules_to_save.items():
+            _set_layer_requires_grad(module, name in names and not inference_mode)
+        self._active_adapter = names
+
+    def set_active_among(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """`set_adapter` with the one of `adapter_names` that has a copy here, if any.
+
+        Raises:
+            ValueError: Several of them have one.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.set_adapter([name for name in names if name in self.modules_to_save], inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Sets `requires_grad` on the copies of the named adapters."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        for name, module in self.modules_to_save.items():
+            if name in names:
+                _set_layer_requires_grad(module, requires_grad)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None) -> None:
+        """Removes the copy of `adapter_name`, and makes that of the new active adapter active if there is one."""
+        if adapter_name not in self.modules_to_save:
+            return
+        del self.modules_to_save[adapter_name]
+        if adapter_name in self._active_adapter:
+            self.set_active_among(new_active_adapters or [])
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What `state_dict` (of this wrapper) holds for `adapter_name`, under the names of the wrapped module."""
+        load_map = self.adapter_state_dict_load_map(adapter_name)
+        return {saved: state_dict[held] for saved, held in load_map.items()}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Names in the wrapped module -> names in this wrapper, for the copy of `adapter_name`."""
+        if adapter_name not in self.modules_to_save:
+            return {}
+        held = self.modules_to_save[adapter_name].state_dict()
+        return {name: f"modules_to_save.{adapter_name}.{name}" for name in held}
+
+    def unloaded_module(self) -> nn.Module:
+        """What stands in the wrapper's place once adapters are unloaded: the active copy, else the original."""
+        return self.active_module()
+
+
+def _set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+    """Activates, in every wrapper of `model`, the copy of the named adapter (the original where it has none)."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.set_active_among(adapter_name, inference_mode)
+
+
+def _check_can_copy(module: nn.Module) -> None:
+    """Raises for a module that cannot be copied and trained in its own place."""
+    containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+    if isinstance(module, containers) or hasattr(module, "base_layer"):
+        raise TypeError(f"modules_to_save cannot wrap a module of type {type(module).__name__}")
+    if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters()):
+        raise ValueError("modules_to_save cannot copy a module whose weights accelerate offloaded: load it on a device")
+
+
+def check_modules_to_save(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises for a module that `wrap_modules_to_save` would fail at, before anything is changed."""
+    endings = tuple(names)
+    for key, module in model.named_modules():
+        if (
+            key.endswith(endings)
+            and not isinstance(module, AuxiliaryTrainingWrapper)
+            and not _is_inside_adapter(model, key)
+        ):
+            _check_can_copy(module)
+
+
+def wrap_modules_to_save(
+    model: nn.Module, names: Iterable[str], adapter_name: str, *, inference_mode: bool, activate: bool
+) -> list[str]:
+    """Puts a `ModulesToSaveWrapper` around every module of `model` whose name ends with one of `names`.
+
+    As in PEFT, an ending need not start at a dot. A name that matches nothing is warned about; "classifier" and
+    "score" are two conventions for one head, so one of them is enough.
+
+    Args:
+        model: The base model, adapted or not.
+        names: Endings of module names.
+        adapter_name: The adapter that trains the copies.
+        inference_mode: Whether the copies are frozen.
+        activate: Whether the copies are used at once.
+
+    Returns:
+        The full names of the wrapped modules.
+    """
+    names = list(names)
+    found: dict[str, set[str]] = {name: set() for name in names}
+    # A tied module is listed under each of its names, so that each place is wrapped.
+    for key, module in list(model.named_modules(remove_duplicate=False)):
+        matched = [name for name in names if key.endswith(name)]
+        if not matched or _is_inside_adapter(model, key):
+            continue
+        for name in matched:
+            found[name].add(key)
+        parent, _, name = _get_submodules(model, key)
+        if isinstance(module, ModulesToSaveWrapper):
+            module.update(adapter_name)
+        else:
+            module = ModulesToSaveWrapper(module, adapter_name)
+            module.set_adapter([])
+            setattr(parent, name, module)
+        if activate:
+            module.set_adapter(adapter_name, inference_mode)
+    missing = [name for name in names if not found[name]]
+    if any(found.get(name) for name in SEQ_CLS_HEAD_NAMES):
+        missing = [name for name in missing if name not in SEQ_CLS_HEAD_NAMES]
+    if missing:
+        warnings.warn(f"modules_to_save: no module's name ends with {missing}; nothing is trained for it", stacklevel=2)
+    return sorted(set().union(*found.values()))
+
+
+def _is_inside_adapter(model: nn.Module, key: str) -> bool:
+    """Whether `key` lies inside a wrapper or an adapted layer, whose insides are not the user's modules."""
+    parent = key.rpartition(".")[0]
+    while parent:
+        ancestor = model.get_submodule(parent)
+        if isinstance(ancestor, AuxiliaryTrainingWrapper) or hasattr(ancestor, "base_layer"):
+            return True
+        parent = parent.rpartition(".")[0]
+    return False

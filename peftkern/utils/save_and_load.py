@@ -1,0 +1,319 @@
+"""An adapter's state dict out of a model and into one, in PEFT's names; every check comes before the first write."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from peftkern.config import PeftConfig
+from peftkern.utils.adapter_error import AdapterFileError, shorten
+from peftkern.utils.adapter_files import PathLike, config_file, read_weights, weights_file
+from peftkern.utils.adapter_keys import (
+    PREFIX,
+    adapter_key_map,
+    base_bias_keys,
+    embedding_is_targeted,
+    embedding_keys,
+)
+
+_PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+_PAIR_KEY = re.compile(r"(?P<module>.*)\.(?P<name>lora_(?:embedding_)?[AB])(?P<rest>\.weight|)")
+
+
+# --- out of a model --------------------------------------------------------------------------------------------------
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, torch.Tensor]:
+    """The tensors of one adapter, by the names that they have in `adapter_model.safetensors`.
+
+    Args:
+        model: A `PeftModel`, or a model with `peft_config` that adapters were injected into; not the DDP or FSDP1
+            wrapper.
+        state_dict: The state dict of `model` to select from; by default `model.state_dict()`. FSDP's gathered state
+            dict goes here: on the ranks where it is empty, so is the result.
+        adapter_name: Whose tensors.
+        unwrap_compiled: Look inside the wrapper that `torch.compile` made.
+        save_embedding_layers: Include the input and output embeddings. "auto": if the adapter targets them or the
+            vocabulary was resized.
+
+    Returns:
+        Names without the adapter's name -> tensors; they share memory with the model. A DTensor is gathered, which
+        every rank of its mesh must take part in.
+
+    Raises:
+        ValueError: No adapter of that name.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    config = _config_of(model, adapter_name)
+    state = model.state_dict() if state_dict is None else state_dict
+    wanted = {held: saved for saved, held in adapter_key_map(model, adapter_name).items()}
+    wanted |= {key: key for key in base_bias_keys(model, config)}
+    wanted |= {key: key for key in _embeddings_to_save(model, config, save_embedding_layers)}
+    return {saved: _full(state[held]) for held, saved in wanted.items() if held in state}
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _embeddings_to_save(model: nn.Module, config: Any, choice: bool | Literal["auto"]) -> list[str]:
+    """The names of the embeddings' weights that are saved along, under PEFT's rules for `save_embedding_layers`."""
+    if choice not in (True, False, "auto"):
+        raise ValueError(f"save_embedding_layers: expected True, False or 'auto', got {choice!r}")
+    targeted = embedding_is_targeted(model, config)
+    if choice == "auto":
+        choice = targeted
+        if targeted:
+            warnings.warn("save_embedding_layers: set to True, target_modules name an embedding.", stacklevel=3)
+        elif _vocabulary_was_resized(model, config):
+            warnings.warn("save_embedding_layers: set to True, the vocabulary was resized.", stacklevel=3)
+            choice = True
+    if choice and not hasattr(model, "get_input_embeddings"):
+        warnings.warn("save_embedding_layers: the model has no get_input_embeddings, none saved.", stacklevel=3)
+    return embedding_keys(model, targeted) if choice else []
+
+
+def _vocabulary_was_resized(model: nn.Module, config: Any) -> bool:
+    """Whether the vocabulary differs from that in the base model's own `config.json`, where that can be read."""
+    model_config = getattr(model, "config", None)
+    vocab_size, base = getattr(model_config, "vocab_size", None), config.base_model_name_or_path
+    if not vocab_size or not base:
+        return False
+    exists: bool | None = os.path.exists(os.path.join(base, "config.json"))
+    if not exists:
+        from peftkern.utils.hub import file_exists_on_hub
+
+        exists = file_exists_on_hub(base, "config.json")
+    if exists is None:
+        text = f"Could not find a config file in {base} - will assume that the vocabulary was not modified."
+        warnings.warn(text, stacklevel=4)
+    return bool(exists) and vocab_size != type(model_config).from_pretrained(base).vocab_size
+
+
+def _config_of(model: nn.Module, adapter_name: str) -> Any:
+    """The configuration of an adapter of `model`."""
+    configs = getattr(model, "peft_config", None) or {}
+    if adapter_name not in configs:
+        raise ValueError(f"adapter_name: no adapter {adapter_name!r}; there are {sorted(configs)}")
+    return configs[adapter_name]
+
+
+# --- into a model ----------------------------------------------------------------------------------------------------
+
+
+class LoadPlan(NamedTuple):
+    """What loading a state dict would do; nothing is written yet."""
+
+    tensors: dict[str, torch.Tensor]  # by the name in model.state_dict()
+    missing: list[str]  # names in model.state_dict() of this adapter's tensors that the file lacks
+    unexpected: list[str]  # names in the file that the model has no place for
+
+
+def plan_load(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str,
+    *,
+    source: PathLike = "state_dict",
+    ignore_mismatched_sizes: bool = False,
+) -> LoadPlan:
+    """Match `state_dict` against the adapter that `model` holds.
+
+    Raises:
+        AdapterFileError: A shape or kind of dtype differs; an adapted layer has one factor of its pair only; no tensor
+            of the adapter is in the file; or names are missing *and* others unknown, so that some were changed.
+
+    Warns:
+        UserWarning: Shapes that differ, with `ignore_mismatched_sizes`.
+    """
+    config = _config_of(model, adapter_name)
+    adapter = adapter_key_map(model, adapter_name)
+    places = adapter | {key: key for key in base_bias_keys(model, config)}
+    places |= {key: key for targeted in (False, True) for key in embedding_keys(model, targeted)}
+    wrapped = any(key.startswith(PREFIX) for key in places)
+    if not wrapped:  # adapters injected into a bare model: the file's names still carry the prefix
+        state_dict = {key.removeprefix(PREFIX): value for key, value in state_dict.items()}
+    held = model.state_dict()
+    tensors, mismatched = {}, []
+    for key, value in state_dict.items():
+        if key not in places:
+            continue
+        target = held[places[key]]
+        if value.is_floating_point() != target.is_floating_point() or value.is_complex():
+            raise AdapterFileError(source, f"its dtype is {value.dtype}, expected one like {target.dtype}", key=key)
+        if value.shape != target.shape:
+            text = f"its shape is {list(value.shape)}, the model expects {list(target.shape)}"
+            if not ignore_mismatched_sizes:
+                raise AdapterFileError(source, text, key=key)
+            mismatched.append(f"{key}: {text}")
+        else:
+            tensors[places[key]] = value
+    if mismatched:
+        warnings.warn(f"{source}: not loaded (ignore_mismatched_sizes): {'; '.join(mismatched)}", stacklevel=2)
+    missing = [key for key in adapter if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in places]
+    _refuse_holes(source, adapter, missing, unexpected)
+    return LoadPlan(tensors, [adapter[key] for key in missing], unexpected)
+
+
+def _refuse_holes(source: PathLike, adapter: dict[str, str], missing: list[str], unexpected: list[str]) -> None:
+    """Raise unless whole layers are absent and nothing else (PEFT's own way to save part of a model)."""
+    if not missing:
+        return
+    if len(missing) == len(adapter):
+        reason = f"no tensor of this adapter is in it: expected {shorten(missing, 3)}; found {shorten(unexpected, 3)}"
+        raise AdapterFileError(source, reason)
+    absent = set(missing)
+    for key in missing:
+        match = _PAIR_KEY.fullmatch(key)
+        if match is None:
+            raise AdapterFileError(source, f"the tensor is missing; unknown names: {shorten(unexpected)}", key=key)
+        other = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}[match["name"]]
+        if f"{match['module']}.{other}{match['rest']}" not in absent:
+            raise AdapterFileError(source, f"the tensor is missing, while its partner {other} is there", key=key)
+    if unexpected:
+        raise AdapterFileError(
+            source, f"names are missing: {shorten(missing)}; and others unknown: {shorten(unexpected)}", key=missing[0]
+        )
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    *,
+    source: PathLike = "state_dict",
+) -> _IncompatibleKeys:
+    """Load the tensors of an adapter's file into the adapter `adapter_name` of `model`, which must be there already.
+
+    Args:
+        model: A `PeftModel`, or a model that adapters were injected into.
+        peft_model_state_dict: As `get_peft_model_state_dict` returns it.
+        adapter_name: Where to; need not be the name under which it was saved.
+        ignore_mismatched_sizes: Leave tensors of another shape out, with a warning.
+        low_cpu_mem_usage: The adapter's parameters are on the meta device: take the given tensors in their place.
+        source: The file's name, for messages.
+
+    Returns:
+        `missing_keys`, this adapter's names in the model that were not given (whole layers only), and
+        `unexpected_keys`.
+
+    Raises:
+        ValueError: As `plan_load`; nothing was written.
+    """
+    plan = plan_load(
+        model, peft_model_state_dict, adapter_name, source=source, ignore_mismatched_sizes=ignore_mismatched_sizes
+    )
+    model.load_state_dict(plan.tensors, strict=False, assign=low_cpu_mem_usage)
+    if low_cpu_mem_usage:
+        for module in model.modules():
+            if hasattr(module, "_move_adapter_to_device_of_base_layer"):
+                module._move_adapter_to_device_of_base_layer(adapter_name)
+    return _IncompatibleKeys(plan.missing, plan.unexpected)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def load_config(model_id: PathLike, **hub_kwargs: Any) -> PeftConfig:
+    """Read the configuration of the adapter at `model_id` as the class that its `peft_type` names.
+
+    Raises:
+        AdapterFileError: The file is missing or damaged, `peft_type` is missing or unknown, or a field is wrong.
+        NotImplementedError: It asks for what is not built here, by the field's name.
+    """
+    try:
+        return PeftConfig.from_pretrained(model_id, **hub_kwargs)
+    except AdapterFileError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(config_file(model_id, **hub_kwargs), str(error)) from error
+
+
+def load_peft_weights(
+    model_id: PathLike,
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hf_hub_download_kwargs: Any,
+) -> dict[str, torch.Tensor]:
+    """Read the tensors of the adapter at `model_id`, a folder or a Hub repository.
+
+    Args:
+        model_id: The folder or the repository's id.
+        device: Where the tensors are put; the CPU by default.
+        key_mapping: Regular expression -> replacement, applied to names without `base_model.model.`; the first that
+            matches a name is used.
+        hf_hub_download_kwargs: `subfolder`, `revision`, `token` and the like.
+
+    Raises:
+        AdapterFileError: As `read_weights`, or two names became one by `key_mapping`.
+    """
+    tensors = read_weights(model_id, device=device or "cpu", **hf_hub_download_kwargs)
+    if not key_mapping:
+        return tensors
+    mapped: dict[str, torch.Tensor] = {}
+    for key, value in tensors.items():
+        prefix = PREFIX if key.startswith(PREFIX) else ""
+        name = key.removeprefix(prefix)
+        for pattern, replacement in key_mapping.items():
+            name, count = re.subn(pattern, replacement, name)
+            if count:
+                break
+        if prefix + name in mapped:
+            file = weights_file(model_id, **hf_hub_download_kwargs)
+            raise AdapterFileError(file, f"key_mapping gives two tensors the name {prefix + name!r}", key=key)
+        mapped[prefix + name] = value
+    return mapped
+
+
+def check_lora_tensors(source: PathLike, tensors: Mapping[str, torch.Tensor], config: Any) -> None:
+    """Check what a LoRA file says by itself, before any model is touched: pairs, dimensions, ranks, dtypes.
+
+    Raises:
+        AdapterFileError: A factor is not a floating-point matrix, lacks its partner, or has a rank that neither `r` nor
+            `rank_pattern` gives.
+    """
+    ranks = {config.r, *config.rank_pattern.values()}
+    found: dict[tuple[str, str, str], torch.Tensor] = {}
+    for key, value in tensors.items():
+        match = _PAIR_KEY.fullmatch(key)
+        if match is None:
+            continue
+        if not value.is_floating_point():
+            raise AdapterFileError(source, f"expected floating point, got {value.dtype}", key=key)
+        if value.dim() < 2 or 0 in value.shape:
+            text = f"expected a matrix, got shape {list(value.shape)}: was a sharded model saved without gathering?"
+            raise AdapterFileError(source, text, key=key)
+        rank = value.shape[0 if match["name"].endswith("A") else 1]
+        if rank not in ranks:
+            text = f"its rank is {rank} (shape {list(value.shape)}), adapter_config.json says {sorted(ranks)}"
+            raise AdapterFileError(source, text, key=key)
+        found[match["module"], match["name"], match["rest"]] = value
+    for module, name, rest in found:
+        for first, second in _PAIRS:
+            other = {first: second, second: first}.get(name)
+            if other is None:
+                continue
+            key = f"{module}.{name}{rest}"
+            if (module, other, rest) not in found:
+                raise AdapterFileError(source, f"its partner {other} is missing", key=key)
+            a, b = found[module, first, rest], found[module, second, rest]
+            if a.shape[0] != b.shape[1]:
+                text = f"shapes {list(a.shape)} and {list(b.shape)} of {first} and {second} differ in rank"
+                raise AdapterFileError(source, text, key=key)
