@@ -22,7 +22,7 @@ def adapted(model: nn.Module, kind: type) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kind)]
 
 
-def both(model: nn.Module, **arguments) -> tuple[LoraModel, "peft.LoraModel"]:
+def both(model: nn.Module, **arguments) -> tuple[LoraModel, peft.LoraModel]:
     """The same configuration injected by peftkern and by PEFT into equal models."""
     other = copy.deepcopy(model)
     with warnings.catch_warnings():

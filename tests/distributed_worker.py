@@ -1,0 +1,99 @@
+"""One rank of test_distributed.py: trains a few steps through Accelerate, under DDP and then under FSDP2, on the CPU.
+
+Usage: distributed_worker.py FOLDER, with the environment of torch.distributed. Rank 0 writes FOLDER/<mode>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, load_fsdp_model, save_fsdp_model
+
+import peftkern
+from tiny_models import ids, randomize, tiny_llama
+
+STEPS, ROWS = 5, 4
+CONFIG = {"r": 4, "target_modules": "all-linear", "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
+
+
+def make_model() -> Any:
+    model = peftkern.get_peft_model(tiny_llama(), peftkern.LoraConfig(**CONFIG))
+    randomize(model, ("lora_A",))
+    return model.train()
+
+
+def batch(step: int, rank: int, world: int) -> torch.Tensor:
+    """This rank's share of the rows of one step."""
+    return ids(ROWS, 8, seed=step)[rank * ROWS // world : (rank + 1) * ROWS // world]
+
+
+def train(model: Any, optimizer: Any, backward: Any, rank: int = 0, world: int = 1) -> list[float]:
+    losses = []
+    for step in range(STEPS):
+        rows = batch(step, rank, world)
+        loss = model(input_ids=rows, labels=rows).loss
+        backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach().item())
+    return losses
+
+
+def make_optimizer(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+
+def run(mode: str, folder: Path) -> None:
+    plugin = None
+    if mode == "fsdp2":
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            cpu_ram_efficient_loading=False,
+            state_dict_type="FULL_STATE_DICT",
+        )
+    accelerator = Accelerator(cpu=True)
+    if plugin is not None:
+        # Accelerate offers FSDP on accelerators only; its code for it runs with gloo on the CPU as well.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    rank, world = accelerator.process_index, accelerator.num_processes
+    model = make_model()
+    model, optimizer = accelerator.prepare(model, make_optimizer(model))
+    losses = train(model, optimizer, accelerator.backward, rank, world)
+    mean = [accelerator.gather(torch.tensor([loss])).mean().item() for loss in losses]
+
+    unwrapped = accelerator.unwrap_model(model)
+    state_dict = accelerator.get_state_dict(model)
+    unwrapped.save_pretrained(folder / mode, state_dict=state_dict, is_main_process=accelerator.is_main_process)
+    result = {"losses": mean, "class": type(unwrapped).__name__, "world": world}
+    if mode == "fsdp2":
+        result["sharded"] = sum(hasattr(p, "full_tensor") for p in model.parameters())
+        unwrapped.save_pretrained(folder / "fsdp2_gathered", is_main_process=accelerator.is_main_process)
+        # What Trainer does at a checkpoint, and when it resumes from one.
+        save_fsdp_model(plugin, accelerator, model, str(folder / "checkpoint"), adapter_only=True)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.zero_()
+        load_fsdp_model(plugin, accelerator, model, str(folder / "checkpoint"), adapter_only=True)
+        unwrapped.save_pretrained(folder / "fsdp2_resumed", is_main_process=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        (folder / f"{mode}.json").write_text(json.dumps(result))
+    accelerator.wait_for_everyone()
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for each in ("ddp", "fsdp2"):
+        run(each, Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()

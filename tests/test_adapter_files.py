@@ -1,0 +1,500 @@
+"""The adapter's two files: every damage is refused by name before the base model is touched; saving is atomic."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from peftkern import LoraConfig, PeftModel, get_peft_model
+from peftkern.utils.adapter_error import AdapterFileError
+from peftkern.utils.adapter_files import read_config, read_weights, write_adapter, write_config, write_weights
+from tiny_models import fingerprint, mlp, randomize
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+A_UP = "base_model.model.up.lora_A.weight"
+B_UP = "base_model.model.up.lora_B.weight"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The folder of a good adapter of rank 4 on `Mlp`'s `up` and `down`."""
+    model = get_peft_model(mlp(), LoraConfig(r=4, target_modules=["up", "down"]))
+    randomize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def header_file(path: Path, header: object, data: bytes = b"") -> None:
+    """A safetensors file with any header."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def entry(shape: list, dtype: object = "F32", begin: int = 0, end: int | None = None) -> dict:
+    size = 4
+    for item in shape:
+        size *= item
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + size if end is None else end]}
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def drop_config(folder: Path, name: str) -> None:
+    path = folder / CONFIG
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != name}))
+
+
+def edit_weights(folder: Path, change) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def put(name: str, content: bytes | str):
+    """Replace the file `name`."""
+    return lambda d: (d / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def resize(by: int, start: int | None = None):
+    """Cut or lengthen the weight file by some bytes."""
+    return lambda d: os.truncate(d / WEIGHTS, by + ((d / WEIGHTS).stat().st_size if start is None else start))
+
+
+def a_up(change):
+    """Replace the tensor `A_UP`."""
+    return lambda d: edit_weights(d, lambda t: t.update({A_UP: change(t[A_UP])}))
+
+
+def _zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.pkl", "nothing")
+
+
+def _rename(old: str, new: str):
+    return lambda d: edit_weights(d, lambda t: t.__setitem__(new, t.pop(old)))
+
+
+# name -> (what is done to the folder, the words that the error must contain)
+CONFIG_DAMAGE = {
+    "missing": (lambda d: (d / CONFIG).unlink(), [CONFIG]),
+    "empty": (put(CONFIG, b""), [CONFIG, "empty"]),
+    "cut": (lambda d: (d / CONFIG).write_text((d / CONFIG).read_text()[:100]), [CONFIG, "JSON"]),
+    "not JSON": (put(CONFIG, b"PK\x03\x04\x00\x01"), [CONFIG, "JSON"]),
+    "not UTF-8": (lambda d: (d / CONFIG).write_bytes(b'{"r": "\xff"}'), [CONFIG, "UTF-8"]),
+    "a list": (put(CONFIG, "[1, 2]"), [CONFIG, "object", "list"]),
+    "a number": (put(CONFIG, "8"), [CONFIG, "object", "int"]),
+    "deep": (put(CONFIG, "[" * 500_000), [CONFIG, "deep"]),
+    "deep object": (put(CONFIG, '{"a":' * 200_000 + "1" + "}" * 200_000), [CONFIG, "deep"]),
+    "huge number": (put(CONFIG, '{"r": ' + "9" * 10_000 + "}"), [CONFIG]),
+    "twice": (put(CONFIG, '{"r": 4, "r": 8}'), [CONFIG, "'r'", "twice"]),
+    "NaN": (put(CONFIG, '{"lora_alpha": NaN}'), [CONFIG, "NaN"]),
+    "a folder": (lambda d: ((d / CONFIG).unlink(), (d / CONFIG).mkdir()), [CONFIG, "regular file"]),
+    "no peft_type": (lambda d: drop_config(d, "peft_type"), [CONFIG, "peft_type"]),
+    "unknown peft_type": (lambda d: edit_config(d, peft_type="MAGIC"), [CONFIG, "peft_type", "MAGIC"]),
+    "peft_type number": (lambda d: edit_config(d, peft_type=3), [CONFIG, "peft_type"]),
+    "unknown task_type": (lambda d: edit_config(d, task_type="COOKING"), [CONFIG, "task_type", "COOKING"]),
+    "r string": (lambda d: edit_config(d, r="8"), [CONFIG, "r ", "'8'"]),
+    "r negative": (lambda d: edit_config(d, r=-1), [CONFIG, "r ", "-1"]),
+    "r zero": (lambda d: edit_config(d, r=0), [CONFIG, "r ", "0"]),
+    "r float": (lambda d: edit_config(d, r=4.5), [CONFIG, "r ", "4.5"]),
+    "r bool": (lambda d: edit_config(d, r=True), [CONFIG, "r ", "True"]),
+    "r list": (lambda d: edit_config(d, r=[4]), [CONFIG, "r "]),
+    "alpha string": (lambda d: edit_config(d, lora_alpha="16"), [CONFIG, "lora_alpha"]),
+    "alpha too large": (put(CONFIG, '{"peft_type": "LORA", "r": 4, "lora_alpha": 1e999}'), [CONFIG, "lora_alpha"]),
+    "r too large": (lambda d: edit_config(d, r=10**12), ["lora_A", "rank", str(10**12)]),
+    "dropout 2": (lambda d: edit_config(d, lora_dropout=2.0), [CONFIG, "lora_dropout"]),
+    "targets number": (lambda d: edit_config(d, target_modules=5), [CONFIG, "target_modules"]),
+    "targets numbers": (lambda d: edit_config(d, target_modules=[5]), [CONFIG, "target_modules"]),
+    "targets object": (lambda d: edit_config(d, target_modules={"up": 1}), [CONFIG, "target_modules"]),
+    "bias": (lambda d: edit_config(d, bias="some"), [CONFIG, "bias"]),
+    "rank_pattern list": (lambda d: edit_config(d, rank_pattern=[1]), [CONFIG, "rank_pattern"]),
+    "rank_pattern string": (lambda d: edit_config(d, rank_pattern={"up": "4"}), [CONFIG, "rank_pattern"]),
+    "modules_to_save": (lambda d: edit_config(d, modules_to_save=7), [CONFIG, "modules_to_save"]),
+    "inference_mode": (lambda d: edit_config(d, inference_mode="yes"), [CONFIG, "inference_mode"]),
+}
+
+WEIGHT_DAMAGE = {
+    "missing": (lambda d: (d / WEIGHTS).unlink(), [WEIGHTS, "found"]),
+    "empty": (put(WEIGHTS, b""), [WEIGHTS, "empty"]),
+    "five bytes": (put(WEIGHTS, b"\x01\x02\x03\x04\x05"), [WEIGHTS, "cut or not"]),
+    "cut in the header": (resize(60, 0), [WEIGHTS, "cut"]),
+    "cut in the data": (resize(-7), [WEIGHTS, "lora_", "cut"]),
+    "too long": (resize(1), [WEIGHTS, "bytes"]),
+    "zip": (lambda d: _zip(d / WEIGHTS), [WEIGHTS, "zip"]),
+    "pickle": (put(WEIGHTS, b"\x80\x04" + b"a" * 30), [WEIGHTS, "pickle"]),
+    "git-lfs": (put(WEIGHTS, "version https://git-lfs.github.com/spec/v1\n"), [WEIGHTS, "git-lfs"]),
+    "HTML": (put(WEIGHTS, "<!DOCTYPE html><html></html>"), [WEIGHTS, "HTML"]),
+    "JSON": (put(WEIGHTS, '{"weights": [1, 2, 3]}'), [WEIGHTS, "JSON"]),
+    "huge header": (put(WEIGHTS, struct.pack("<Q", 2**62) + b"{}"), [WEIGHTS, "header", str(2**62)]),
+    "deep header": (lambda d: header_file(d / WEIGHTS, b"[" * 300_000), [WEIGHTS, "deep"]),
+    "header a list": (lambda d: header_file(d / WEIGHTS, [1]), [WEIGHTS, "object"]),
+    "entry a number": (lambda d: header_file(d / WEIGHTS, {A_UP: 1}), [WEIGHTS, A_UP]),
+    "unknown dtype": (lambda d: header_file(d / WEIGHTS, {A_UP: entry([1], "F31")}, b"1234"), [WEIGHTS, A_UP, "F31"]),
+    "dtype a list": (lambda d: header_file(d / WEIGHTS, {A_UP: entry([1], [1])}, b"1234"), [WEIGHTS, A_UP, "dtype"]),
+    "negative shape": (lambda d: header_file(d / WEIGHTS, {A_UP: entry([-1])}, b"1234"), [WEIGHTS, A_UP, "shape"]),
+    "huge shape": (lambda d: header_file(d / WEIGHTS, {A_UP: entry([2**40, 2**40], end=4)}, b"1234"), [WEIGHTS, A_UP]),
+    "offsets beyond": (lambda d: header_file(d / WEIGHTS, {A_UP: entry([1000])}, b"1234"), [WEIGHTS, A_UP, "4000"]),
+    "overlap": (lambda d: header_file(d / WEIGHTS, {"a": entry([1]), "b": entry([1])}, b"1234"), [WEIGHTS, "'b'"]),
+    "hole": (lambda d: header_file(d / WEIGHTS, {"a": entry([1], begin=4)}, b"12345678"), [WEIGHTS, "'a'"]),
+    "no tensors": (lambda d: header_file(d / WEIGHTS, {}), [WEIGHTS, "no tensors"]),
+    "a folder": (lambda d: ((d / WEIGHTS).unlink(), (d / WEIGHTS).mkdir()), [WEIGHTS, "regular file"]),
+    "a pipe": (lambda d: ((d / WEIGHTS).unlink(), os.mkfifo(d / WEIGHTS)), [WEIGHTS, "regular file"]),
+    "an index only": (
+        lambda d: (
+            (d / WEIGHTS).unlink(),
+            (d / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"x": "../../etc/passwd"}}'),
+        ),
+        [WEIGHTS, "index.json"],
+    ),
+    "hostile bin": (
+        lambda d: ((d / WEIGHTS).unlink(), torch.save({"x": Path("/etc/passwd")}, d / "adapter_model.bin")),
+        ["adapter_model.bin", "weights_only"],
+    ),
+    "bin of a list": (
+        lambda d: ((d / WEIGHTS).unlink(), torch.save([torch.zeros(1)], d / "adapter_model.bin")),
+        ["adapter_model.bin", "dict"],
+    ),
+    "wrong shape": (a_up(lambda a: a[:, :7].clone()), [WEIGHTS, A_UP, "7"]),
+    "transposed": (a_up(lambda a: a.T.contiguous()), [WEIGHTS, A_UP, "16"]),
+    "a vector": (a_up(lambda a: a.flatten()), [WEIGHTS, A_UP, "matrix"]),
+    "no rows": (a_up(lambda a: a[:0].clone()), [WEIGHTS, A_UP, "matrix"]),
+    "rank of one": (a_up(lambda a: a[:2].clone()), [WEIGHTS, A_UP, "rank"]),
+    "rank of config": (lambda d: edit_config(d, r=8), [WEIGHTS, "lora_A", "rank", "8"]),
+    "rank of two": (
+        lambda d: (
+            edit_config(d, rank_pattern={"down": 2}),
+            a_up(lambda a: a[:2].clone())(d),
+        ),
+        [WEIGHTS, "up.lora_", "rank"],
+    ),
+    "integers": (a_up(lambda a: a.int()), [WEIGHTS, A_UP, "int32"]),
+    "complex": (a_up(lambda a: a.cfloat()), [WEIGHTS, A_UP, "complex"]),
+    "half a pair": (lambda d: edit_weights(d, lambda t: t.pop(A_UP)), [WEIGHTS, B_UP, "lora_A"]),
+    "renamed factor": (_rename(A_UP, "base_model.model.up.lora_X.weight"), [WEIGHTS, B_UP, "lora_A"]),
+    "renamed module": (
+        lambda d: (_rename(A_UP, A_UP.replace("up", "xx"))(d), _rename(B_UP, B_UP.replace("up", "xx"))(d)),
+        [WEIGHTS, A_UP, "model.xx"],
+    ),
+    "other model's": (
+        lambda d: save_file({f"other.{i}": torch.zeros(2) for i in range(3)}, d / WEIGHTS),
+        [WEIGHTS, "other.0", "no tensor of this adapter"],
+    ),
+    "other targets": (lambda d: edit_config(d, target_modules=["nowhere"]), ["target_modules", "nowhere"]),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIG_DAMAGE)
+def test_damaged_config_is_refused_before_the_base_is_touched(saved, kind):
+    """Would catch: a KeyError that names nothing, `r="8"` used as a rank, layers injected before the check."""
+    damage, words = CONFIG_DAMAGE[kind]
+    damage(saved)
+    base = mlp()
+    before = fingerprint(base)
+    with pytest.raises(AdapterFileError) as error:
+        PeftModel.from_pretrained(base, saved)
+    for word in words:
+        assert word in str(error.value), f"{error.value} does not say {word!r}"
+    assert fingerprint(base) == before
+
+
+@pytest.mark.parametrize("kind", WEIGHT_DAMAGE)
+def test_damaged_weights_are_refused_and_the_base_is_as_it_was(saved, kind):
+    """Would catch PEFT 0.21's fault: a damaged weight file leaves adapters of random values on the base model."""
+    damage, words = WEIGHT_DAMAGE[kind]
+    damage(saved)
+    base = mlp()
+    before = fingerprint(base)
+    with pytest.raises(ValueError) as error:
+        PeftModel.from_pretrained(base, saved)
+    for word in words:
+        assert word in str(error.value), f"{error.value} does not say {word!r}"
+    assert fingerprint(base) == before
+
+
+@pytest.mark.parametrize("kind", ["cut in the data", "wrong shape", "half a pair", "rank of one", "other model's"])
+@pytest.mark.parametrize("name", ["default", "second"])
+def test_load_adapter_refuses_damage_and_keeps_the_model(saved, kind, name):
+    """Would catch: a half-loaded adapter, or a second adapter left behind by a failed load."""
+    model = PeftModel.from_pretrained(mlp(), saved, is_trainable=True)
+    WEIGHT_DAMAGE[kind][0](saved)
+    before, configs = fingerprint(model), dict(model.peft_config)
+    with pytest.raises(ValueError):
+        model.load_adapter(saved, name)
+    assert fingerprint(model) == before and model.peft_config == configs
+
+
+def test_a_failure_late_in_loading_is_rolled_back(saved, monkeypatch):
+    """Would catch: hooks, frozen parameters and injected layers left behind when the last step fails."""
+    base = mlp()
+    base.up.weight.requires_grad_(False)
+    base.get_input_embeddings = lambda: base.emb
+    before = fingerprint(base)
+    monkeypatch.setattr(PeftModel, "_load_tensors", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        PeftModel.from_pretrained(base, saved)
+    assert fingerprint(base) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_are_warned_about_by_name(saved, value):
+    """Would catch: NaN loading without a word, as in PEFT 0.21."""
+    edit_weights(saved, lambda t: t[A_UP].view(-1).__setitem__(3, value))
+    with pytest.warns(UserWarning, match=f"NaN or Inf in '{A_UP}'"):
+        PeftModel.from_pretrained(mlp(), saved)
+
+
+def test_unknown_keys_are_warned_about_and_cannot_reach_the_base(saved):
+    """Would catch: an adapter file that overwrites weights of the base model under their own names."""
+    base = mlp()
+    keys = {"base_model.model.up.base_layer.weight": torch.zeros(24, 16), "base_model.model.head.bias": torch.ones(5)}
+    edit_weights(saved, lambda t: t.update(keys))
+    edit_config(saved, from_the_future=1)
+    weight, bias = base.up.weight.detach().clone(), base.head.bias.detach().clone()
+    with pytest.warns(UserWarning) as warned:
+        PeftModel.from_pretrained(base, saved)
+    text = "\n".join(str(w.message) for w in warned)
+    assert all(key in text for key in keys) and "from_the_future" in text
+    assert torch.equal(base.up.base_layer.weight, weight) and torch.equal(base.head.bias, bias)
+
+
+def test_whole_layers_may_be_absent_with_a_warning(saved):
+    """PEFT saves and loads parts of an adapter; the absent layers are named."""
+    edit_weights(saved, lambda t: (t.pop(A_UP), t.pop(B_UP)))
+    with pytest.warns(UserWarning, match="Found missing adapter keys.*up.lora_A.default.weight"):
+        PeftModel.from_pretrained(mlp(), saved)
+
+
+def test_missing_folder_and_file_in_its_place(tmp_path):
+    """Would catch: a path that is not there reported as an unreachable Hub repository."""
+    with pytest.raises(AdapterFileError, match="no such folder"):
+        read_config(tmp_path / "not" / "there")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(AdapterFileError, match="got a file"):
+        read_weights(tmp_path / "file")
+    with pytest.raises(AdapterFileError, match=f"{CONFIG} here; found"):
+        read_config(tmp_path)
+
+
+def test_error_has_parts_and_survives_pickling(saved):
+    """Would catch: an error of a data-loading worker that cannot be sent to its parent."""
+    import pickle
+
+    a_up(lambda a: a.int())(saved)
+    with pytest.raises(AdapterFileError) as error:
+        PeftModel.from_pretrained(mlp(), saved)
+    again = pickle.loads(pickle.dumps(error.value))
+    assert (again.file, again.key) == (str(saved / WEIGHTS), A_UP) and str(again) == str(error.value)
+
+
+def test_bin_is_read_where_there_is_no_safetensors(saved):
+    """Adapters of older PEFT releases are `.bin` files of plain tensors."""
+    expected = load_file(saved / WEIGHTS)
+    torch.save(expected, saved / "adapter_model.bin")
+    (saved / WEIGHTS).unlink()
+    model = PeftModel.from_pretrained(mlp(), saved)
+    assert torch.equal(model.base_model.model.up.lora_A["default"].weight, expected[A_UP])
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_shared_and_strided_tensors_are_saved(tmp_path):
+    """Would catch: safetensors refusing tied weights or transposed views."""
+    x = torch.randn(6, 4)
+    write_weights(tmp_path, {"a": x, "b": x, "c": x.T, "d": x[2:4], "e": torch.zeros(0, 3)})
+    read = load_file(tmp_path / WEIGHTS)
+    assert torch.equal(read["b"], x) and torch.equal(read["c"], x.T) and torch.equal(read["d"], x[2:4])
+    assert read["e"].shape == (0, 3)
+
+
+def test_what_cannot_be_saved_leaves_the_old_adapter(saved):
+    """Would catch: an error in the middle of saving that has already destroyed the old files."""
+    before = {f.name: f.read_bytes() for f in saved.iterdir()}
+    with pytest.raises(TypeError, match="'x'"):
+        write_adapter(saved, {"r": 1}, {"x": "a string"})
+    with pytest.raises(ValueError, match="meta"):
+        write_adapter(saved, {"r": 1}, {"x": torch.zeros(3, device="meta")})
+    with pytest.raises(ValueError):
+        write_adapter(saved, {"r": float("nan")}, {"x": torch.zeros(3)})
+    assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
+
+
+def test_full_disk_leaves_the_old_adapter(saved, monkeypatch):
+    """Would catch: half-written files, or a staging folder that is left lying about, when the disk is full."""
+    import peftkern.utils.adapter_files as files
+
+    def fail(path):
+        raise OSError(28, "No space left on device")
+
+    before = {f.name: f.read_bytes() for f in saved.iterdir()}
+    monkeypatch.setattr(files, "_sync", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_adapter(saved, {"r": 1}, {"x": torch.zeros(3)})
+    assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
+
+
+def test_loading_then_saving_over_the_same_file(saved):
+    """Would catch: truncating a file that is still mapped into memory (a bus error)."""
+    tensors = read_weights(saved)
+    write_adapter(saved, read_config(saved), {k: v + 1 for k, v in tensors.items()})
+    assert all(torch.equal(read_weights(saved)[k], v + 1) for k, v in tensors.items())
+
+
+def test_adapter_names_cannot_lead_out_of_the_folder(tmp_path):
+    """Would catch: an adapter named "/somewhere" written to /somewhere."""
+    outside = str(tmp_path / "outside")
+    model = get_peft_model(mlp(), LoraConfig(target_modules=["up"]), adapter_name=outside)
+    with pytest.raises(ValueError, match="outside of"):
+        model.save_pretrained(tmp_path / "inside")
+    assert not os.path.exists(outside)
+
+
+# Runs in one process for all the kill points: a fork is killed at the n-th system call of a save, then the parent looks
+# at what is left. PEFT's way of reading is tried as well as ours.
+KILL_SCRIPT = """
+    import json, os, shutil, signal, sys
+    import torch
+    from safetensors.torch import load_file
+    import peftkern.utils.adapter_files as files
+
+    folder = sys.argv[1]
+    old = ({"r": 4, "alpha": 1}, {"w": torch.zeros(64, 64), "v": torch.zeros(7)})
+    save_file = files.save_file
+
+    def half_written(tensors, path, metadata=None):
+        point(before=True)
+        save_file(tensors, path, metadata=metadata)
+        if count[0] == target[0]:
+            os.truncate(path, os.path.getsize(path) // 2)
+        point()
+
+    def point(before=False):
+        count[0] += 1
+        if count[0] == target[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrap(name):
+        real = getattr(os, name)
+        def wrapped(*args, **kwargs):
+            point(before=True)
+            result = real(*args, **kwargs)
+            point()
+            return result
+        setattr(os, name, wrapped)
+
+    count, target = [0], [0]
+    for name in ("rename", "replace", "unlink", "rmdir", "fsync", "mkdir"):
+        wrap(name)
+    files.save_file = half_written
+
+    def which(new, config, tensors):
+        values = {float(t.mean()) for t in tensors.values()}
+        for label, (c, t) in {"old": old, "new": new}.items():
+            if config == c and values == {float(t["w"].mean())}:
+                return label
+        return "torn"
+
+    def by_others(new):
+        path = os.path.join(folder, "adapter_config.json")
+        if not os.path.exists(path):
+            return "refused"
+        tensors = load_file(os.path.join(folder, "adapter_model.safetensors"))
+        return which(new, json.load(open(path)), tensors)
+
+    def kill_everywhere(new):
+        seen = []
+        while True:
+            shutil.rmtree(folder, ignore_errors=True)
+            count[0], target[0] = 0, -1
+            files.write_adapter(folder, *old)
+            count[0], target[0] = 0, len(seen) + 1
+            child = os.fork()
+            if child == 0:
+                files.write_adapter(folder, *new)
+                os._exit(0)
+            status = os.waitpid(child, 0)[1]
+            target[0] = -1
+            left = {"ours": which(new, files.read_config(folder), files.read_weights(folder)), "others": by_others(new)}
+            files.write_adapter(folder, *new)  # the next save finds its way out of whatever was left
+            left["then"] = which(new, files.read_config(folder), files.read_weights(folder))
+            left["visible"] = sorted(n for n in os.listdir(folder) if not n.startswith("."))
+            left["commit"] = os.path.exists(os.path.join(folder, ".adapter_commit"))
+            seen.append(left)
+            if not os.WIFSIGNALED(status):
+                return seen
+
+    def two_writers():
+        children = []
+        for _ in range(2):
+            children.append(os.fork())
+            if children[-1] == 0:
+                try:
+                    for i in range(40):
+                        files.write_adapter(folder, {"r": i}, {"w": torch.full((8, 8), float(i))})
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+        codes = [os.waitpid(child, 0)[1] for child in children]
+        return [*codes, files.read_config(folder)["r"], float(files.read_weights(folder)["w"].mean())]
+
+    ones = {"w": torch.ones(64, 64), "v": torch.ones(7)}
+    print(json.dumps({
+        "same": kill_everywhere((dict(old[0]), ones)),
+        "changed": kill_everywhere(({"r": 4, "alpha": 2}, ones)),
+        "two": two_writers(),
+    }))
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> dict:
+    """What was left after each kill, for an unchanged and a changed configuration; and after two writers at once."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    folder = tmp_path_factory.mktemp("killed") / "adapter"
+    command = [sys.executable, "-c", textwrap.dedent(KILL_SCRIPT), str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("config", ["same", "changed"])
+def test_a_kill_at_any_moment_leaves_the_old_adapter_or_the_new(killed, config):
+    """Would catch: a torn weight file, or new weights beside an old configuration."""
+    seen = killed[config]
+    assert len(seen) > 15, "the save has more steps than that: were they intercepted?"
+    ours = [left["ours"] for left in seen]
+    assert set(ours) == {"old", "new"} and ours == sorted(ours, reverse=True), ours  # once new, always new
+    others = {left["others"] for left in seen}
+    assert others <= ({"old", "new"} if config == "same" else {"old", "new", "refused"}), others
+    for left in seen:
+        assert left["then"] == "new" and not left["commit"] and left["visible"] == [CONFIG, WEIGHTS]
+
+
+def test_stale_staging_is_removed_and_a_fresh_one_kept(tmp_path):
+    """Would catch: killed saves filling the disk, or one process removing what another is writing."""
+    for name, age in (("stale", 7200), ("fresh", 10)):
+        path = tmp_path / f".adapter_staging_{name}"
+        path.mkdir()
+        os.utime(path, (path.stat().st_mtime - age,) * 2)
+    write_config(tmp_path, {"r": 1})
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".adapter_staging_fresh", CONFIG]
+
+
+def test_two_processes_saving_into_one_folder(killed):
+    """Would catch: ranks that all save (a forgotten is_main_process) failing on each other's files."""
+    assert killed["two"] == [0, 0, 39, 39.0]

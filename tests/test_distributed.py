@@ -1,0 +1,87 @@
+"""Two gloo processes through Accelerate, under DDP and FSDP2, train to the numbers of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+import peftkern  # noqa: E402
+from distributed_worker import CONFIG, make_model, make_optimizer, train  # noqa: E402
+from tiny_models import ids, tiny_llama  # noqa: E402
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """The folder that two ranks have left after training under DDP and under FSDP2."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("needs gloo")
+    folder = tmp_path_factory.mktemp("distributed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    env |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, str(Path(__file__).parent / "distributed_worker.py"), str(folder)]
+    ranks = [
+        subprocess.Popen(command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    try:
+        errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single():
+    """The model and the losses of one process that sees all rows."""
+    torch.manual_seed(0)
+    model = make_model()
+    optimizer = make_optimizer(model)
+    return model, train(model, optimizer, lambda loss: loss.backward())
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_two_processes_train_to_the_numbers_of_one(runs, single, mode):
+    """Would catch: gradients that are not reduced, or an adapter whose shards are not gathered."""
+    result = json.loads((runs / f"{mode}.json").read_text())
+    assert result["world"] == 2 and (mode == "ddp" or result["sharded"] > 20)
+    assert result["losses"] == pytest.approx(single[1], abs=1e-5)
+    want = peftkern.get_peft_model_state_dict(single[0])
+    found = load_file(runs / mode / WEIGHTS)
+    assert set(found) == set(want)
+    for name, value in want.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_peft_loads_what_was_trained(runs, single, mode):
+    """Would catch: names of wrappers in the file, or a configuration that PEFT does not take."""
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), runs / mode)
+    assert loaded.peft_config["default"].r == CONFIG["r"]
+    with torch.no_grad():
+        want = single[0].eval()(input_ids=ids()).logits
+        torch.testing.assert_close(loaded(input_ids=ids()).logits, want, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("folder", ["fsdp2_gathered", "fsdp2_resumed"])
+def test_sharded_parameters_are_gathered_and_resumed(runs, folder):
+    """Would catch: shards written as if they were the whole; accelerate's adapter-only checkpoint losing tensors."""
+    want, found = load_file(runs / "fsdp2" / WEIGHTS), load_file(runs / folder / WEIGHTS)
+    assert set(found) == set(want) and all(torch.equal(found[name], want[name]) for name in want)

@@ -1,0 +1,78 @@
+"""The dropout mask as kernels draw it: one pure function of (seed, row, column), whoever asks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from peftkern_kernels.dropout import Dropout  # noqa: E402
+from peftkern_kernels.launch import run_all  # noqa: E402
+from peftkern_kernels.lora_shrink import shrink_calls  # noqa: E402
+from peftkern_kernels.reduction_tables import Tile  # noqa: E402
+from peftkern_kernels.weight_gradient import weight_gradient_calls  # noqa: E402
+
+from peftkern import reference  # noqa: E402
+
+
+def arch_of(device: str) -> int:
+    return 0 if device == "cpu" else sum(n * s for n, s in zip(torch.cuda.get_device_capability(), (10, 1), strict=True))
+
+
+def mask_of_shrink(dropout, M, K, device, tile, splits=1):
+    """The mask that the shrink draws: it maps ones through the identity."""
+    out = torch.empty(M, K, device=device)
+    x, eye = torch.ones(M, K, device=device), torch.eye(K, device=device)
+    run_all(
+        shrink_calls(x, eye, out, scaling=1 - dropout.p, dropout=dropout, arch=arch_of(device), tile=tile, splits=splits)
+    )
+    return out > 0.5
+
+
+def mask_of_weight_gradient(dropout, M, K, device, tile):
+    """The mask that the weight gradient draws over x: the identity in dS's place."""
+    da = torch.empty(M, K, device=device)
+    x, eye = torch.ones(M, K, device=device), torch.eye(M, device=device)
+    run_all(weight_gradient_calls(eye, x, None, None, da, None, dropout=dropout, arch=arch_of(device), tile=tile))
+    return da > 0.5
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, -1, -(2**63), 2**40 + 3])
+def test_kernels_agree_with_each_other_and_the_reference(seed, device):
+    """Bugs: mask tied to a tile's shape, seed cut to 32 bits or read as signed, a group of four in the wrong order."""
+    M, K = 37, 70
+    dropout = Dropout(torch.tensor([seed], device=device), 0.4)
+    expected = reference.dropout_mask(dropout.seed, M, K, dropout.p)
+    assert torch.equal(mask_of_shrink(dropout, M, K, device, Tile(16, 32, 128, 4, 2)), expected)
+    assert torch.equal(mask_of_shrink(dropout, M, K, device, Tile(64, 16, 32, 4, 2), splits=3), expected)
+    assert torch.equal(mask_of_weight_gradient(dropout, M, K, device, Tile(16, 64, 64, 4, 2)), expected)
+    assert torch.equal(mask_of_weight_gradient(dropout, M, K, device, Tile(32, 16, 16, 4, 2)), expected)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_frequency(p, device):
+    """Bug: a threshold compared with signed or 32-bit words drops twice as many, or none. Bound: 5 standard deviations."""
+    M, K = 64, 128
+    dropout = Dropout(torch.tensor([12345], device=device), p)
+    dropped = 1 - mask_of_shrink(dropout, M, K, device, Tile(64, 64, 128, 4, 2)).double().mean().item()
+    assert abs(dropped - p) < 5 * (p * (1 - p) / (M * K)) ** 0.5
+
+
+def test_boundaries(device):
+    """Bugs: p = 0 drops the words that are 0; a p next to 1 overflows the threshold to a negative number and keeps all."""
+    tile = Tile(16, 32, 64, 4, 2)
+    seed = torch.tensor([3], device=device)
+    assert mask_of_shrink(Dropout(seed, 0.0), 16, 64, device, tile).all()
+    nearly_one = Dropout(seed, 1 - 2.0**-40)
+    assert nearly_one.threshold == 2**31 - 1
+    assert not mask_of_weight_gradient(nearly_one, 16, 64, device, Tile(16, 64, 16, 4, 2)).any()
+
+
+def test_different_seeds_and_rows_differ(device):
+    """Bug: a constant counter, so that every row, or every seed, drops the same columns."""
+    tile = Tile(16, 64, 64, 4, 2)
+    masks = [mask_of_shrink(Dropout(torch.tensor([s], device=device), 0.5), 16, 64, device, tile) for s in (1, 2, 2**32 + 1)]
+    for other in masks[1:]:
+        assert 0.3 < (masks[0] != other).double().mean() < 0.7
+    assert len({tuple(row.tolist()) for row in masks[0]}) == 16
