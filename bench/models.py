@@ -1,0 +1,73 @@
+"""A small Llama for the CPU, and LoRA on it by PEFT and by peftkern, with equal weights and adapters."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+RANK = 16
+ALPHA = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A Llama's sizes and the batch that it is trained on."""
+
+    hidden: int = 512
+    intermediate: int = 1376
+    layers: int = 4
+    heads: int = 8
+    vocabulary: int = 4096
+    batch: int = 4
+    tokens: int = 128
+
+
+def llama(size: Size, dtype: torch.dtype) -> nn.Module:
+    """A randomly initialised Llama in `dtype`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        vocab_size=size.vocabulary,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def adapt(library: Any, base: nn.Module, dropout: float, fp32_adapters: bool) -> nn.Module:
+    """LoRA of rank 16 on all linear layers of a copy of `base` by `library` (peft or peftkern), ready to be trained.
+
+    A and B are drawn from the same generator whichever library it is, rounded to the base's dtype, and B is not zero:
+    dA would be. `fp32_adapters` is PEFT's `autocast_adapter_dtype`, on by default there.
+    """
+    config = library.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = library.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=fp32_adapters)
+    dtype = next(base.parameters()).dtype
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in adapters_of(model):
+            random = torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[1])
+            parameter.copy_((0.1 * random).to(dtype))
+    return model.train()
+
+
+def adapters_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Name and parameter of everything that is trained, in order of name."""
+    return sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def adapted_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that hold an adapter."""
+    return [m for m in model.modules() if "lora_A" in m._modules]

@@ -1,0 +1,291 @@
+"""From result files to a table in Markdown and pictures.
+
+    python -m bench.report [FOLDER] [--no-plots]
+
+Reads every result under bench/results (or FOLDER), prints the tables, and draws one picture beside each result: overhead over
+the frozen layer for a headline, ratios to PEFT for a training step on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import records
+from bench.environment import RESULTS
+
+# Order and colour in tables and pictures; whatever else was measured follows in grey.
+COLOURS = {
+    "peftkern": "#0b6e4f",
+    "peftkern fp32 adapters": "#2fa37c",
+    "peftkern compiled": "#9ad1bd",
+    "peft fp32 adapters": "#b23a48",
+    "peft": "#d9737f",
+    "peft compiled": "#ecb5bb",
+    "chalk": "#3b5b92",
+    "chalk fused kernel": "#7b97c4",
+    "nemo automodel": "#8a6fb0",
+    "unsloth": "#c08a2d",
+    "axolotl": "#dcc07f",
+}
+GREY = "#9a9a9a"
+LABELS = {
+    "peftkern": "peftkern, 16-bit adapters",
+    "peftkern fp32 adapters": "peftkern, fp32 adapters",
+    "peft": "PEFT, 16-bit adapters",
+    "peft fp32 adapters": "PEFT, fp32 adapters (default)",
+    "peft compiled": "PEFT, torch.compile",
+    "peftkern compiled": "peftkern, torch.compile",
+}
+
+
+def conditions(result: dict[str, Any]) -> str:
+    """Device, versions and date in a line."""
+    found = result["environment"]
+    versions = ", ".join(f"{name} {v}" for name, v in found["versions"].items() if v and name != "accelerate")
+    threads = f", {found['threads']} threads" if found.get("device_type") == "cpu" else ""
+    revision = f", peftkern {found['peftkern_revision']}" if found.get("peftkern_revision") else ""
+    return f"{found['device']}{threads}; {versions}{revision}; {found['date']}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def percent(share: float | None) -> str:
+    """0.123 as "+12.3 %"."""
+    return "" if share is None else f"{100 * share:+.1f} %"
+
+
+def _megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.1f}"
+
+
+def headline_table(result: dict[str, Any]) -> str:
+    """Every row that was measured, problem by problem, then why the others were not."""
+    header = ["problem", "passes", "implementation", "time us", "10-90 %", "over frozen", "wall us", "of limit"]
+    header += ["saved MB", "peak MB", "launches", "path"]
+    lines, reasons = [], {}
+    for row in result["rows"]:
+        if row["status"] != "ok":
+            where = reasons.setdefault((row["implementation"], row["status"], row["reason"]), [])
+            where.append(row["problem"])
+            continue
+        times = row["gpu_us"] or row["wall_us"]
+        share = "" if row["share_of_limit"] is None else f"{row['share_of_limit']:.0%}"
+        lines.append(
+            [
+                row["problem"],
+                row["passes"],
+                row["implementation"] + (f" ({row['group']})" if row["implementation"] == "frozen" else ""),
+                f"{times['median']:.1f}",
+                f"{times['p10']:.1f}-{times['p90']:.1f}",
+                percent(row["overhead"]),
+                f"{row['wall_us']['median']:.1f}",
+                share,
+                _megabytes(row["saved_bytes"]),
+                _megabytes(row["peak_bytes"]),
+                "" if row["launches"] is None else str(row["launches"]),
+                row["path"] or "",
+            ]
+        )
+    text = _table(header, lines)
+    for (name, status, reason), where in reasons.items():
+        problems = list(dict.fromkeys(where))
+        shown = ", ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
+        text += f"\n\n{name} {status} ({shown}): {reason}"
+    for gap in result["missing"]:
+        text += f"\n\nmissing: {gap['group']}, {gap['problem']}: {gap['reason']}"
+    return text
+
+
+def step_table(result: dict[str, Any]) -> str:
+    """The CPU's training step, and the cost of a call."""
+    header = ["training", "peftkern ms", "PEFT ms", "ratio", "10-90 %", "target"]
+    header += ["saved in layers MB", "PEFT's", "ratio", "target", "saved in all MB", "PEFT's", "ratio"]
+    lines = []
+    for row in result["rows"]:
+        inside, whole = row["saved_in_layers"], row["saved_bytes"]
+        lines.append(
+            [
+                row["mode"],
+                f"{row['peftkern_ms']:.0f}",
+                f"{row['peft_ms']:.0f}",
+                f"{row['ratio']:.2f}",
+                f"{row['ratio_p10']:.2f}-{row['ratio_p90']:.2f}",
+                f"{row['targets']['time']:.2f}",
+                _megabytes(inside["peftkern"]),
+                _megabytes(inside["peft"]),
+                f"{row['saved_in_layers_ratio']:.2f}",
+                f"{row['targets']['saved']:.2f}",
+                _megabytes(whole["peftkern"]),
+                _megabytes(whole["peft"]),
+                f"{row['saved_ratio']:.2f}",
+            ]
+        )
+    calls = []
+    for row in result["calls"]:
+        us = {name: f"{m['median']:.0f}" for name, m in row["microseconds"].items()}
+        kind = f"{row['dtype']}, {row['adapter_dtype']} adapters"
+        calls.append(
+            [kind, us["frozen"], us["peftkern"], us["peft"], f"{row['ratio']:.2f}", f"{row['targets']['overhead']:.2f}"]
+        )
+    head = ["call at 1 x 64 x 64", "frozen us", "peftkern us", "PEFT us", "overhead over PEFT's", "target"]
+    return _table(header, lines) + "\n\n" + _table(head, calls)
+
+
+def table(result: dict[str, Any]) -> str:
+    """A result as Markdown, with its conditions; "" for a kind that has no table."""
+    if result["kind"] not in ("headline", "step"):
+        return ""
+    body = headline_table(result) if result["kind"] == "headline" else step_table(result)
+    return f"{conditions(result)}\n\n{body}"
+
+
+def _new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _finish(figure: Any, title: str, result: dict[str, Any], path: Path) -> Path:
+    from matplotlib import pyplot
+
+    device, versions, date = conditions(result).split("; ")
+    figure.suptitle(f"{title}\n{device}, {date}\n{versions}", fontsize=10)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def plot_headline(result: dict[str, Any], path: Path) -> Path | None:
+    """Overhead of forward + backward over the frozen layer: a panel a shape and dropout, bars by rank; None if no rows."""
+    order = list(COLOURS)
+    rows = [
+        row
+        for row in result["rows"]
+        if row["status"] == "ok"
+        and row["passes"] == "forward+backward"
+        and row["implementation"] != "frozen"
+        and ": " not in row["implementation"]
+    ]
+    if not rows:
+        return None
+    # A shape and rank in a dtype is one panel: bars of one panel share a frozen layer, and so a scale.
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault(row["problem"], []).append(row)
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    tallest = max(len(p) for p in panels.values())
+    figure, axes = _new_figure(lines, columns, 4.2 * columns, 1.2 + lines * (0.9 + 0.26 * tallest))
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (problem, members) in zip(axes.flat, panels.items(), strict=False):
+        members.sort(key=lambda r: order.index(r["implementation"]) if r["implementation"] in order else len(order))
+        names = [LABELS.get(r["implementation"], r["implementation"]) for r in members]
+        values = [100 * r["overhead"] for r in members]
+        bars = axis.barh(range(len(names)), values, color=[COLOURS.get(r["implementation"], GREY) for r in members])
+        axis.bar_label(bars, [f"{v:+.1f} %" for v in values], padding=3, fontsize=8)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.invert_yaxis()
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.margins(x=0.25)
+        axis.set_title(f"{problem}\n{members[0]['M']} x {members[0]['K']} x {members[0]['N']}", fontsize=8)
+        axis.set_xlabel("time over the frozen layer, %", fontsize=8)
+        axis.tick_params(axis="x", labelsize=8)
+    return _finish(
+        figure, "LoRA layer, forward + backward, over the frozen layer (0 = free; lower is better)", result, path
+    )
+
+
+def plot_step(result: dict[str, Any], path: Path) -> Path | None:
+    """Step time and saved bytes over PEFT's, and the microseconds of one call; None if there are no rows."""
+    rows, calls = result["rows"], result["calls"]
+    if not rows:
+        return None
+    figure, axes = _new_figure(1, 3, 14.5, 1.8 + 0.5 * len(rows))
+    green, red = COLOURS["peftkern"], COLOURS["peft fp32 adapters"]
+    names = [r["mode"].replace(", dropout 0.1", "\ndropout 0.1").replace(", dropout 0", "\nno dropout") for r in rows]
+    panels = (
+        ("ratio", "time", "step time over PEFT's"),
+        ("saved_in_layers_ratio", "saved", "bytes that adapted layers save for backward, over PEFT's"),
+    )
+    for axis, (field, target, label) in zip(axes[0], panels, strict=False):
+        values = [r[field] for r in rows]
+        spread = [[r["ratio"] - r["ratio_p10"] for r in rows], [r["ratio_p90"] - r["ratio"] for r in rows]]
+        bars = axis.barh(
+            range(len(rows)), values, color=green, xerr=spread if field == "ratio" else None, ecolor="black", capsize=2
+        )
+        axis.bar_label(bars, [f"{v:.2f}" for v in values], label_type="center", color="white", fontsize=9)
+        for i, row in enumerate(rows):
+            axis.plot(
+                [row["targets"][target]] * 2,
+                [i - 0.4, i + 0.4],
+                color="black",
+                linestyle=":",
+                label="" if i else "target",
+            )
+        axis.axvline(1, color=red, label="PEFT")
+        axis.set_yticks(range(len(rows)), names if axis is axes[0][0] else [""] * len(rows), fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlim(0, max(1.15, 1.05 * max(values)))
+        axis.set_xlabel(f"{label} (lower is better)", fontsize=8)
+        axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False)
+    axis = axes[0][2]
+    kinds = (("frozen", GREY, "frozen layer"), ("peftkern", green, "peftkern"), ("peft", red, "PEFT"))
+    for k, (kind, colour, label) in enumerate(kinds):
+        values = [row["microseconds"][kind]["median"] for row in calls]
+        bars = axis.barh([i + 0.27 * (k - 1) for i in range(len(calls))], values, 0.25, color=colour, label=label)
+        axis.bar_label(bars, [f"{v:.0f}" for v in values], padding=3, fontsize=8)
+    axis.set_yticks(range(len(calls)), [f"{r['dtype']}\n{r['adapter_dtype']} adapters" for r in calls], fontsize=8)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.set_xlabel("microseconds of a call, 1 x 64 x 64, forward + backward", fontsize=8)
+    axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False)
+    size = result["size"]
+    title = (
+        f"Training step of a {size['layers']}-layer Llama (hidden {size['hidden']}, {size['batch']} x {size['tokens']} tokens), "
+        f"LoRA rank {result['rank']} on all linear layers"
+    )
+    return _finish(figure, title, result, path)
+
+
+def plot(result: dict[str, Any], path: Path) -> Path | None:
+    """The picture of a result; None where there is nothing to draw."""
+    return {"headline": plot_headline, "step": plot_step}.get(result["kind"], lambda *_: None)(result, path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=RESULTS)
+    parser.add_argument("--no-plots", action="store_true", help="only print the tables")
+    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    paths = records.find(options.folder)
+    if not paths:
+        print(f"no results under {options.folder}", file=sys.stderr)
+        return 1
+    for path in paths:
+        result = records.read(path)
+        text = table(result)
+        if not text:
+            continue
+        print(f"### {path.parent.name}: {path.stem}\n\n{text}\n")
+        picture = None if options.no_plots else plot(result, path.with_suffix(".png"))
+        if picture:
+            print(f"drawn: {picture}\n", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

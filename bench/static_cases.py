@@ -1,0 +1,182 @@
+"""The grid of real calls whose kernel launches the static check compiles.
+
+A case is an operation with its sizes, dtypes and options. Its launches are the library's own: tensors on the meta
+device go through `plan` and the functions that an operation takes its launches from; what is compiled would run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+
+from peftkern.backend import DeviceInfo
+from peftkern.ops import _lora_linear_triton
+from peftkern.ops.plan import plan_lora_embedding, plan_lora_linear
+from peftkern_kernels.dropout import Dropout
+from peftkern_kernels.launch import Call
+from peftkern_kernels.lora_embedding import embedding_backward_calls, embedding_forward_calls
+
+HALF = torch.bfloat16
+S1 = {"M": 8192, "K": 4096, "N": 4096, "R": 16}
+S2 = {"M": 4096, "K": 4096, "N": 14336, "R": 64}
+# (K, N) of the projections of an 8B Llama: q and o; k and v; gate and up; down.
+LLAMA_8B = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
+# Rows of 4095 elements are not 16-byte aligned; rows of 4104 are, but Triton only looks for multiples of 16 elements.
+AWKWARD = ((4095, 4096), (4096, 4095), (4104, 4104))
+TOKENS = (1, 16, 512, 4096, 8192)
+RANKS = (8, 16, 64, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraLinear:
+    """A call of `lora_linear` with its backward.
+
+    Attributes:
+        M, K, N, R: tokens, in_features, out_features, rank.
+        dtype: of x and the weight. masters: whether the adapters are fp32 whatever that is.
+        dropout, bias: whether there is any.
+        conv1d: whether the weight is the transpose of a [K, N] matrix, as in Conv1D.
+        path: "auto" for the plan's, or one that is forced.
+        dx: whether x needs a gradient.
+    """
+
+    M: int
+    K: int
+    N: int
+    R: int
+    dtype: torch.dtype = HALF
+    masters: bool = False
+    dropout: bool = False
+    bias: bool = False
+    conv1d: bool = False
+    path: str = "auto"
+    dx: bool = True
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every row of x, weight and y starts at a multiple of 16 elements, as Triton's wide copies ask."""
+        return self.K % 16 == 0 and self.N % 16 == 0
+
+    def label(self) -> str:
+        """The case in a few words."""
+        words = [f"M{self.M} K{self.K} N{self.N} r{self.R} {str(self.dtype).removeprefix('torch.')}"]
+        words += [name for name in ("masters", "dropout", "bias", "conv1d") if getattr(self, name)]
+        words += ["" if self.dx else "no dX", "" if self.path == "auto" else f"path={self.path}"]
+        return " ".join(filter(None, words))
+
+    def launches(self, arch: int) -> list[Call]:
+        """The kernel launches of forward and backward on an architecture; cuBLAS's are left out."""
+        x = torch.empty(self.M, self.K, dtype=self.dtype, device="meta")
+        weight = x.new_empty(self.K, self.N).t() if self.conv1d else x.new_empty(self.N, self.K)
+        adapter = torch.float32 if self.masters else self.dtype
+        lora_A, lora_B = x.new_empty(self.R, self.K, dtype=adapter), x.new_empty(self.N, self.R, dtype=adapter)
+        bias = x.new_empty(self.N) if self.bias else None
+        dropout = Dropout(x.new_empty(1, dtype=torch.int64), 0.1) if self.dropout else None
+        path = self.path if self.path != "auto" else self.plan(arch)
+        if path == "torch":
+            return []
+        y, s, forward = _lora_linear_triton.forward_calls(x, weight, lora_A, lora_B, 2.0, bias, dropout, path, arch)
+        *_, backward = _lora_linear_triton.backward_calls(
+            torch.empty_like(y), x, weight, lora_A, lora_B, s, 2.0, dropout, path, arch, (self.dx, True, True)
+        )
+        return [call for call in (*forward, *backward) if isinstance(call, Call)]
+
+    def plan(self, arch: int) -> str:
+        """The path that the library takes by itself."""
+        weight_row = self.N if self.conv1d else self.K
+        aligned = all(row * self.dtype.itemsize % 16 == 0 for row in (self.K, weight_row))
+        sizes = {"M": self.M, "N": self.N, "K": self.K, "R": self.R}
+        return plan_lora_linear(**sizes, dtype=self.dtype, device=DeviceInfo("cuda", arch), aligned=aligned).path
+
+
+@dataclass(frozen=True, slots=True)
+class LoraEmbedding:
+    """A call of `lora_embedding` with its backward: T tokens, a table of V rows of E elements, rank R."""
+
+    T: int
+    V: int
+    E: int
+    R: int
+    dtype: torch.dtype = HALF
+    masters: bool = False
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every row of the table and of y starts at a multiple of 16 elements."""
+        return self.E % 16 == 0
+
+    def label(self) -> str:
+        """The case in a few words."""
+        masters = " masters" if self.masters else ""
+        return f"embedding T{self.T} V{self.V} E{self.E} r{self.R} {str(self.dtype).removeprefix('torch.')}{masters}"
+
+    def launches(self, arch: int) -> list[Call]:
+        """The kernel launches of forward and backward on an architecture."""
+        if plan_lora_embedding(self.T, self.dtype, DeviceInfo("cuda", arch)).path != "triton":
+            return []
+        weight = torch.empty(self.V, self.E, dtype=self.dtype, device="meta")
+        adapter = torch.float32 if self.masters else self.dtype
+        lora_A, lora_B = (
+            weight.new_empty(self.R, self.V, dtype=adapter),
+            weight.new_empty(self.E, self.R, dtype=adapter),
+        )
+        ids = weight.new_empty(self.T, dtype=torch.int64)
+        y, s = weight.new_empty(self.T, self.E), weight.new_empty(self.T, self.R)
+        da, db = torch.empty_like(lora_A), torch.empty_like(lora_B)
+        forward = embedding_forward_calls(ids, weight, lora_A, lora_B, y, s, scaling=2.0, arch=arch)
+        backward = embedding_backward_calls(y, ids, lora_B, s, da, db, scaling=2.0, arch=arch)
+        return [call for call in (*forward, *backward) if isinstance(call, Call)]
+
+
+Case = LoraLinear | LoraEmbedding
+
+
+def quick_cases() -> list[Case]:
+    """A handful: the headline shape, forward and backward, and one token."""
+    return [LoraLinear(**S1), LoraLinear(**{**S1, "M": 1})]
+
+
+def embedding_cases() -> list[Case]:
+    """An 8B Llama's table, and one whose rows are not aligned."""
+    llama = [LoraEmbedding(T, 128_256, 4096, R) for T, R in product((1, 512, 8192), (8, 16, 64))]
+    variants = [
+        replace(llama[-2], masters=True),
+        *(replace(llama[-2], dtype=d) for d in (torch.float16, torch.float32)),
+    ]
+    return [*llama, *variants, replace(llama[-2], E=4095)]
+
+
+def all_cases() -> list[Case]:
+    """The whole grid: sizes and ranks in bfloat16, then what changes the code, one thing at a time, on the way."""
+    llama = [
+        LoraLinear(M, K, N, R, dropout=dropout)
+        for (K, N), M, R, dropout in product(LLAMA_8B, TOKENS, RANKS, (False, True))
+        if R == 16 or (K == N and not (dropout and R in (8, 128)))
+    ]
+    headline = [LoraLinear(**S1), LoraLinear(**S2)]
+    sizes = [replace(LoraLinear(**S1), M=M, R=R) for M, R in product((1, 16, 512, 8192), (16, 64))]
+    variants = [
+        replace(case, dropout=dropout, **variant)
+        for case, variant, dropout in product(sizes, ({"masters": True}, {"dtype": torch.float32}), (False, True))
+    ]
+    # fp16 compiles to what bf16 compiles to, but for the instructions' types.
+    variants += [replace(case, dtype=torch.float16) for case in sizes]
+    variants += [replace(case, dtype=torch.float16, dropout=True, masters=True) for case in sizes[-2:]]
+    awkward = [
+        replace(case, K=K, N=N, dtype=dtype, dropout=dropout)
+        for case, (K, N), (dtype, dropout) in product(
+            sizes[::2], AWKWARD, ((HALF, False), (HALF, True), (torch.float32, False))
+        )
+    ]
+    options = [replace(case, **{name: True}) for case in sizes[::2] for name in ("bias", "conv1d")]
+    options += [replace(case, dx=False) for case in sizes]
+    # What the plan could choose instead.
+    forced = [
+        replace(case, path=path, dtype=dtype, dropout=dropout)
+        for case, path, dtype, dropout in product(headline, ("triton", "cublas"), (HALF, torch.float32), (False, True))
+    ]
+    forced += [replace(case, path="triton") for case in (*sizes[:4], *awkward)]
+    linear = dict.fromkeys([*headline, *llama, *variants, *awkward, *options, *forced])
+    return [*linear, *embedding_cases()]
