@@ -1,24 +1,27 @@
-"""One rank of test_distributed.py: trains a few steps through Accelerate, under DDP and then under FSDP2, on the CPU.
+"""The ranks of test_distributed.py: train a few steps through Accelerate, under DDP and then under FSDP2, on the CPU.
 
-Usage: distributed_worker.py FOLDER, with the environment of torch.distributed. Rank 0 writes FOLDER/<mode>.json.
+Usage: distributed_worker.py FOLDER PORT. The imports are done once, then each rank is a fork. Rank 0 writes
+FOLDER/<mode>.json.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, load_fsdp_model, save_fsdp_model
+from peft import PeftModel  # noqa: F401  here, so that it is imported once
 
 import peftkern
 from tiny_models import ids, randomize, tiny_llama
 
-STEPS, ROWS = 5, 4
+WORLD, STEPS, ROWS = 2, 5, 4
 CONFIG = {"r": 4, "target_modules": "all-linear", "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
 
 
@@ -49,8 +52,7 @@ def make_optimizer(model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
 
-def run(mode: str, folder: Path) -> None:
-    plugin = None
+def run(mode: str, folder: Path, accelerator: Accelerator) -> None:
     if mode == "fsdp2":
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
@@ -59,8 +61,6 @@ def run(mode: str, folder: Path) -> None:
             cpu_ram_efficient_loading=False,
             state_dict_type="FULL_STATE_DICT",
         )
-    accelerator = Accelerator(cpu=True)
-    if plugin is not None:
         # Accelerate offers FSDP on accelerators only; its code for it runs with gloo on the CPU as well.
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
@@ -88,12 +88,26 @@ def run(mode: str, folder: Path) -> None:
     if accelerator.is_main_process:
         (folder / f"{mode}.json").write_text(json.dumps(result))
     accelerator.wait_for_everyone()
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
+    accelerator.free_memory()
+
+
+def rank_main(rank: int, folder: Path, port: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(100, exit=True)  # a rank that waits for ever says where
+    accelerator = Accelerator(cpu=True)
+    for mode in ("ddp", "fsdp2"):
+        run(mode, folder, accelerator)
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for each in ("ddp", "fsdp2"):
-        run(each, Path(sys.argv[1]))
-    torch.distributed.destroy_process_group()
+    ranks = []
+    for each in range(WORLD):
+        ranks.append(os.fork())
+        if ranks[-1] == 0:
+            rank_main(each, Path(sys.argv[1]), sys.argv[2])
+            sys.stdout.flush()
+            os._exit(0)
+    sys.exit(any([os.waitpid(child, 0)[1] for child in ranks]))

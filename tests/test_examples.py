@@ -185,8 +185,8 @@ def test_make_base_writes_a_checkpoint_that_loads(example, tmp_path):
     """Bug: the script that is named as the checkpoint's source no longer runs, or writes other files than it ships."""
     run_example(EXAMPLES / "make_base.py", "--steps", "3", "--batch", "2", "--output", str(tmp_path), cwd=tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {file.name for file in BASE.iterdir()}
-    made = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
-    assert made == transformers.AutoConfig.from_pretrained(BASE).to_dict()
+    made, shipped = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, BASE))
+    assert made | {"transformers_version": ""} == shipped | {"transformers_version": ""}
     assert json.loads((tmp_path / "training.json").read_text())["held_out_bits_per_byte"] < 8.0
 
 

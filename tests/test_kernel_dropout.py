@@ -7,26 +7,27 @@ import torch
 
 pytest.importorskip("triton")
 
+from peftkern import reference  # noqa: E402
 from peftkern_kernels.dropout import Dropout  # noqa: E402
 from peftkern_kernels.launch import run_all  # noqa: E402
 from peftkern_kernels.lora_shrink import shrink_calls  # noqa: E402
 from peftkern_kernels.reduction_tables import Tile  # noqa: E402
 from peftkern_kernels.weight_gradient import weight_gradient_calls  # noqa: E402
 
-from peftkern import reference  # noqa: E402
-
 
 def arch_of(device: str) -> int:
-    return 0 if device == "cpu" else sum(n * s for n, s in zip(torch.cuda.get_device_capability(), (10, 1), strict=True))
+    if device == "cpu":
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def mask_of_shrink(dropout, M, K, device, tile, splits=1):
     """The mask that the shrink draws: it maps ones through the identity."""
     out = torch.empty(M, K, device=device)
     x, eye = torch.ones(M, K, device=device), torch.eye(K, device=device)
-    run_all(
-        shrink_calls(x, eye, out, scaling=1 - dropout.p, dropout=dropout, arch=arch_of(device), tile=tile, splits=splits)
-    )
+    options = {"arch": arch_of(device), "tile": tile, "splits": splits}
+    run_all(shrink_calls(x, eye, out, scaling=1 - dropout.p, dropout=dropout, **options))
     return out > 0.5
 
 
@@ -52,7 +53,7 @@ def test_kernels_agree_with_each_other_and_the_reference(seed, device):
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_frequency(p, device):
-    """Bug: a threshold compared with signed or 32-bit words drops twice as many, or none. Bound: 5 standard deviations."""
+    """Bug: a threshold compared with signed or 32-bit words drops twice as many, or none. Bound: 5 sigma."""
     M, K = 64, 128
     dropout = Dropout(torch.tensor([12345], device=device), p)
     dropped = 1 - mask_of_shrink(dropout, M, K, device, Tile(64, 64, 128, 4, 2)).double().mean().item()
@@ -60,7 +61,7 @@ def test_frequency(p, device):
 
 
 def test_boundaries(device):
-    """Bugs: p = 0 drops the words that are 0; a p next to 1 overflows the threshold to a negative number and keeps all."""
+    """Bugs: p = 0 drops the words that are 0; a p next to 1 overflows the threshold and keeps all."""
     tile = Tile(16, 32, 64, 4, 2)
     seed = torch.tensor([3], device=device)
     assert mask_of_shrink(Dropout(seed, 0.0), 16, 64, device, tile).all()
@@ -72,7 +73,8 @@ def test_boundaries(device):
 def test_different_seeds_and_rows_differ(device):
     """Bug: a constant counter, so that every row, or every seed, drops the same columns."""
     tile = Tile(16, 64, 64, 4, 2)
-    masks = [mask_of_shrink(Dropout(torch.tensor([s], device=device), 0.5), 16, 64, device, tile) for s in (1, 2, 2**32 + 1)]
+    seeds = [torch.tensor([s], device=device) for s in (1, 2, 2**32 + 1)]
+    masks = [mask_of_shrink(Dropout(seed, 0.5), 16, 64, device, tile) for seed in seeds]
     for other in masks[1:]:
         assert 0.3 < (masks[0] != other).double().mean() < 0.7
     assert len({tuple(row.tolist()) for row in masks[0]}) == 16

@@ -46,7 +46,8 @@ def check(dy, b, s, *, scaling=0.75, out_dtype=None, arch=None, **options):
 
 
 def operands(M, N, R, dtype, device):
-    return [padded_randn(*shape, pad=i + 1, dtype=dtype, device=device) for i, shape in enumerate([(M, N), (N, R), (M, R)])]
+    shapes = [(M, N), (N, R), (M, R)]  # dy, b, s
+    return [padded_randn(*shape, pad=i + 1, dtype=dtype, device=device) for i, shape in enumerate(shapes)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

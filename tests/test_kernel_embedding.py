@@ -26,9 +26,7 @@ def forward(ids, weight, a, b, scaling):
     T, E, R, device = ids.numel(), weight.shape[1], a.shape[0], ids.device
     y = torch.full((T + 1, E + 2), float("nan"), dtype=weight.dtype, device=device)
     s = torch.full((T + 1, R + 1), float("nan"), dtype=weight.dtype, device=device)
-    calls = embedding_forward_calls(
-        ids, weight, a, b, y[:T, :E], s[:T, :R], scaling=scaling, arch=arch_of(device.type)
-    )
+    calls = embedding_forward_calls(ids, weight, a, b, y[:T, :E], s[:T, :R], scaling=scaling, arch=arch_of(device.type))
     run_all(calls)
     assert y[T].isnan().all() and y[:, E:].isnan().all() and s[T].isnan().all() and s[:, R:].isnan().all()
     return y[:T, :E], s[:T, :R]
@@ -96,7 +94,7 @@ def many_ids(kind: str, T: int, V: int) -> torch.Tensor:
     ],
 )
 def test_backward_matches_fp64(kind, T, V, R, dtype, device):
-    """Bugs: a run that crosses blocks cut or counted twice, columns without tokens left as garbage, dS rounded early."""
+    """Bugs: a run that crosses blocks cut or counted twice, columns without tokens left as they were."""
     E = 33
     dy = padded_randn(T, E, pad=1, dtype=dtype, device=device)
     b = padded_randn(E, R, pad=2, dtype=dtype, device=device)
@@ -126,25 +124,26 @@ def test_backward_equals_autograd_of_embedding(device):
     assert (da[:, padding_idx] == 0).all() and a.grad[:, padding_idx].abs().sum() == 0
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # inf times the padding of the rank, never stored
 def test_scatter_is_deterministic_and_keeps_inf_in_place(device):
     """Bugs: float atomics; a product with zeros that turns one token's inf into NaN for other words."""
     T, V, R = 65, 9, 12
-    ids, b, s = torch.randint(V, (T,), device=device), torch.randn(33, R, device=device), torch.randn(T, R, device=device)
-    dy = torch.randn(T, 33, device=device)
+    b, s, dy = (torch.randn(*shape, device=device) for shape in ((33, R), (T, R), (T, 33)))
+    ids = torch.randint(V, (T,), device=device)
     first, second = (backward(dy, ids, b, s, V, 1.0, torch.float32)[0] for _ in range(2))
     assert torch.equal(first, second)
-    dy[0] = float("inf")
+    dy[0, 0] = float("inf")
     da, _ = backward(dy, ids, b, s, V, 1.0, torch.float32)
     others = torch.arange(V, device=device) != ids[0]
-    assert not da[:, ids[0]].isfinite().any()
+    assert da[:, ids[0]].isinf().all()
     assert torch.equal(da[:, others], first[:, others])
 
 
 def test_one_gradient_alone_and_no_tokens(device):
     """Bugs: the other gradient's launches run on None; an empty batch leaves garbage in the gradients."""
     T, V, E, R = 17, 9, 33, 3
-    dy, ids, b = torch.randn(T, E, device=device), torch.randint(V, (T,), device=device), torch.randn(E, R, device=device)
-    s, arch = torch.randn(T, R, device=device), arch_of(device)
+    dy, b, s = (torch.randn(*shape, device=device) for shape in ((T, E), (E, R), (T, R)))
+    ids, arch = torch.randint(V, (T,), device=device), arch_of(device)
     both_a, both_b = backward(dy, ids, b, s, V, 1.0, torch.float32)
     da, db = torch.empty(R, V, device=device), torch.empty(E, R, device=device)
     run_all(embedding_backward_calls(dy, ids, b, None, da, None, scaling=1.0, arch=arch))

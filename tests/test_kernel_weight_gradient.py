@@ -8,20 +8,22 @@ import torch
 pytest.importorskip("triton")
 
 from numerics import assert_rounded, padded_randn  # noqa: E402
+from peftkern import reference  # noqa: E402
 from peftkern_kernels.dropout import Dropout  # noqa: E402
 from peftkern_kernels.launch import run_all  # noqa: E402
 from peftkern_kernels.reduce import PlaneSum, reduce_calls  # noqa: E402
 from peftkern_kernels.reduction_tables import Tile  # noqa: E402
 from peftkern_kernels.weight_gradient import weight_gradient_calls  # noqa: E402
 
-from peftkern import reference  # noqa: E402
-
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [(1, 1, 1, 1), (17, 17, 33, 3), (65, 130, 200, 12), (65, 17, 33, 16), (17, 130, 33, 40), (17, 17, 200, 70)]
 
 
 def arch_of(device: str) -> int:
-    return 0 if device == "cpu" else sum(n * s for n, s in zip(torch.cuda.get_device_capability(), (10, 1), strict=True))
+    if device == "cpu":
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def framed(rows, columns, dtype, device):
@@ -98,7 +100,7 @@ def test_any_strides(device):
 
 @pytest.mark.parametrize("splits", [1, 2])
 def test_either_half_alone(splits, device):
-    """Bugs: the absent half's programs launched on null pointers; the present half shifted by the absent one's blocks."""
+    """Bugs: the absent half's programs launched on null pointers; the present half shifted by its blocks."""
     ds, x, s, dy = operands(65, 130, 33, 12, torch.float32, device)
     both_da, both_db, _ = check(ds, x, s, dy, splits=splits, tile=Tile(16, 32, 16, 4, 2))
     da, db = torch.full_like(both_da, float("nan")), torch.full_like(both_db, float("nan"))
@@ -129,7 +131,7 @@ def test_same_bits_twice(device):
 
 @pytest.mark.parametrize("P, J", [(1, 1), (3, 12), (4, 16), (9, 130)])
 def test_sum_of_planes(P, J, device):
-    """Bugs: the last planes of an unrolled loop skipped or read past the end; a transposed store; the second sum's scale."""
+    """Bugs: the last planes of an unrolled loop skipped or read past; a transposed store; a wrong scale."""
     first, second = torch.randn(P + 1, 17, J, device=device), torch.randn(P + 3, 65, J, device=device)
     first[P:], second[P + 2 :] = float("nan"), float("nan")  # what lies behind the planes must not be read
     first_storage, out = framed(17, J, torch.bfloat16, device)
@@ -141,7 +143,7 @@ def test_sum_of_planes(P, J, device):
 
 
 def test_traffic_at_s1():
-    """Bug: planes left out of the traffic, or so many of them that they cost more than a twentieth of reading x and dY."""
+    """Bug: planes left out of the traffic, or so many that they cost over a twentieth of reading x and dY."""
     M, N, K, R = 8192, 4096, 4096, 16
     shapes = [(M, R), (M, K), (M, R), (M, N), (R, K), (N, R)]
     calls = weight_gradient_calls(*(torch.empty(s, dtype=torch.bfloat16, device="meta") for s in shapes), arch=90)

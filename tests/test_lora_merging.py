@@ -101,6 +101,9 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_changed():
     ours, _ = pair(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
     with pytest.raises(TypeError, match="parametrized"):
         ours.merge_adapter()
+    # The layer by itself refuses too: nn.LoraLinear has no model above it.
+    with pytest.raises(TypeError, match="parametrized"):
+        ours.model.layer.merge()
     ours, _ = pair(nn.Linear(4, 4, device="meta"), values=None)
     with pytest.raises(ValueError, match="meta"):
         ours.merge_adapter()

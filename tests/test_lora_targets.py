@@ -120,10 +120,15 @@ def test_architectures_with_other_layers():
 def test_experts_are_counted_by_their_layer():
     """Catches layers_to_transform taking the expert's number for the layer's."""
 
+    class Expert(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Linear(4, 4)
+
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+            self.experts = nn.ModuleList(Expert() for _ in range(3))
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -131,9 +136,10 @@ def test_experts_are_counted_by_their_layer():
             self.body = nn.Module()
             self.body.layers = nn.ModuleList(Block() for _ in range(3))
 
-    arguments = {"target_modules": ["0", "1", "2"], "exclude_modules": r".*layers\.\d", "layers_to_transform": [2]}
-    ours = assert_same(Model(), **arguments)
-    assert ours.targeted_module_names == [f"body.layers.2.experts.{i}" for i in range(3)]
+    for pattern in (None, "layers"):
+        arguments = {"target_modules": ["w"], "layers_to_transform": [2], "layers_pattern": pattern}
+        ours = assert_same(Model(), **arguments)
+        assert ours.targeted_module_names == [f"body.layers.2.experts.{i}.w" for i in range(3)]
 
 
 def test_a_second_adapter_finds_the_adapted_layers():
