@@ -62,8 +62,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the block, run operations on `name`.
 
     Args:
-        name: "auto" lets the plan choose the fastest path, "triton" asks for Triton kernels and raises where they cannot
-            run, "torch" asks for the plain PyTorch path.
+        name: "auto" lets the plan choose the fastest path, "triton" asks for Triton kernels and raises where they
+            cannot run, "torch" asks for the plain PyTorch path.
 
     Raises:
         ValueError: for another name.

@@ -57,7 +57,7 @@ class Explanation:
             for r in self.rows
         ]
         widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
         return "\n".join([f"for {self.tokens} tokens a call:", lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

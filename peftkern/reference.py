@@ -25,7 +25,10 @@ def lora_linear(
     keep: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """`y = x W^T + bias + scaling * (keep * x / (1 - p)) A^T B^T`; x [..., K], W [N, K], A [R, K], B [N, R], keep like x."""
+    """`y = x W^T + bias + scaling * (keep * x / (1 - p)) A^T B^T`.
+
+    x [..., K], weight [N, K], lora_A [R, K], lora_B [N, R], bias [N] or None; keep, of x's shape, or None.
+    """
     dropped = x if keep is None else x * keep / (1.0 - dropout_p)
     y = x @ weight.T + scaling * (dropped @ lora_A.T) @ lora_B.T
     return y if bias is None else y + bias

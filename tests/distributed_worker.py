@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType, load_fsdp_model, save_fsdp_model
 from peft import PeftModel  # noqa: F401  here, so that it is imported once
 
@@ -62,7 +62,8 @@ def run(mode: str, folder: Path, accelerator: Accelerator) -> None:
             state_dict_type="FULL_STATE_DICT",
         )
         # Accelerate offers FSDP on accelerators only; its code for it runs with gloo on the CPU as well.
-        accelerator.state.distributed_type = DistributedType.FSDP
+        for state in (PartialState(), accelerator.state):  # the second is filled from the first again and again
+            state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     rank, world = accelerator.process_index, accelerator.num_processes
     model = make_model()

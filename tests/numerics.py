@@ -7,7 +7,9 @@ import torch
 EPS32 = torch.finfo(torch.float32).eps
 
 
-def padded_randn(*shape: int, pad: int, dtype: torch.dtype, device: str = "cpu", seed: int | None = None) -> torch.Tensor:
+def padded_randn(
+    *shape: int, pad: int, dtype: torch.dtype, device: str = "cpu", seed: int | None = None
+) -> torch.Tensor:
     """A matrix of normal numbers that is a view into a larger one filled with NaN.
 
     Reading past a row's end, or assuming that rows are contiguous, then shows up as NaN in the result.

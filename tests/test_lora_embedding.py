@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import assert_rounded, padded_randn
 
+from numerics import assert_rounded, padded_randn
 from peftkern import reference, use_backend
 from peftkern.ops import lora_embedding
 from peftkern.ops.lora_embedding import _operator

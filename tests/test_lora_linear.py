@@ -7,9 +7,9 @@ import importlib
 import pytest
 import torch
 import torch._dynamo.testing
-from numerics import assert_rounded, padded_randn
 from torch.utils.checkpoint import checkpoint
 
+from numerics import assert_rounded, padded_randn
 from peftkern import reference, use_backend
 from peftkern.ops import lora_linear
 from peftkern.ops._lora_linear_torch import keep_mask

@@ -9,8 +9,8 @@ import importlib
 
 import pytest
 import torch
-from numerics import assert_rounded, padded_randn
 
+from numerics import assert_rounded, padded_randn
 from peftkern import reference, use_backend
 from peftkern.ops import lora_linear
 from peftkern.ops import plan as plans

@@ -17,7 +17,7 @@ import triton.language as tl
 
 @dataclass(frozen=True, slots=True)
 class Dropout:
-    """A dropout mask: `seed` is an int64 tensor of one element on the kernels' device, `p` the probability of dropping."""
+    """A dropout mask: `seed` is an int64 tensor of one element on the kernels' device, `p` the chance of dropping."""
 
     seed: torch.Tensor
     p: float

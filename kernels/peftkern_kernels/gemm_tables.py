@@ -79,7 +79,7 @@ _TILES: dict[tuple[str, int, bool], dict[str, Tile]] = {
     ("consumer", 16, True): {
         "large": Tile(128, 128, 32, 8, 4),
         "medium": Tile(128, 64, 32, 4, 4),
-        "small": Tile(64, 64, 64, 4, 4),
+        "small": Tile(64, 64, 32, 4, 4),
         "tiny": Tile(16, 64, 64, 4, 4),
     },
     ("cdna", 16, True): {
@@ -103,8 +103,8 @@ _UNALIGNED_16 = {
 }
 _UNALIGNED_64_ROWS = {**_UNALIGNED_16, "tiny": _UNALIGNED_16["small"]}
 _FP32 = {
-    "large": Tile(64, 64, 32, 8, 2),
-    "medium": Tile(64, 64, 32, 8, 2),
+    "large": Tile(64, 32, 32, 4, 2),
+    "medium": Tile(64, 32, 32, 4, 2),
     "small": Tile(64, 32, 32, 4, 2),
     "tiny": Tile(16, 64, 32, 4, 2),
 }

@@ -34,7 +34,7 @@ def _gather_s(a_ptr, ids, valid, r, R, stride_ar, stride_av, scaling, dtype: tl.
     return (a * scaling).to(dtype)
 
 
-@triton.jit(do_not_specialize=["T", "e_chunk"])
+@triton.jit(do_not_specialize=["T"])
 def _lora_embedding_kernel(
     ids_ptr, w_ptr, a_ptr, b_ptr, y_ptr, s_ptr,  # [T] [V, E] [R, V] [E, R] -> [T, E] [T, R]
     T, V, E, R, stride_i, stride_wv, stride_we, stride_ar, stride_av, stride_be, stride_br, stride_yt, stride_ye,
@@ -88,8 +88,9 @@ def _scatter_runs_kernel(
     tokens = tl.load(order_ptr + offs, mask=mask, other=0)
     rows = tl.load(ds_ptr + tokens[:, None] * R + offs_r[None, :], mask=mask[:, None] & mask_r, other=0.0)
     same = ids[:, None] == ids[None, :]  # [BLOCK_T, BLOCK_T]
-    # A selection, not a product with zeros: one token's inf stays in its own column of dA.
-    totals = tl.sum(tl.where(same[:, :, None], rows[None, :, :], 0.0), axis=1)  # [BLOCK_T, BLOCK_R], runs cut at the block
+    # Sums of runs, as far as they lie in this block, [BLOCK_T, BLOCK_R]. By selection, not by a product with zeros: one
+    # token's inf stays in its own column of dA.
+    totals = tl.sum(tl.where(same[:, :, None], rows[None, :, :], 0.0), axis=1)
 
     # The block's last run may go on: whoever holds its first token follows it to its end.
     end = tl.minimum(start + BLOCK_T, T)
@@ -210,7 +211,7 @@ def _scatter_calls(
     T, (R, V) = ids.numel(), da_out.shape
     sorted_ids = torch.empty((T,), dtype=ids.dtype, device=ids.device)
     order = torch.empty((T,), dtype=torch.int64, device=ids.device)
-    BLOCK_T, BLOCK_R = 16, min(32, next_power_of_2(R))
+    BLOCK_T, BLOCK_R = 16, min(16, next_power_of_2(R))
     scatter = Call(
         name="embedding scatter",
         kernel=_scatter_runs_kernel,

@@ -94,12 +94,12 @@ def shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool,
     A is read again by every BLOCK_M rows (from the L2 cache), so wider ranks take taller tiles.
     """
     rows = 16 if M <= 16 else 32 if M <= 32 else 64
-    if arch >= 900:  # AMD: 64 KiB of LDS, two stages
-        if dtype == torch.float32:
-            return Tile(rows, 32, rank_block(R, 64), 4, 2)
+    if arch >= 900:  # AMD: 64 KiB of LDS, two stages; unaligned tiles take a scalar register pair for each load's mask
+        if dtype == torch.float32 or not aligned:
+            return Tile(min(rows, 32), 32, rank_block(R, 64 if aligned else 32), 4, 2 if aligned else 1)
         return Tile(rows, 64, rank_block(R, 128), 4, 2)
     if dtype == torch.float32:
-        return Tile(rows, 32, rank_block(R, 64), 4, 3)
+        return Tile(rows, 32, rank_block(R, 64 if aligned else 32), 4, 3 if aligned else 2)
     if not aligned:  # no asynchronous loads: the tile passes through registers
         return Tile(rows, 64, rank_block(R, 128), 4, 2)
     roomy = arch in (80, 90, 100)
@@ -114,34 +114,39 @@ def weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, align
     """Tile of `dA = dS^T drop(x)` and `dB = dY^T S`: BLOCK_C columns of x or dY, walking down the rows."""
     rows = 16 if M <= 16 else 32 if M <= 32 else 64
     if arch >= 900:
+        if not aligned:
+            return Tile(16, 32 if dtype == torch.float32 else 64, rank_block(R, 32), 4, 1)
         if dtype == torch.float32:
             return Tile(16, 64, rank_block(R, 64), 4, 2)
         return Tile(min(rows, 32), 128, rank_block(R, 64), 4, 2)
     if dtype == torch.float32:
-        return Tile(16, 64, rank_block(R, 64), 4, 3)
+        return Tile(16, 64, rank_block(R, 64), 4, 3) if aligned else Tile(16, 32, rank_block(R, 32), 4, 2)
     if not aligned:
         return Tile(min(rows, 32), 128, rank_block(R, 64), 4, 2)
-    return Tile(rows, 128, rank_block(R, 128), 4 if R <= 64 else 8, 3)
+    # Sums held in registers: 64 to 128 a thread. Hopper's and Blackwell's operands stay in shared memory meanwhile.
+    few_warps = R <= 64 if arch in (90, 100) else R <= 32
+    return Tile(rows, 128, rank_block(R, 128), 4 if few_warps else 8, 3)
 
 
 def dy_pass_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool) -> Tile:
     """Tile of the one pass over dY that gives dS and dB (small R): rows x 256 columns held once, used twice."""
+    block_r = rank_block(R, 32)
     if arch >= 900:
-        if dtype == torch.float32:
-            return Tile(16, 128, rank_block(R, 64), 8, 2)
-        return Tile(32, 256, rank_block(R, 64), 8, 2)
+        if dtype == torch.float32 or not aligned:
+            return Tile(16, 32, rank_block(R, 16), 4, 2 if aligned else 1)
+        return Tile(32, 64 if arch == 1100 else 128, block_r, 4, 2)
     if dtype == torch.float32:
-        return Tile(16, 128, rank_block(R, 64), 8, 2)
+        return Tile(16, 128, block_r, 8, 2)
     if not aligned:
-        return Tile(32, 128, rank_block(R, 64), 8, 2)
-    if arch in (90, 100):
-        return Tile(64, 256, rank_block(R, 64), 4, 3)
-    return Tile(32, 256, rank_block(R, 64), 4, 3)
+        return Tile(32, 128, block_r, 8, 2)
+    if arch in (90, 100):  # one copy of the tile serves both products
+        return Tile(64, 256, block_r, 4, 3)
+    return Tile(32, 256, block_r, 8, 3)  # two copies: 90 KB of shared memory
 
 
 def embedding_tile(*, arch: int, dtype: torch.dtype, T: int, R: int) -> Tile:
     """Tile of the embedding's gather: BLOCK_M tokens by BLOCK_C columns of the table."""
     rows = 16 if T <= 2048 else 32
-    if dtype == torch.float32 or arch == 1100:
+    if dtype == torch.float32 or arch >= 900:
         return Tile(16, 64, rank_block(R, 32), 4, 2)
     return Tile(rows, 128, rank_block(R, 64), 4, 2)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from peftkern.ops.plan import Plan
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
@@ -33,10 +33,8 @@ def needs_operator(*tensors: torch.Tensor) -> bool:
     """Whether something here looks at operators: a compiler, a dispatch mode, or a tensor subclass."""
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return True
-    for t in tensors:  # a loop: a generator costs a microsecond, and this runs at every call
-        if type(t) not in _PLAIN_TYPES:
-            return True
-    return False
+    kinds = {type(t) for t in tensors}
+    return not kinds.issubset(_PLAIN_TYPES)
 
 
 def ask(plan: Any, *arguments: Any) -> Plan:
@@ -49,9 +47,7 @@ def none_if_empty(t: torch.Tensor) -> torch.Tensor | None:
     return None if t.numel() == 0 else t
 
 
-def adapters_for(
-    dtype: torch.dtype, lora_A: torch.Tensor, lora_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def adapters_for(dtype: torch.dtype, lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B rounded to `dtype`; themselves if they have it."""
     if lora_A.dtype != dtype:
         lora_A = lora_A.to(dtype)
@@ -94,7 +90,9 @@ def adapters_fit(
     return type(bias) in _PLAIN_TYPES and bias.dtype is dtype and bias.shape == (N,) and bias.device == x.device
 
 
-def _check_matrix(operation: str, name: str, t: torch.Tensor, shape: tuple[int | None, int | None], meaning: str) -> None:
+def _check_matrix(
+    operation: str, name: str, t: torch.Tensor, shape: tuple[int | None, int | None], meaning: str
+) -> None:
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{operation}: {name}: expected a tensor {meaning}, got {type(t).__name__}")
     if t.dim() != 2 or any(want is not None and want != got for want, got in zip(shape, t.shape, strict=True)):

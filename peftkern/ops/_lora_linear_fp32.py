@@ -1,9 +1,9 @@
 """`lora_linear` for 16-bit tensors on a CPU without 16-bit matrix instructions: products in fp32, block by block.
 
 On such a CPU (x86 without AVX-512, for one) torch multiplies bfloat16 matrices with a scalar loop, tens to hundreds of
-times slower than fp32 (`python -m bench.cpu_step` prints both). So blocks of rows, and the weight once a call, are widened,
-multiplied, and rounded once at the store. Nothing widened outlives the call: what is kept for backward is as on the
-plain path. Sums over all rows (dA, dB) stay in fp32 from block to block, in a fixed order.
+times slower than fp32 (`python -m bench.cpu_step` prints both). So blocks of rows, and the weight once a call, are
+widened, multiplied, and rounded once at the store. Nothing widened outlives the call: what is kept for backward is as
+on the plain path. Sums over all rows (dA, dB) stay in fp32 from block to block, in a fixed order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import linear
 
-from peftkern.ops._lora_linear_torch import apply_mask, keep_mask
+from peftkern.ops._lora_linear_torch import Kept, apply_mask, keep_mask
 
 BLOCK_ROWS = 1024  # 16 MB of fp32 x at 4096 features, next to 64 MB for a 4096 x 4096 weight
 
@@ -53,11 +53,11 @@ def forward(
 @torch.autocast("cpu", enabled=False)
 def backward(
     dy: torch.Tensor,
-    x: torch.Tensor | None,
+    x: Kept,
     weight: torch.Tensor,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
-    s: torch.Tensor | None,
+    s: Kept,
     mask: torch.Tensor | None,
     scaling: float,
     dropout_p: float,
@@ -77,7 +77,7 @@ def backward(
         wide = dy[rows].float()
         if dx is not None or da is not None:
             ds = wide.mm(b)
-        if dx is not None:
+        if dx is not None and w is not None:
             part = wide.mm(w)
             if mask is None:
                 part.addmm_(ds, a, alpha=scaling)

@@ -6,10 +6,14 @@ is kept for backward is x by reference, S [M, R] and, with dropout, a mask of on
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.functional import linear
 
 from peftkern import reference
+
+Kept = Any  # a tensor that forward kept, or None where no gradient asks for it
 
 
 def keep_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:
@@ -66,12 +70,12 @@ def forward(
 
 def backward(
     dy: torch.Tensor,
-    x: torch.Tensor | None,
+    x: Kept,
     weight: torch.Tensor,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
-    s: torch.Tensor | None,
-    mask: torch.Tensor | None,
+    s: Kept,
+    mask: Kept,
     scaling: float,
     dropout_p: float,
     needs: tuple[bool, bool, bool],

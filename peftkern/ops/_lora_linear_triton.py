@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.launch import Call, TorchCall, nbytes, run_all
 from peftkern_kernels.lora_decode import decode_calls
@@ -19,6 +20,7 @@ from peftkern_kernels.lora_shrink import shrink_calls
 from peftkern_kernels.weight_gradient import weight_gradient_calls
 
 Calls = list[Call | TorchCall]
+Kept = Any  # a tensor that forward kept, or None where no gradient asks for it
 # Up to this rank one pass over dY gives dS and dB: above it the partial sums of dB cost more than reading dY again
 # (0.79 MB * R written and read at 8192 x 4096, against 67 MB; predicted, the two meet near R = 50).
 ONE_PASS_RANK = 32
@@ -59,9 +61,7 @@ def forward_calls(
     y, s = x.new_empty(M, N), x.new_empty(M, R)
     common: dict[str, Any] = {"arch": arch, "precision": precision()}
     if path == "decode":
-        calls: Calls = [
-            *decode_calls(x, weight, lora_A, lora_B, scaling, y, s, bias=bias, dropout=dropout, **common)
-        ]
+        calls: Calls = [*decode_calls(x, weight, lora_A, lora_B, scaling, y, s, bias=bias, dropout=dropout, **common)]
         return y, s, calls
     calls = [*shrink_calls(x, lora_A, s, scaling=scaling, dropout=dropout, **common)]
     if path == "cublas":
@@ -74,11 +74,11 @@ def forward_calls(
 
 def backward_calls(
     dy: torch.Tensor,
-    x: torch.Tensor | None,
+    x: Kept,
     weight: torch.Tensor,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
-    s: torch.Tensor | None,
+    s: Kept,
     scaling: float,
     dropout: Dropout | None,
     path: str,
@@ -95,7 +95,7 @@ def backward_calls(
     dx = dy.new_empty(M, K) if needs_x else None
     da = torch.empty_like(lora_A, memory_format=torch.contiguous_format) if needs_a else None
     db = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if needs_b else None
-    ds = dy.new_empty(M, R) if needs_x or needs_a else None
+    ds: Kept = dy.new_empty(M, R) if needs_x or needs_a else None
     calls: Calls = []
     db_done = False
     if path == "decode" and dx is not None and dropout is None:

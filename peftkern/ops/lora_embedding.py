@@ -173,7 +173,7 @@ class _LoraEmbedding(torch.autograd.Function):
     """The eager door."""
 
     @staticmethod
-    def forward(ctx: Any, input, weight, lora_A, lora_B, scaling, padding_idx, path):  # type: ignore[override]
+    def forward(ctx: Any, input, weight, lora_A, lora_B, scaling, padding_idx, path):
         y, s = _forward(input, weight, lora_A, lora_B, scaling, padding_idx, path)
         needs = ctx.needs_input_grad[1:4]
         ctx.save_for_backward(input, weight, lora_A, lora_B, s if needs[2] else None)
@@ -181,7 +181,7 @@ class _LoraEmbedding(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy):  # type: ignore[override]
+    def backward(ctx: Any, dy):
         refuse_double_backward("lora_embedding")
         return (None, *_backward(dy, *ctx.saved_tensors, *ctx.numbers), None, None, None)
 
@@ -222,8 +222,10 @@ def _operator_backward(
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of (weight, lora_A, lora_B), empty where not asked for."""
-    grads = _backward(dy, input, weight, lora_A, lora_B, s, scaling, padding_idx, path, tuple(needs))
-    return tuple(dy.new_empty(0) if g is None else g.contiguous() for g in grads)
+    wanted: Any = tuple(needs)
+    grads = _backward(dy, input, weight, lora_A, lora_B, s, scaling, padding_idx, path, wanted)
+    dw, da, db = (dy.new_empty(0) if g is None else g.contiguous() for g in grads)
+    return dw, da, db
 
 
 @_operator_backward.register_fake

@@ -82,7 +82,8 @@ def lora_linear(
         seed = draw_seed(x.device)
     elif seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != x.device:
         raise ValueError(
-            f"seed: expected an int64 tensor of one element on {x.device}, got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
+            f"seed: expected an int64 tensor of one element on {x.device}, "
+            f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
         )
     scaling = float(scaling)
     path = plan_for(x, weight, lora_A.shape[0], backend_in_force()).path
@@ -137,9 +138,8 @@ def _forward(
     else:
         from peftkern.ops import _lora_linear_triton as kernels
 
-        y, s, calls = kernels.forward_calls(
-            rows, weight, lora_A, lora_B, scaling, bias, kernels.dropout(seed, dropout_p), path, device_info(x.device).arch
-        )
+        dropout, arch = kernels.dropout(seed, dropout_p), device_info(x.device).arch
+        y, s, calls = kernels.forward_calls(rows, weight, lora_A, lora_B, scaling, bias, dropout, path, arch)
         kernels.run_all(calls)
     return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])), s, mask
 
@@ -182,10 +182,10 @@ def _backward(
     else:
         from peftkern.ops import _lora_linear_triton as kernels
 
+        dropout, arch = kernels.dropout(seed, dropout_p), device_info(dy.device).arch
         dx, da, db, calls = kernels.backward_calls(
-            grad, rows, base, lora_A, lora_B, s, scaling, kernels.dropout(seed, dropout_p), path,
-            device_info(dy.device).arch, wanted,
-        )  # fmt: skip
+            grad, rows, base, lora_A, lora_B, s, scaling, dropout, path, arch, wanted
+        )
         kernels.run_all(calls)
     if dx is not None and dy.dim() != 2:
         dx = dx.view(*dy.shape[:-1], K)
@@ -198,7 +198,7 @@ class _LoraLinear(torch.autograd.Function):
     """The eager door."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path):  # type: ignore[override]
+    def forward(ctx: Any, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path):
         y, s, mask = _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
         needs: Needs = ctx.needs_input_grad[:5]
         _, needs_w, needs_a, needs_b, _ = needs
@@ -216,7 +216,7 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy):  # type: ignore[override]
+    def backward(ctx: Any, dy):
         refuse_double_backward("lora_linear")
         return (*_backward(dy, *ctx.saved_tensors, *ctx.numbers), None, None, None, None)
 
@@ -269,10 +269,12 @@ def _operator_backward(
     bias_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of (x, weight, lora_A, lora_B, bias), empty where not asked for."""
+    wanted: Any = tuple(needs)
     grads = _backward(
-        dy, x, weight, lora_A, lora_B, s, none_if_empty(mask), seed, scaling, dropout_p, path, tuple(needs), bias_dtype
+        dy, x, weight, lora_A, lora_B, s, none_if_empty(mask), seed, scaling, dropout_p, path, wanted, bias_dtype
     )
-    return tuple(dy.new_empty(0) if g is None else g for g in grads)
+    dx, dw, da, db, dbias = (dy.new_empty(0) if g is None else g for g in grads)
+    return dx, dw, da, db, dbias
 
 
 @_operator_backward.register_fake
