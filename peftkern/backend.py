@@ -87,8 +87,8 @@ def _triton_missing() -> str:
 
 
 def interpreter_is_on() -> bool:
-    """Whether Triton kernels run on the CPU, in Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    """Whether Triton kernels run on the CPU, in Triton's interpreter (by Triton's own reading of the variable)."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _cpu_scalar_matmul() -> tuple[torch.dtype, ...]:

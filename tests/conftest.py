@@ -24,8 +24,8 @@ if not HAS_GPU and importlib.util.find_spec("triton") is not None:
 def pytest_collection_modifyitems(config, items):
     if HAS_GPU:
         return
-    chosen = [item for item in items if "gpu" not in item.keywords]
-    deselected = [item for item in items if "gpu" in item.keywords]
+    chosen = [item for item in items if item.get_closest_marker("gpu") is None]
+    deselected = [item for item in items if item.get_closest_marker("gpu") is not None]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = chosen

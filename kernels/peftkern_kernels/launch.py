@@ -78,6 +78,11 @@ def nbytes(*tensors: torch.Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+def strides(t: torch.Tensor | None, *names: str) -> dict[str, int]:
+    """Arguments `stride_<name>` for the axes of `t` in order, zeros where there is no tensor."""
+    return {f"stride_{name}": 0 if t is None else t.stride(axis) for axis, name in enumerate(names)}
+
+
 def is_aligned(t: torch.Tensor) -> bool:
     """Whether rows start on 16-byte boundaries and the last stride is 1: what vector and TMA loads ask for."""
     if t.dim() != 2 or t.stride(1) != 1:

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .dropout import Dropout, keep_tile
 from .gemm_tables import choose_decode_tile, rank_block
-from .launch import Call, cdiv, is_aligned, nbytes
+from .launch import Call, cdiv, is_aligned, nbytes, strides
 from .lora_expand import triton_dtype
 
 MAX_ROWS = 16
@@ -167,12 +167,9 @@ def decode_calls(
             "K": K,
             "R": R,
             "k_part": k_part,
-            "stride_xm": x.stride(0),
-            "stride_xk": x.stride(1),
-            "stride_wn": weight.stride(0),
-            "stride_wk": weight.stride(1),
-            "stride_ar": a.stride(0),
-            "stride_ak": a.stride(1),
+            **strides(x, "xm", "xk"),
+            **strides(weight, "wn", "wk"),
+            **strides(a, "ar", "ak"),
             "threshold": 0 if dropout is None else dropout.threshold,
         },
         constants={
@@ -188,8 +185,25 @@ def decode_calls(
         bytes=nbytes(x, weight, a, y_planes, s_planes),
         flops=2 * M * (N + R) * K,
     )
-    block_n = 64
-    finish = Call(
+    factor = float(scaling) * (1.0 if dropout is None else dropout.keep_scale)
+    return [planes, _finish_call(y_planes, s_planes, b, bias, factor, out, s_out, triton_dtype(x.dtype), precision)]
+
+
+def _finish_call(
+    y_planes: torch.Tensor,
+    s_planes: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    factor: float,
+    out: torch.Tensor,
+    s_out: torch.Tensor,
+    dtype: tl.dtype,
+    precision: str,
+) -> Call:
+    """The second launch: planes [split, M, N] and [split, M, R] -> out and s_out."""
+    split, M, N = y_planes.shape
+    R, block_n = s_planes.shape[2], 64
+    return Call(
         name="decode: sum of planes + expand",
         kernel=_decode_finish_kernel,
         grid=(cdiv(N, block_n), 1, 1),
@@ -203,21 +217,18 @@ def decode_calls(
             "M": M,
             "N": N,
             "R": R,
-            "factor": float(scaling) * (1.0 if dropout is None else dropout.keep_scale),
-            "stride_bn": b.stride(0),
-            "stride_br": b.stride(1),
-            "stride_bias": 0 if bias is None else bias.stride(0),
-            "stride_om": out.stride(0),
-            "stride_on": out.stride(1),
-            "stride_sm": s_out.stride(0),
-            "stride_sr": s_out.stride(1),
+            "factor": factor,
+            **strides(b, "bn", "br"),
+            **strides(bias, "bias"),
+            **strides(out, "om", "on"),
+            **strides(s_out, "sm", "sr"),
         },
         constants={
-            "DTYPE": triton_dtype(x.dtype),
+            "DTYPE": dtype,
             "SPLIT": split,
             "BLOCK_M": MAX_ROWS,
             "BLOCK_N": block_n,
-            "BLOCK_R": rank_block(R, x.dtype),
+            "BLOCK_R": rank_block(R, out.dtype),
             "PRECISION": precision,
         },
         num_warps=4,
@@ -225,4 +236,3 @@ def decode_calls(
         bytes=nbytes(y_planes, s_planes, b, bias, out, s_out),
         flops=2 * M * N * R + split * M * (N + R),
     )
-    return [planes, finish]

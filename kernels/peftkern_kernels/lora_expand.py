@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .dropout import Dropout, keep_tile
 from .gemm_tables import rank_block
-from .launch import Call, cdiv, nbytes
+from .launch import Call, cdiv, nbytes, strides
 
 
 @triton.jit
@@ -79,11 +79,9 @@ def expand_arguments(
         "bias_ptr": bias,
         "seed_ptr": None if dropout is None else dropout.seed,
         "R": b.shape[1],
-        "stride_sm": s.stride(0),
-        "stride_sr": s.stride(1),
-        "stride_bn": b.stride(0),
-        "stride_br": b.stride(1),
-        "stride_bias": 0 if bias is None else bias.stride(0),
+        **strides(s, "sm", "sr"),
+        **strides(b, "bn", "br"),
+        **strides(bias, "bias"),
         "threshold": 0 if dropout is None else dropout.threshold,
         "keep_scale": 1.0 if dropout is None else dropout.keep_scale,
     }
@@ -127,8 +125,7 @@ def expand_calls(
                 "out_ptr": out,
                 "M": M,
                 "N": N,
-                "stride_om": out.stride(0),
-                "stride_on": out.stride(1),
+                **strides(out, "om", "on"),
             },
             constants={
                 "BLOCK_R": rank_block(R, out.dtype),

@@ -17,7 +17,7 @@ import triton.language as tl
 from .dropout import Dropout
 from .gemm_tables import Tile, choose_tile, rank_block
 from .gemm_tile import accumulate_base, tile_of_program
-from .launch import Call, cdiv, is_aligned, nbytes
+from .launch import Call, cdiv, is_aligned, nbytes, strides
 from .lora_expand import expand_arguments, expand_tile
 from .lora_linear_split import split_calls
 from .lora_linear_tma import tma_calls
@@ -77,12 +77,9 @@ def pointer_calls(
                 "M": M,
                 "N": N,
                 "K": K,
-                "stride_xm": x.stride(0),
-                "stride_xk": x.stride(1),
-                "stride_wn": weight.stride(0),
-                "stride_wk": weight.stride(1),
-                "stride_om": out.stride(0),
-                "stride_on": out.stride(1),
+                **strides(x, "xm", "xk"),
+                **strides(weight, "wn", "wk"),
+                **strides(out, "om", "on"),
             },
             constants={
                 "BLOCK_M": tile.block_m,

@@ -14,7 +14,7 @@ import triton.language as tl
 from .dropout import Dropout
 from .gemm_tables import Tile, rank_block
 from .gemm_tile import accumulate_base, tile_of_program
-from .launch import Call, cdiv, nbytes
+from .launch import Call, cdiv, nbytes, strides
 from .lora_expand import expand_arguments, expand_tile, triton_dtype
 
 
@@ -90,10 +90,8 @@ def split_calls(
             "N": N,
             "K": K,
             "k_part": k_part,
-            "stride_xm": x.stride(0),
-            "stride_xk": x.stride(1),
-            "stride_wn": weight.stride(0),
-            "stride_wk": weight.stride(1),
+            **strides(x, "xm", "xk"),
+            **strides(weight, "wn", "wk"),
         },
         constants={
             "BLOCK_M": tile.block_m,
@@ -119,8 +117,7 @@ def split_calls(
             "out_ptr": out,
             "M": M,
             "N": N,
-            "stride_om": out.stride(0),
-            "stride_on": out.stride(1),
+            **strides(out, "om", "on"),
         },
         constants={
             "DTYPE": triton_dtype(x.dtype),

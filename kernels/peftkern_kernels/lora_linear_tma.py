@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .dropout import Dropout
 from .gemm_tables import Tile, rank_block
 from .gemm_tile import tile_of_program
-from .launch import Call, cdiv, is_aligned, nbytes
+from .launch import Call, cdiv, is_aligned, nbytes, strides
 from .lora_expand import expand_arguments, expand_tile, triton_dtype
 
 
@@ -86,8 +86,7 @@ def tma_calls(
                 "M": M,
                 "N": N,
                 "K": K,
-                "stride_om": out.stride(0),
-                "stride_on": out.stride(1),
+                **strides(out, "om", "on"),
             },
             constants={
                 "DTYPE": triton_dtype(x.dtype),
