@@ -111,8 +111,8 @@ def check_dropout(
     slack = 0.01 + 6 * spread / (p.M * min(p.R, p.N)) ** 0.5
     if abs(share - 1) > slack or abs(noise / spread - 1) > 0.2 + slack:
         raise WrongResultError(
-            f"dropout {p.dropout}: the adapter's part is {share:.3f} of what it is without (expected 1 within {slack:.3f}), "
-            f"its spread {noise:.3f} (expected {spread:.3f})"
+            f"dropout {p.dropout}: the adapter's part is {share:.3f} of what it is without (expected 1 within "
+            f"{slack:.3f}), its spread {noise:.3f} (expected {spread:.3f})"
         )
     pairs = {
         "mask of dX": ((x * dx_adapter).sum(1), (delta * dy).sum(1)),

@@ -2,10 +2,11 @@
 
     python -m bench.cpu_step [--pairs 21] [--threads 2] [--smoke] [--out DIR]
 
-The model is a Llama of four layers (hidden 512, intermediate 1376, 8 heads, vocabulary 4096) on 4 x 128 tokens, LoRA of rank 16 on all
-linear layers, the step forward + loss + backward + AdamW on the adapters. Both libraries have the same weights, adapters
-and data; loss and gradients are compared before anything is timed. Steps run in pairs, one of each library, the first
-of a pair taking turns; the figure is the median of the pairs' ratios. It writes bench/results/cpu-<processor>/step.json.
+The model is a Llama of four layers (hidden 512, intermediate 1376, 8 heads, vocabulary 4096) on 4 x 128 tokens, with
+LoRA of rank 16 on all linear layers; the step is forward + loss + backward + AdamW on the adapters. Both libraries have
+the same weights, adapters and data; loss and gradients are compared before anything is timed. Steps run in pairs, one
+of each library, the first of a pair taking turns; the figure is the median of the pairs' ratios. The result goes to
+bench/results/cpu-<processor>/step.json.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def check_pair(ours: Trainee, theirs: Trainee, exact: Trainee) -> dict[str, floa
 
 
 def check_dropout(trainee: Trainee) -> None:
-    """Raise WrongResultError if dropout does nothing: two steps must differ where it is on, and agree where it is off."""
+    """Raise WrongResultError unless two passes differ where dropout is on, and agree where it is off."""
     first, second = trainee.loss().item(), trainee.loss().item()
     if (first != second) != bool(trainee.mode.dropout):
         raise WrongResultError(f"{trainee.mode.key}: losses of two passes are {first} and {second}")
@@ -262,9 +263,8 @@ def print_table(result: dict[str, Any]) -> None:
         target = row["targets"]["time"]
         print(f"{row['mode']:52s} {row['ratio']:7.3f} {spread:>13s} {target:7.2f}  {verdict(row['ratio'], target)}")
         print(f"{'':6s}{row['peftkern_ms']:.1f} ms against {row['peft_ms']:.1f} ms, {row['pairs']} pairs")
-    print(
-        f"\n{'saved for backward, peftkern over PEFT':52s} {'step':>7s} {'layers':>7s} {'target':>7s}  (MB of the step, of the layers)"
-    )
+    heading = f"{'saved for backward, peftkern over PEFT':52s} {'step':>7s} {'layers':>7s} {'target':>7s}"
+    print(f"\n{heading}  (MB of the step, of the layers)")
     for row in result["rows"]:
         target, whole, inside = row["targets"]["saved"], row["saved_bytes"], row["saved_in_layers"]
         sizes = ", ".join(f"{s['peftkern'] / 1e6:.1f} / {s['peft'] / 1e6:.1f}" for s in (whole, inside))
@@ -272,9 +272,8 @@ def print_table(result: dict[str, Any]) -> None:
             f"{row['mode']:52s} {row['saved_ratio']:7.3f} {row['saved_in_layers_ratio']:7.3f} {target:7.2f}  "
             f"{verdict(row['saved_ratio'], target)} / {verdict(row['saved_in_layers_ratio'], target)}  ({sizes})"
         )
-    print(
-        f"\n{'a call at 1 x 64 x 64, forward + backward':52s} {'frozen':>7s} {'ours':>7s} {'PEFT':>7s}  overhead over PEFT's"
-    )
+    heading = f"{'a call at 1 x 64 x 64, forward + backward':52s} {'frozen':>7s} {'ours':>7s} {'PEFT':>7s}"
+    print(f"\n{heading}  overhead over PEFT's")
     for row in result["calls"]:
         us = {name: m["median"] for name, m in row["microseconds"].items()}
         name = f"{row['dtype']}, {row['adapter_dtype']} adapters (microseconds)"

@@ -109,8 +109,8 @@ class DecoderWorkload:
         """Largest relative error of y, dX and every dA and dB, in evaluation mode.
 
         Raises:
-            WrongResultError: it is more than twice that of the formula in plain PyTorch and the same dtype, and more than
-                a single layer may have.
+            WrongResultError: it is more than twice that of the formula in plain PyTorch and the same dtype, and
+                more than a single layer may have.
         """
         if len(subject.inputs) == 1:
             return {}

@@ -25,7 +25,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """Measured rates: `flops_per_second` of a large matrix product by dtype, `bytes_per_second` of a copy (read + write)."""
+    """Measured rates: of a large matrix product by dtype, and of a copy (bytes read + written)."""
 
     flops_per_second: dict[str, float]
     bytes_per_second: float

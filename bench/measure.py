@@ -59,8 +59,8 @@ def gpu_microseconds(functions: Functions, device: torch.device, *, reps: int, r
     """GPU time of one call of each function, by CUDA events, from a cold L2 cache and with a full queue.
 
     Before every call a buffer twice the size of the L2 cache is overwritten, so that operands come from memory. The GPU
-    is made to wait before that until the host has queued the whole call: the events then stand around the kernels and not
-    around the host's work between them, which the wall time shows.
+    is made to wait before that until the host has queued the whole call: the events then stand around the kernels and
+    not around the host's work between them, which the wall time shows.
     """
     l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
     flush = torch.empty(max(2 * l2, 64 << 20), dtype=torch.int8, device=device)
@@ -92,7 +92,7 @@ def gpu_microseconds(functions: Functions, device: torch.device, *, reps: int, r
 
 
 def wall_microseconds(functions: Functions, device: torch.device, *, reps: int, rounds: int) -> dict[str, Micros]:
-    """Wall time of one call of each function in a loop of `reps` calls, as a training loop sees it; one value a round."""
+    """Wall time of one call of each function in a loop of `reps` calls, as a training loop sees it: a value a round."""
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for name in _in_rounds(functions, rounds):
         function = functions[name]
@@ -115,8 +115,8 @@ class SavedBytes:
     """Context manager that adds up what autograd saves for backward while it is open.
 
     Counted: every distinct storage of a tensor that an operation saves, once, at its full size, whoever shares it.
-    Not counted: the storages in `excluded` (parameters, buffers, labels: what exists anyway), and whatever a function keeps
-    outside autograd's own saving. `counting` may be switched off and on while open.
+    Not counted: the storages in `excluded` (parameters, buffers, labels: what exists anyway), and whatever a function
+    keeps outside autograd's own saving. `counting` may be switched off and on while open.
     """
 
     def __init__(self, excluded: Iterable[torch.Tensor]) -> None:

@@ -1,7 +1,7 @@
 """The result file: its shape, its arithmetic, reading and writing.
 
-`{"schema": 1, "kind": "headline" | "step" | "tune", "environment": {...}, "ceilings": {...}, "rows": [...], "missing": [...]}`.
-A row of a headline is one implementation in one problem and one kind of pass; ROW_FIELDS says what it holds. Whatever was
+`{"schema": 1, "kind": "headline" | "step" | "tune", "environment": {...}, "rows": [...], "missing": [...], ...}`.
+A row of a headline is one implementation in one problem and one kind of pass; ROW_FIELDS says what it holds. What was
 not measured is None with a reason in `status` and `reason`: no number in a result file is anything but measured, or
 arithmetic on measured ones.
 """

@@ -2,8 +2,8 @@
 
     python -m bench.report [FOLDER] [--no-plots]
 
-Reads every result under bench/results (or FOLDER), prints the tables, and draws one picture beside each result: overhead over
-the frozen layer for a headline, ratios to PEFT for a training step on the CPU.
+Reads every result under bench/results (or FOLDER), prints the tables, and draws a picture beside each result: overhead
+over the frozen layer for a headline, ratios to PEFT for a training step on the CPU.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _finish(figure: Any, title: str, result: dict[str, Any], path: Path) -> Path
 
 
 def plot_headline(result: dict[str, Any], path: Path) -> Path | None:
-    """Overhead of forward + backward over the frozen layer: a panel a shape and dropout, bars by rank; None if no rows."""
+    """Overhead of forward + backward over the frozen layer, a panel for each problem; None if nothing was measured."""
     order = list(COLOURS)
     rows = [
         row
@@ -181,7 +181,6 @@ def plot_headline(result: dict[str, Any], path: Path) -> Path | None:
     ]
     if not rows:
         return None
-    # A shape and rank in a dtype is one panel: bars of one panel share a frozen layer, and so a scale.
     panels: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         panels.setdefault(row["problem"], []).append(row)
@@ -255,8 +254,8 @@ def plot_step(result: dict[str, Any], path: Path) -> Path | None:
     axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False)
     size = result["size"]
     title = (
-        f"Training step of a {size['layers']}-layer Llama (hidden {size['hidden']}, {size['batch']} x {size['tokens']} tokens), "
-        f"LoRA rank {result['rank']} on all linear layers"
+        f"Training step of a {size['layers']}-layer Llama (hidden {size['hidden']}, {size['batch']} x {size['tokens']} "
+        f"tokens), LoRA rank {result['rank']} on all linear layers"
     )
     return _finish(figure, title, result, path)
 

@@ -1,8 +1,8 @@
 """The implementations that are measured, and where they come from.
 
 Packages that need only torch and triton, or that need more than a benchmark should install, are read from the folder
-`.rivals/` of the checkout, where their wheels are unpacked (bench/README.md says how). Nothing there is part of peftkern.
-What cannot be imported is not measured, and the reason is recorded.
+`.rivals/` of the checkout, where their wheels are unpacked (bench/README.md says how); it is no part of peftkern. What
+cannot be imported is not measured, and the reason is recorded.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def definitions(path: Path, names: set[str], namespace: dict[str, Any]) -> dict[
 
 
 def _chalk(entry: bool) -> tuple[LoraFunction, str]:
-    """freesolo-chalk: `entry` is what its installer puts into PEFT on this GPU; otherwise its fused kernel with the base."""
+    """freesolo-chalk: what its installer puts into PEFT on this GPU (`entry`), or its fused kernel with the base."""
     folder, version = unpacked("freesolo_chalk")
     chalk = import_from(folder, "chalk.ops.lora")
     if not hasattr(chalk, "fused_lora"):

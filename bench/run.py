@@ -2,10 +2,10 @@
 
     python -m bench.run [--full] [--smoke] [--minutes 10] [--groups peftkern compiled others] [--out DIR]
 
-Each implementation is checked first and then timed in turn with the others of its group and the frozen layer. Results go
-to bench/results/<device>/headline.json (or DIR), and to $OUT where that is set. When the minutes are used up it stops
-before the next problem, and the file says what is missing. Exits with 1 where peftkern was wrong or failed. Without a
-GPU it runs bench/test_lora_linear_cpu.py in its place.
+Each implementation is checked first and then timed in turn with the others of its group and the frozen layer. Results
+go to bench/results/<device>/headline.json (or DIR), and to $OUT where that is set. When the minutes are used up it
+stops before the next problem, and the file says what is missing. Exits with 1 where peftkern was wrong or failed.
+Without a GPU it runs bench/test_lora_linear_cpu.py in its place.
 """
 
 from __future__ import annotations

@@ -62,7 +62,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", nargs="+", type=architecture, default=list(ARCHITECTURES), help="default: all")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="default: all")
-    parser.add_argument("--kernel", metavar="TEXT", default="", help="only kernels with this in their name")
+    parser.add_argument(
+        "--kernel", nargs="+", metavar="TEXT", default=[""], help="only kernels with one of these in their name"
+    )
     parser.add_argument("--quick", action="store_true", help="a handful of cases")
     parser.add_argument("--triton", metavar="DIR", help="a folder with another Triton, put first on the path")
     parser.add_argument("--json", metavar="FILE", nargs="?", const="", help="write the records; default below results/")
@@ -126,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
     dtypes = {DTYPES[name] for name in arguments.dtype}
     cases = quick_cases() if arguments.quick else all_cases()
     cases = [case for case in cases if str(case.dtype).removeprefix("torch.") in dtypes]
-    work = [c for c in compilations(cases, arguments.arch) if arguments.kernel in c.record.kernel]
+    work = [c for c in compilations(cases, arguments.arch) if any(text in c.record.kernel for text in arguments.kernel)]
     print(f"triton {triton.__version__}: {len(cases)} cases, {len(work)} distinct compilations", file=sys.stderr)
     if not work:
         print("nothing to compile for these options", file=sys.stderr)

@@ -161,11 +161,11 @@ def parse_resource_usage(text: str) -> tuple[int, int]:
 
 
 def parse_sass(text: str) -> list[Instruction]:
-    """The instructions in the output of `cuobjdump -sass`."""
+    """The instructions in the output of `cuobjdump -sass`, which for newer targets ends them with scheduling hints."""
     pattern = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
     instructions = []
     for address, opcode, operands in pattern.findall(text):
-        target = re.search(r"\b0x([0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
+        target = re.search(r"\b0x([0-9a-f]+)\s*(?:[&?].*)?$", operands) if opcode.startswith("BRA") else None
         instructions.append(Instruction(int(address, 16), opcode, int(target[1], 16) if target else None))
     return instructions
 

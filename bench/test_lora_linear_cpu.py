@@ -32,7 +32,7 @@ RIVALS = [
 @pytest.fixture(scope="module")
 def ceilings() -> limits.Ceilings:
     """What this processor multiplies and copies, measured once."""
-    return limits.measure_ceilings(CPU, set(DTYPES), n=1024, copied=1 << 26)
+    return limits.measure_ceilings(CPU, set(DTYPES), n=512, copied=1 << 25)
 
 
 @pytest.mark.parametrize("rival", RIVALS, ids=lambda r: r.name)

@@ -2,11 +2,11 @@
 
     python -m bench.tune [--minutes 10] [--kernels shrink ...] [--problems S1 ...] [--out DIR]
     python -m bench.tune --dry-run [--arch 90]      # lists the candidates; needs no GPU
-    python -m bench.tune --smoke --out DIR          # two candidates on tiny sizes, in the interpreter where there is no GPU
+    python -m bench.tune --smoke --out DIR          # two candidates on tiny sizes; in the interpreter without a GPU
 
-Each candidate is checked against float64 before it is timed: tiles first, then numbers of splits with the best tile. The
-result, bench/results/<device>/tune.json, holds every candidate; the rows printed at the end name it, and go into
-kernels/peftkern_kernels/gemm_tables.py and reduction_tables.py by hand, for a table is keyed by buckets and not by shapes.
+Each candidate is checked against float64 before it is timed: tiles first, then numbers of splits with the best tile.
+The result, bench/results/<device>/tune.json, holds every candidate. The rows that are printed name it; they go into
+kernels/peftkern_kernels/gemm_tables.py and reduction_tables.py by hand, for those are keyed by buckets, not by shapes.
 """
 
 from __future__ import annotations
@@ -140,10 +140,8 @@ def dry_run(arch: int, dtype: torch.dtype, chosen: list[Problem], kernels: list[
                 f"{tunable.kernel}, {p.key}: {len(tunable.candidates)} tiles, splits {tunable.splits or 'of the table'}"
             )
             for tile in tunable.candidates:
-                launches = tunable.build(tile, None)
-                print(
-                    f"    {'table ' if tile == tunable.table else ''}{tile}: grid {' + '.join(str(c.grid) for c in launches)}"
-                )
+                grids = " + ".join(str(call.grid) for call in tunable.build(tile, None))
+                print(f"    {'table ' if tile == tunable.table else ''}{tile}: grid {grids}")
                 total += 1
     print(f"{total} candidates for architecture {arch}, {dtype}")
     return 0

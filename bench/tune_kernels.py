@@ -1,7 +1,7 @@
 """The kernels whose launch parameters can be tuned: operands, candidates, launches and what is right.
 
-Each `Tunable` is one kernel on one problem. Candidates are a small grid around what the tables predict; those that would
-need more shared memory than the architecture has are left out before anything is compiled.
+Each `Tunable` is one kernel on one problem. Candidates are a small grid around what the tables predict; those that
+would need more shared memory than the architecture has are left out before anything is compiled.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Subject:
 class LinearWorkload:
     """The operands of one problem, of unit scale, so that the adapter's part of y is as large as the base's.
 
-    x [M, K] ~ N(0, 1), W [N, K] ~ N(0, 1/K), A [R, K] ~ N(0, 1/K), B [N, R] ~ N(0, 1/(4 R)), scaling 2, dy [M, N] ~ N(0, 1).
+    x [M, K] and dy [M, N] ~ N(0, 1), W [N, K] ~ N(0, 1/K), A [R, K] ~ N(0, 1/K), B [N, R] ~ N(0, 1/(4 R)), scaling 2.
     """
 
     scaling = 2.0

@@ -193,7 +193,8 @@ WEIGHT_DAMAGE = {
         lambda d: save_file({f"other.{i}": torch.zeros(2) for i in range(3)}, d / WEIGHTS),
         [WEIGHTS, "other.0", "no tensor of this adapter"],
     ),
-    "other targets": (lambda d: edit_config(d, target_modules=["nowhere"]), ["target_modules", "nowhere"]),
+    "other targets": (lambda d: edit_config(d, target_modules=["nowhere"]), [CONFIG, "target_modules", "nowhere"]),
+    "no regex": (lambda d: edit_config(d, modules_to_save=["("]), [CONFIG, "unterminated"]),
 }
 
 

@@ -289,6 +289,21 @@ def test_copies(make):
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
 
 
+def test_a_broken_peft_is_warned_about(monkeypatch):
+    """Would catch: a broken installation of peft that breaks a model which does not need it."""
+
+    class Broken:
+        def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+            if name == "peft":
+                raise ImportError("cannot import name 'x' from 'transformers'", name="transformers")
+
+    monkeypatch.delitem(sys.modules, "peft")
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.warns(UserWarning, match="peft is installed but cannot be imported"):
+        model = get_peft_model(mlp(), LoraConfig(target_modules=["up"]))
+    assert type(model) is PeftModel
+
+
 PLAIN_LOOP = """
     import sys
 

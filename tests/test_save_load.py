@@ -317,6 +317,35 @@ def test_injected_adapters_without_a_wrapper():
     assert torch.equal(model.up.lora_A["default"].weight, wrapped["base_model.model.up.lora_A.weight"])
 
 
+def test_an_adapter_on_the_hub(tmp_path, monkeypatch):
+    """Would catch: the wrong file or argument asked of the Hub's client, or its error passed on without a name."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    model = adapted("modules_to_save", peftkern)
+    folder = save(model, tmp_path)
+    asked = []
+
+    def download(repo_id: str, filename: str, **kwargs: Any) -> str:
+        asked.append((repo_id, filename, kwargs))
+        if not (folder / filename).exists():
+            raise EntryNotFoundError(f"404: {filename}") if kwargs["token"] == "t" else LocalEntryNotFoundError("offline")
+        return str(folder / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    loaded = PeftModel.from_pretrained(biased(), "me/mine", revision="v1", token="t", subfolder=None)
+    torch.testing.assert_close(output(loaded), output(model))
+    assert {name for _, name, _ in asked} == {CONFIG, WEIGHTS}
+    assert all(r == "me/mine" and k == {"revision": "v1", "token": "t", "subfolder": None} for r, _, k in asked)
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    torch.testing.assert_close(output(PeftModel.from_pretrained(biased(), "me/mine", token="t")), output(model))
+    (folder / "adapter_model.bin").unlink()
+    for token, reason in (("t", "404"), ("u", "offline")):
+        with pytest.raises(ValueError, match=f"me/mine.*adapter_model.safetensors.*{reason}"):
+            PeftModel.from_pretrained(biased(), "me/mine", token=token)
+
+
 def test_model_card(tmp_path):
     """Would catch: a card that the Hub cannot read, or that overwrites what the user wrote."""
     from huggingface_hub import ModelCard
