@@ -98,7 +98,7 @@ def next_token_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def continuation(model: nn.Module, tokens: ByteTokens | TokenizerTokens, prompt: str, length: int, seed: int) -> str:
-    """`prompt` and `length` sampled tokens (temperature 0.6), the same at every call with the same model and seed."""
+    """`prompt` and `length` sampled tokens (temperature 0.7), the same at every call with the same model and seed."""
     ids = tokens.encode(prompt.encode())[None].to(next(model.parameters()).device)
     with evaluating(model), torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
         torch.manual_seed(seed)
@@ -106,7 +106,7 @@ def continuation(model: nn.Module, tokens: ByteTokens | TokenizerTokens, prompt:
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             do_sample=True,
-            temperature=0.6,
+            temperature=0.7,
             max_new_tokens=length,
             pad_token_id=0,
         )

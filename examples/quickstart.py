@@ -14,6 +14,7 @@ import importlib.util
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from transformers import AutoModelForCausalLM
 import peftkern
 
 BASE = Path(__file__).parent / "base"
-PROMPT = "    def close(self):\n"
+PROMPT = "class Reader:\n    def "
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,7 +107,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default=str(BASE), help="a causal language model: a folder or a Hub id")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seq", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--batch", type=int, default=8, help="sequences in a step")
     parser.add_argument("--r", type=int, default=16, help="rank of the adapters")
@@ -170,7 +171,9 @@ def compare(model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace)
     if importlib.util.find_spec("peft"):
         import peft
 
-        others["reloaded by PEFT"] = logits(peft.PeftModel.from_pretrained(load_base(args), adapter), ids)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 reads a name that transformers 5 deprecates
+            others["reloaded by PEFT"] = logits(peft.PeftModel.from_pretrained(load_base(args), adapter), ids)
     bound = 8 * torch.finfo(getattr(torch, args.dtype)).eps
     checks = {}
     for name, got in others.items():
@@ -216,7 +219,7 @@ def device_name(device: str) -> str:
 
 def report(result: dict, sample_before: str, sample_after: str) -> None:
     for title, text in (("before", sample_before), ("after", sample_after)):
-        print(f"\n--- {title}, continuing {PROMPT.strip()!r}")
+        print(f"\n--- a sample {title}")
         print("\n".join(f"  | {line}" for line in text.splitlines()[:10]))
     print("\n--- the adapter, saved and loaded again")
     for name, check in result["checks"].items():
@@ -242,7 +245,11 @@ def plot(result: dict, output: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot(result["losses"], color="tab:blue", linewidth=0.8)
+    losses = result["losses"]
+    means = [sum(losses[max(0, i - 19) : i + 1]) / len(losses[max(0, i - 19) : i + 1]) for i in range(len(losses))]
+    axes.plot(losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
+    axes.plot(means, color="tab:blue", label="mean of 20 steps")
+    axes.legend()
     axes.set_xlabel("step")
     axes.set_ylabel("training loss (nats a token)")
     axes.set_title(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import peftkern
-from peftkern import LoraConfig, PeftModel, get_peft_model
+from peftkern import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tiny_models import fingerprint, ids, mlp, randomize, tiny_llama
 
 peft = pytest.importorskip("peft")
@@ -190,7 +190,7 @@ def test_wrong_arguments_are_refused_and_change_nothing():
         assert fingerprint(model) == before and set(model.peft_config) == {"default"}
     base = mlp()
     untouched = fingerprint(base)
-    for config, error in ((LoraConfig(target_modules=["nowhere"]), ValueError), ("a string", TypeError)):
+    for config, error in ((LoraConfig(target_modules=["nowhere"]), ValueError), ("x", TypeError), (PeftConfig(), ValueError)):
         with pytest.raises(error):
             get_peft_model(base, config)
         assert fingerprint(base) == untouched
