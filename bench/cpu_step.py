@@ -1,23 +1,26 @@
 """A training step on the CPU: peftkern's beside PEFT's, with what both save for backward and what one call costs.
 
-    python -m bench.cpu_step [--pairs 21] [--threads 2] [--smoke] [--out DIR]
+    python -m bench.cpu_step [--pairs 21] [--seconds 100] [--threads 2] [--smoke] [--out DIR]
 
 The model is a Llama of four layers (hidden 512, intermediate 1376, 8 heads, vocabulary 4096) on 4 x 128 tokens, with
-LoRA of rank 16 on all linear layers; the step is forward + loss + backward + AdamW on the adapters. Both libraries have
-the same weights, adapters and data; loss and gradients are compared before anything is timed. Steps run in pairs, one
-of each library, the first of a pair taking turns; the figure is the median of the pairs' ratios. The result goes to
-bench/results/cpu-<processor>/step.json.
+LoRA of rank 16 on all linear layers; the step is forward + loss + backward + AdamW on the adapters. Both libraries
+have the same weights, adapters and data; loss and gradients are compared before anything is timed. Steps run in
+pairs, one of each library, the first of a pair taking turns; the figure is the median of the pairs' ratios. Where the
+processor has no bfloat16 matrix instructions a step takes PEFT many seconds, so a mode stops at `--seconds` with at
+least three pairs; and there bfloat16 is measured twice, as it runs and with peftkern held to torch's own bfloat16
+products, which shows what fusing alone is worth. The result goes to bench/results/cpu-<processor>/step.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +31,30 @@ from bench import environment, measure, records
 from bench.check import WrongResultError, tolerance
 from bench.models import ALPHA, RANK, Size, adapt, adapted_layers, adapters_of, llama
 from bench.run import save
+from peftkern.backend import device_info
+from peftkern.ops.plan import Plan
 
 SMOKE = Size(hidden=64, intermediate=96, layers=1, heads=2, vocabulary=128, batch=2, tokens=16)
 
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """How a model is trained: base dtype, whether adapters are fp32 under autocast, dropout."""
+    """How a model is trained: base dtype, whether adapters are fp32 under autocast, dropout.
+
+    `path` holds peftkern to one path of its plan, None lets the plan choose.
+    """
 
     dtype: torch.dtype
     autocast: bool
     dropout: float
+    path: str | None = None
 
     @property
     def key(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
         adapters = "fp32 adapters, autocast" if self.autocast else f"{name} adapters"
-        return f"{name}, {adapters}, dropout {self.dropout:g}"
+        held = ", torch's products" if self.path == "torch" else ""
+        return f"{name}, {adapters}, dropout {self.dropout:g}{held}"
 
     def targets(self) -> dict[str, float]:
         """The acceptance figures of this mode: most that peftkern's may be of PEFT's."""
@@ -58,6 +68,27 @@ MODES = [
     for dropout in (0.0, 0.1)
     for dtype, autocast in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False))
 ]
+
+
+def modes() -> list[Mode]:
+    """The six modes, and bfloat16's four once more on torch's own products where the plan avoids those."""
+    scalar = torch.bfloat16 in device_info(torch.device("cpu")).scalar_matmul
+    held = [replace(mode, path="torch") for mode in MODES if mode.dtype == torch.bfloat16 and scalar]
+    return [*MODES, *held]
+
+
+@contextlib.contextmanager
+def held_to(path: str | None) -> Iterator[None]:
+    """Within the block `lora_linear` takes `path`, whatever its plan says; None changes nothing."""
+    # The package exports the function under its module's name.
+    module: Any = importlib.import_module("peftkern.ops.lora_linear")
+    choose = module.plan_for
+    if path is not None:
+        module.plan_for = lambda *_: Plan(path, "held to it by a benchmark")
+    try:
+        yield
+    finally:
+        module.plan_for = choose
 
 
 class Trainee:
@@ -153,12 +184,14 @@ def saved(trainee: Trainee) -> tuple[int, int]:
     return whole.total, inside.total
 
 
-def pair_times(ours: Trainee, theirs: Trainee, pairs: int) -> tuple[list[float], list[float]]:
-    """Seconds of each step, pair by pair; the first of a pair takes turns."""
+def pair_times(ours: Trainee, theirs: Trainee, pairs: int, seconds: float) -> tuple[list[float], list[float]]:
+    """Seconds of each step, pair by pair; the first of a pair takes turns. At least three pairs, however long."""
     taken: tuple[list[float], list[float]] = ([], [])
     for trainee in (ours, theirs):
         trainee.step()
     for i in range(pairs):
+        if i >= 3 and sum(taken[0]) + sum(taken[1]) > seconds:
+            break
         order = ((0, ours), (1, theirs)) if i % 2 == 0 else ((1, theirs), (0, ours))
         for which, trainee in order:
             start = time.perf_counter()
@@ -167,8 +200,13 @@ def pair_times(ours: Trainee, theirs: Trainee, pairs: int) -> tuple[list[float],
     return taken
 
 
-def measure_mode(size: Size, mode: Mode, pairs: int) -> dict[str, Any]:
+def measure_mode(size: Size, mode: Mode, pairs: int, seconds: float) -> dict[str, Any]:
     """Everything about one mode."""
+    with held_to(mode.path):
+        return _measure_mode(size, mode, pairs, seconds)
+
+
+def _measure_mode(size: Size, mode: Mode, pairs: int, seconds: float) -> dict[str, Any]:
     import peft
 
     import peftkern
@@ -182,20 +220,21 @@ def measure_mode(size: Size, mode: Mode, pairs: int) -> dict[str, Any]:
     check_dropout(ours)
     check_dropout(theirs)
     saved_ours, saved_theirs = saved(ours), saved(theirs)
-    seconds = pair_times(ours, theirs, pairs)
-    ratios = sorted(a / b for a, b in zip(*seconds, strict=True))
+    taken = pair_times(ours, theirs, pairs, seconds)
+    ratios = sorted(a / b for a, b in zip(*taken, strict=True))
     last = len(ratios) - 1
     return {
         "mode": mode.key,
         "dtype": str(mode.dtype).removeprefix("torch."),
         "autocast": mode.autocast,
         "dropout": mode.dropout,
-        "peftkern_ms": 1e3 * statistics.median(seconds[0]),
-        "peft_ms": 1e3 * statistics.median(seconds[1]),
+        "path": mode.path,
+        "peftkern_ms": 1e3 * statistics.median(taken[0]),
+        "peft_ms": 1e3 * statistics.median(taken[1]),
         "ratio": statistics.median(ratios),
         "ratio_p10": ratios[round(0.1 * last)],
         "ratio_p90": ratios[round(0.9 * last)],
-        "pairs": pairs,
+        "pairs": len(ratios),
         "saved_bytes": {"peftkern": saved_ours[0], "peft": saved_theirs[0]},
         "saved_ratio": saved_ours[0] / saved_theirs[0],
         "saved_in_layers": {"peftkern": saved_ours[1], "peft": saved_theirs[1]},
@@ -288,6 +327,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", type=int, default=21, help="pairs of steps for each mode")
+    parser.add_argument("--seconds", type=float, default=100.0, help="most seconds of steps for each mode")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help="a tiny model: does the program run?")
     parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/cpu-<processor>)")
@@ -313,9 +353,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "calls": [],
         "missing": [],
     }
-    for mode in [MODES[0], MODES[-1]] if options.smoke else MODES:
+    for mode in [MODES[0], MODES[-1]] if options.smoke else modes():
         print(mode.key, flush=True)
-        result["rows"].append(measure_mode(size, mode, pairs))
+        result["rows"].append(measure_mode(size, mode, pairs, options.seconds))
     f32, bf16 = torch.float32, torch.bfloat16
     for dtype, adapters in ((f32, f32), (bf16, bf16), (bf16, f32)):
         result["calls"].append(call_overhead(dtype, adapters, rounds, reps))

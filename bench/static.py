@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -86,14 +87,17 @@ def compile_all(work: Sequence[Compilation], jobs: int) -> Iterator[Record]:
     """
     pending = list(range(len(work)))
     while pending:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("fork"), initializer=_keep, initargs=(work,)) as pool:
+        pool = ProcessPoolExecutor(jobs, mp_context=get_context("fork"), initializer=_keep, initargs=(work,))
+        lost = []
+        try:
             futures = {pool.submit(_compile_one, index): index for index in pending}
-            lost = []
             for future in as_completed(futures):
                 try:
                     yield future.result()
                 except BrokenProcessPool:
                     lost.append(futures[future])
+        finally:
+            pool.shutdown(cancel_futures=True)  # an interrupt ends the check after the kernel under way
         pending = sorted(lost)
         if pending and jobs == 1:
             record = work[pending.pop(0)].record
@@ -137,6 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
         records = [compilation.record for compilation in work]
         print(static_report.table(static_report.HEADER, [static_report.row(record) for record in records]))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an interrupt: the processes that compile must end too
     records = list(static_report.progress(compile_all(work, arguments.jobs), len(work)))
     records.sort(key=lambda record: (record.arch, record.kernel, record.cases))
     print(static_report.table(static_report.HEADER, [static_report.row(record) for record in records]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -19,8 +20,8 @@ from peftkern_kernels.launch import Call
 from peftkern_kernels.lora_embedding import embedding_backward_calls, embedding_forward_calls
 
 HALF = torch.bfloat16
-S1 = {"M": 8192, "K": 4096, "N": 4096, "R": 16}
-S2 = {"M": 4096, "K": 4096, "N": 14336, "R": 64}
+S1: dict[str, Any] = {"M": 8192, "K": 4096, "N": 4096, "R": 16}
+S2: dict[str, Any] = {"M": 4096, "K": 4096, "N": 14336, "R": 64}
 # (K, N) of the projections of an 8B Llama: q and o; k and v; gate and up; down.
 LLAMA_8B = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 # Rows of 4095 elements are not 16-byte aligned; rows of 4104 are, but Triton only looks for multiples of 16 elements.

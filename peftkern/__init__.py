@@ -20,14 +20,13 @@ if TYPE_CHECKING:
     from peftkern.mapping_func import get_peft_model
     from peftkern.peft_model import PeftModel
     from peftkern.tuners.lora import LoraConfig, LoraModel
+    from peftkern.utils.adapter_error import AdapterFileError
     from peftkern.utils.peft_types import PeftType, TaskType
 
 __version__ = "0.1.0"
 
-_AUTO = ["", "ForCausalLM", "ForSeq2SeqLM", "ForSequenceClassification", "ForTokenClassification"]
-_AUTO += ["ForQuestionAnswering", "ForFeatureExtraction"]
-_MODELS = ["", "ForCausalLM", "ForSeq2SeqLM", "ForSequenceClassification", "ForTokenClassification"]
-_MODELS += ["ForQuestionAnswering", "ForFeatureExtraction"]
+_TASKS = ["", "ForCausalLM", "ForSeq2SeqLM", "ForSequenceClassification", "ForTokenClassification"]
+_TASKS += ["ForQuestionAnswering", "ForFeatureExtraction"]
 
 # Where each public name lives; a module is imported when one of its names is first used.
 _HOMES = {
@@ -35,9 +34,10 @@ _HOMES = {
     "peftkern.config": ["PeftConfig", "PeftConfigMixin"],
     "peftkern.mapping": ["inject_adapter_in_model"],
     "peftkern.mapping_func": ["get_peft_model"],
-    "peftkern.peft_model": [f"PeftModel{suffix}" for suffix in _MODELS],
-    "peftkern.auto": [f"AutoPeftModel{suffix}" for suffix in _AUTO],
-    "peftkern.tuners.lora": ["LoraConfig", "LoraModel"],
+    "peftkern.peft_model": [f"PeftModel{suffix}" for suffix in _TASKS],
+    "peftkern.auto": [f"AutoPeftModel{suffix}" for suffix in _TASKS],
+    "peftkern.tuners.lora": ["LoftQConfig", "LoraConfig", "LoraModel", "LoraRuntimeConfig"],
+    "peftkern.utils.adapter_error": ["AdapterFileError"],
     "peftkern.utils.peft_types": ["PeftType", "TaskType"],
     "peftkern.utils.save_and_load": [
         "get_peft_model_state_dict",

@@ -58,5 +58,5 @@ def get_peft_model(
         if peft_config.revision not in (None, revision):
             warnings.warn(f"peft_config.revision was {peft_config.revision!r} and is {revision!r} now.", stacklevel=2)
         peft_config.revision = revision
-    wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
+    wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type or "", PeftModel)
     return wrapper(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

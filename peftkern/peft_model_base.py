@@ -22,6 +22,7 @@ from peftkern.utils.model_card import update_model_card
 from peftkern.utils.model_snapshot import restored_on_error
 from peftkern.utils.peft_types import PeftType
 from peftkern.utils.save_and_load import (
+    blamed_on_config,
     check_lora_tensors,
     get_peft_model_state_dict,
     load_config,
@@ -66,12 +67,13 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # not super(): next in line may be peft's class, which would set itself up
-        _check_adapter_name(adapter_name, peft_config)
+        _check_adapter_name(adapter_name)
+        _warn_of_adapter_name(adapter_name, peft_config)
         self._add_heads(peft_config)
         self.peft_type = peft_config.peft_type
         self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
         self._adapters_disabled = False
-        tuner = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[_method(peft_config)]
         with restored_on_error(model):
             self.base_model = tuner(
                 model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
@@ -121,8 +123,8 @@ class PeftModel(nn.Module):
     @property
     def modules_to_save(self) -> set[str] | None:
         """The names in any adapter's `modules_to_save`; None if there are none."""
-        names = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
-        return names or None
+        lists = [getattr(config, "modules_to_save", None) or () for config in self.peft_config.values()]
+        return {name for names in lists for name in names} or None
 
     def get_base_model(self) -> nn.Module:
         """The model that was given, with the adapters in it."""
@@ -219,7 +221,8 @@ class PeftModel(nn.Module):
             raise ValueError(f"adapter_name: an adapter {adapter_name!r} exists already")
         if peft_config.peft_type != self.peft_type:
             raise ValueError(f"peft_config: the model has {self.peft_type} adapters, got {peft_config.peft_type}")
-        _check_adapter_name(adapter_name, peft_config)
+        _check_adapter_name(adapter_name)
+        _warn_of_adapter_name(adapter_name, peft_config)
         self._add_heads(peft_config)
         with restored_on_error(self):
             self.peft_config[adapter_name] = peft_config
@@ -393,17 +396,20 @@ class PeftModel(nn.Module):
         from peftkern.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING  # the task classes inherit from this one
 
         hub, _, options = PeftConfig._split_kwargs(kwargs)
+        _check_adapter_name(adapter_name)
+        blame: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if config is None:
-            config = load_config(model_id, **hub)
+            config, blame = load_config(model_id, **hub), blamed_on_config(model_id, hub)
         elif not isinstance(config, PeftConfig):
             raise TypeError(f"config: expected a PeftConfig, got {type(config).__name__}")
         config.inference_mode = not is_trainable
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         tensors, options = _read_adapter(model_id, config, key_mapping, ephemeral_gpu_offload, hub, options)
-        wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)
+        wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls)
         with restored_on_error(model):
-            made = wrapper(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            with blame:
+                made = wrapper(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             result = made._load_tensors(tensors, adapter_name, model_id, hub, options, low_cpu_mem_usage)
         if result.missing_keys:
             message = f"Found missing adapter keys while loading the checkpoint: {result.missing_keys}."
@@ -443,13 +449,15 @@ class PeftModel(nn.Module):
         """
         hub, _, options = PeftConfig._split_kwargs(kwargs)
         options["torch_device"] = torch_device
+        _check_adapter_name(adapter_name)
         known = adapter_name in self.peft_config
         config = self.peft_config[adapter_name] if known else load_config(model_id, **hub)
         tensors, options = _read_adapter(model_id, config, key_mapping, ephemeral_gpu_offload, hub, options)
         with restored_on_error(self):
             if not known:
                 config.inference_mode = not is_trainable
-                self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+                with blamed_on_config(model_id, hub):
+                    self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
                 if is_trainable:
                     self.set_requires_grad(adapter_name)
             empty = low_cpu_mem_usage and not known
@@ -486,12 +494,24 @@ def _is_checkpointed(model: nn.Module) -> bool:
     return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", True))
 
 
-def _check_adapter_name(adapter_name: str, config: PeftConfig) -> None:
-    """Refuse names that cannot be part of a parameter's name; warn of one that PEFT may confuse with the method's."""
+def _method(config: PeftConfig) -> PeftType:
+    """The method of a configuration, which must be one that is built."""
+    if config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+        built = ", ".join(PEFT_TYPE_TO_TUNER_MAPPING)
+        raise ValueError(f"peft_config: expected peft_type {built}, got {config.peft_type!r} ({type(config).__name__})")
+    return PeftType(config.peft_type or "")
+
+
+def _check_adapter_name(adapter_name: str) -> None:
+    """Refuse names that cannot be part of a parameter's name."""
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name: expected a string without dots, got {adapter_name!r}")
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
-    if prefix and adapter_name in prefix:
+
+
+def _warn_of_adapter_name(adapter_name: str, config: PeftConfig) -> None:
+    """Warn of a name that PEFT may confuse with the method's."""
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[_method(config)]
+    if adapter_name in prefix:
         warnings.warn(
             f"Adapter name {adapter_name!r} is contained in the prefix {prefix!r} of its parameters' names: PEFT may "
             "take one for the other when it loads this adapter.",

@@ -190,7 +190,8 @@ def test_wrong_arguments_are_refused_and_change_nothing():
         assert fingerprint(model) == before and set(model.peft_config) == {"default"}
     base = mlp()
     untouched = fingerprint(base)
-    for config, error in ((LoraConfig(target_modules=["nowhere"]), ValueError), ("x", TypeError), (PeftConfig(), ValueError)):
+    wrong = [(LoraConfig(target_modules=["nowhere"]), ValueError), ("x", TypeError), (PeftConfig(), ValueError)]
+    for config, error in wrong:
         with pytest.raises(error):
             get_peft_model(base, config)
         assert fingerprint(base) == untouched

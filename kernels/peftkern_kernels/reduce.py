@@ -87,7 +87,7 @@ def reduce_calls(sums: list[PlaneSum], *, name: str = "sum of planes") -> list[C
             raise ValueError(f"out: expected [C, {R}] like {tuple(s.planes.shape)}, got {tuple(s.out.shape)}")
     first, second = sums[0], sums[1] if len(sums) == 2 else None
     BLOCK_R = min(128, next_power_of_2(R))
-    BLOCK_C = max(1, 1024 // BLOCK_R)
+    BLOCK_C = max(1, 512 // BLOCK_R)
     blocks = [cdiv(s.out.shape[0], BLOCK_C) for s in sums]
     args = {"R": R, "blocks0": blocks[0]}
     for i, s in enumerate((first, second)):
@@ -106,7 +106,7 @@ def reduce_calls(sums: list[PlaneSum], *, name: str = "sum of planes") -> list[C
             kernel=_reduce_planes_kernel,
             grid=(sum(blocks), cdiv(R, BLOCK_R), 1),
             args=args,
-            constants={"BLOCK_C": BLOCK_C, "BLOCK_R": BLOCK_R, "UNROLL": 4, "TWO": second is not None},
+            constants={"BLOCK_C": BLOCK_C, "BLOCK_R": BLOCK_R, "UNROLL": 8, "TWO": second is not None},
             num_warps=4,
             num_stages=1,
             bytes=sum(nbytes(s.planes, s.out) for s in sums),

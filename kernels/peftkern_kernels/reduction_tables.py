@@ -99,9 +99,9 @@ def shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool,
             return Tile(min(rows, 32), 32, rank_block(R, 64 if aligned else 32), 4, 2 if aligned else 1)
         return Tile(rows, 64, rank_block(R, 128), 4, 2)
     if dtype == torch.float32:
-        return Tile(rows, 32, rank_block(R, 64 if aligned else 32), 4, 3 if aligned else 2)
+        return Tile(rows, 32, rank_block(R, 64 if aligned else 32), 8 if rows == 64 else 4, 3 if aligned else 2)
     if not aligned:  # no asynchronous loads: the tile passes through registers
-        return Tile(rows, 64, rank_block(R, 128), 4, 2)
+        return Tile(min(rows, 32), 64, rank_block(R, 64), 4, 2)
     roomy = arch in (80, 90, 100)
     if R <= 32:
         return Tile(rows, 128, rank_block(R, 32), 4, 4 if roomy else 3)

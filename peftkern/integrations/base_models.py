@@ -15,7 +15,7 @@ _ALLOWED = ("diffusers", "lerobot", "megatron-core", "transformers")
 
 def base_model_class(
     auto_class: str | None, auto_mapping: dict[str, str] | None, import_allowlist: list[str] | None = None
-) -> type:
+) -> Any:
     """The class whose `from_pretrained` loads the base model.
 
     Args:
@@ -47,7 +47,7 @@ def base_model_class(
     return found
 
 
-def load_base_model(target: type, name_or_path: str, revision: str | None, options: dict[str, Any]) -> nn.Module:
+def load_base_model(target: Any, name_or_path: str, revision: str | None, options: dict[str, Any]) -> nn.Module:
     """`target.from_pretrained` of the base model; the options' own `revision` is the adapter's, so it is left out."""
     options = {name: value for name, value in options.items() if name not in ("revision", "subfolder")}
     return target.from_pretrained(name_or_path, **options, **({} if revision is None else {"revision": revision}))

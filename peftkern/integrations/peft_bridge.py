@@ -80,5 +80,5 @@ def _reduce(self: Any) -> tuple[Any, ...]:
 
 
 def _rebuild(cls: type, theirs: type) -> Any:
-    made = _combine(cls, theirs)
+    made: Any = _combine(cls, theirs)
     return made.__new__(made)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 
 
-class PeftType(enum.StrEnum):
+class PeftType(str, enum.Enum):  # noqa: UP042 - PEFT's own clients read str() of a member: not a StrEnum's
     """A fine-tuning method: the value of `peft_type` in `adapter_config.json`.
 
     A member here is a method in peftkern's plan; `peftkern.mapping.PEFT_TYPE_TO_CONFIG_MAPPING` says which are built.
@@ -20,7 +20,7 @@ class PeftType(enum.StrEnum):
     P_TUNING = "P_TUNING"
 
 
-class TaskType(enum.StrEnum):
+class TaskType(str, enum.Enum):  # noqa: UP042
     """What the adapted model is for: the value of `task_type`, which picks the `PeftModel` class."""
 
     SEQ_CLS = "SEQ_CLS"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import warnings
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -238,11 +239,18 @@ def load_config(model_id: PathLike, **hub_kwargs: Any) -> PeftConfig:
         AdapterFileError: The file is missing or damaged, `peft_type` is missing or unknown, or a field is wrong.
         NotImplementedError: It asks for what is not built here, by the field's name.
     """
+    with blamed_on_config(model_id, hub_kwargs):
+        return cast(PeftConfig, PeftConfig.from_pretrained(model_id, **hub_kwargs))
+
+
+@contextlib.contextmanager
+def blamed_on_config(model_id: PathLike, hub_kwargs: dict[str, Any]) -> Iterator[None]:
+    """Turn an error about a configuration that was read from `model_id` into one that names the file."""
     try:
-        return PeftConfig.from_pretrained(model_id, **hub_kwargs)
+        yield
     except AdapterFileError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, re.error) as error:
         raise AdapterFileError(config_file(model_id, **hub_kwargs), str(error)) from error
 
 
