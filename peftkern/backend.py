@@ -21,7 +21,7 @@ ENVIRONMENT_VARIABLE = "PEFTKERN_BACKEND"
 AMD_ARCHITECTURES = {"gfx942": 942, "gfx1100": 1100}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # remembered for each device, so identity is equality, and quicker
 class DeviceInfo:
     """What a plan needs to know of a device.
 

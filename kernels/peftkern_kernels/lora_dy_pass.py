@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .launch import Call, cdiv, nbytes
 from .reduce import PlaneSum, reduce_calls
-from .reduction_tables import Tile, best_splits, dy_pass_tile, vectorizes
+from .reduction_tables import Tile, best_splits, compile_options, dy_pass_tile, vectorizes
 
 
 @triton.jit(do_not_specialize=["M", "m_chunk"])
@@ -152,6 +152,7 @@ def dy_pass_calls(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        options=compile_options(arch),
         bytes=nbytes(dy, b, s, ds_planes, db_planes),
         flops=4 * M * N * R,
     )

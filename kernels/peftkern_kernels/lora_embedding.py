@@ -19,7 +19,7 @@ import triton.language as tl
 from .launch import Call, TorchCall, cdiv, nbytes
 from .lora_dy_pass import dy_pass_calls
 from .lora_shrink import shrink_calls
-from .reduction_tables import DEVICES, OTHER_DEVICE, embedding_tile, next_power_of_2
+from .reduction_tables import DEVICES, OTHER_DEVICE, compile_options, embedding_tile, next_power_of_2
 from .weight_gradient import weight_gradient_calls
 
 ONE_PASS_RANK = 32  # up to here one pass over dY for both products is cheaper than two (see lora_dy_pass.py)
@@ -194,6 +194,7 @@ def embedding_forward_calls(
             },
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            options=compile_options(arch),
             bytes=T * (E * weight.element_size() + R * a.element_size()) + nbytes(ids, b, out, s_out),
             flops=2 * T * E * R,
         )

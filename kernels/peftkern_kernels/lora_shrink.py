@@ -17,7 +17,7 @@ import triton.language as tl
 from .dropout import Dropout, keep_tile
 from .launch import Call, cdiv, nbytes
 from .reduce import PlaneSum, reduce_calls
-from .reduction_tables import Tile, best_splits, shrink_tile, vectorizes
+from .reduction_tables import Tile, best_splits, compile_options, shrink_tile, vectorizes
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -147,6 +147,7 @@ def shrink_calls(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        options=compile_options(arch),
         bytes=nbytes(x, a, target),
         flops=2 * M * K * R,
     )

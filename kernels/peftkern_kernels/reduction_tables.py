@@ -64,6 +64,15 @@ def rank_block(R: int, most: int) -> int:
     return min(most, max(16, next_power_of_2(R)))
 
 
+def compile_options(arch: int) -> dict[str, int]:
+    """Options of the kernels with a matrix product, beside warps and stages.
+
+    Left to itself, NVIDIA's assembler spills a few scalars to stay below the next step of occupancy, which these
+    kernels cannot use: about one program on each multiprocessor, held by its shared memory. So it may take them all.
+    """
+    return {"maxnreg": 255} if 0 < arch < 900 else {}
+
+
 def best_splits(*, blocks: int, steps: int, arch: int, operand_bytes: int, plane_bytes: int) -> int:
     """Into how many parts to cut a reduction of `steps` tiles, where `blocks` programs exist without cutting.
 
@@ -99,7 +108,9 @@ def shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool,
             return Tile(min(rows, 32), 32, rank_block(R, 64 if aligned else 32), 4, 2 if aligned else 1)
         return Tile(rows, 64, rank_block(R, 128), 4, 2)
     if dtype == torch.float32:
-        return Tile(rows, 32, rank_block(R, 64 if aligned else 32), 8 if rows == 64 else 4, 3 if aligned else 2)
+        if not aligned:
+            return Tile(min(rows, 32), 32, rank_block(R, 32), 4, 2)
+        return Tile(rows, 32, rank_block(R, 64), 8 if rows == 64 else 4, 3)
     if not aligned:  # no asynchronous loads: the tile passes through registers
         return Tile(min(rows, 32), 64, rank_block(R, 64), 4, 2)
     roomy = arch in (80, 90, 100)
@@ -122,7 +133,7 @@ def weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, align
     if dtype == torch.float32:
         return Tile(16, 64, rank_block(R, 64), 4, 3) if aligned else Tile(16, 32, rank_block(R, 32), 4, 2)
     if not aligned:
-        return Tile(min(rows, 32), 128, rank_block(R, 64), 4, 2)
+        return Tile(min(rows, 32), 128, rank_block(R, 64), 4 if R <= 32 else 8, 2)
     # Sums held in registers: 64 to 128 a thread. Hopper's and Blackwell's operands stay in shared memory meanwhile.
     few_warps = R <= 64 if arch in (90, 100) else R <= 32
     return Tile(rows, 128, rank_block(R, 128), 4 if few_warps else 8, 3)

@@ -19,7 +19,7 @@ import triton.language as tl
 from .dropout import Dropout, keep_tile
 from .launch import Call, cdiv, nbytes
 from .reduce import PlaneSum, reduce_calls
-from .reduction_tables import Tile, best_splits, vectorizes, weight_gradient_tile
+from .reduction_tables import Tile, best_splits, compile_options, vectorizes, weight_gradient_tile
 
 
 @triton.jit
@@ -218,6 +218,7 @@ def weight_gradient_calls(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        options=compile_options(arch),
         bytes=nbytes(ds, x, s, dy) + (4 * splits * (K + N) * R if splits > 1 else nbytes(da_out, db_out)),
         flops=2 * M * R * (K + N),
     )

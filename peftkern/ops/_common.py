@@ -15,6 +15,8 @@ _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast, if it is on for x's device, gives a matmul's operands."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return None  # the quick answer; below is what torch.compile can trace
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     kind = "cpu" if x.is_cpu else x.device.type
@@ -111,6 +113,8 @@ def check_adapters(
     mixed: bool,
 ) -> None:
     """Refuse what `lora_linear` cannot mean; `mixed` allows a weight and bias in another float dtype (autocast)."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{operation}: x: expected a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{operation}: x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
     _check_matrix(operation, "weight", weight, (None, None), "[out_features, in_features]")

@@ -35,6 +35,22 @@ class ExplainRow:
     reason: str
 
 
+def bare_weight(module: nn.Module) -> torch.Tensor | None:
+    """The weight of an `nn.Linear` that is nothing but that; None of anything else, or of one that is in doubt.
+
+    A quick yes to `why_called_as_is` and `plain_weight`, for the route that every call takes.
+    """
+    if type(module) is not nn.Linear:  # a parametrization changes the class
+        return None
+    held = module.__dict__
+    if "_hf_hook" in held or "forward" in held:
+        return None
+    if held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]:
+        return None
+    weight = held["_parameters"].get("weight")
+    return weight if type(weight) is nn.Parameter and not weight.is_meta else None
+
+
 def why_called_as_is(module: nn.Module, forward: Any) -> str:
     """Why `module` must be called rather than its weight used: it does more than `forward`, a function of its class.
 
