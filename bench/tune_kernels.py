@@ -19,7 +19,7 @@ from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.gemm_tables import SHARED_MEMORY, choose_tile
 from peftkern_kernels.gemm_tables import Tile as GemmTile
 from peftkern_kernels.launch import Call
-from peftkern_kernels.lora_dy_pass import dy_pass_calls
+from peftkern_kernels.lora_dy_pass import ONE_PASS_RANK, dy_pass_calls
 from peftkern_kernels.lora_linear import pointer_calls
 from peftkern_kernels.lora_linear_split import split_calls
 from peftkern_kernels.lora_linear_tma import tma_calls
@@ -30,7 +30,6 @@ from peftkern_kernels.weight_gradient import weight_gradient_calls
 
 SCALING = 2.0
 SPLITS = (1, 2, 4, 8, 16, 32)
-ONE_PASS_RANK = 32  # above it the library does not take the one pass over dY (peftkern/ops)
 Tile = GemmTile | ReductionTile
 
 

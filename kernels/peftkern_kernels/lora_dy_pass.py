@@ -19,6 +19,10 @@ from .launch import Call, cdiv, nbytes
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import Tile, best_splits, compile_options, dy_pass_tile, vectorizes
 
+# Up to this rank one pass over dY is cheaper than two (predicted: the planes cost 0.79 MB * R written and read at
+# 8192 x 4096, against 67 MB for reading dY again; the two meet near R = 50).
+ONE_PASS_RANK = 32
+
 
 @triton.jit(do_not_specialize=["M", "m_chunk"])
 def _lora_dy_pass_kernel(

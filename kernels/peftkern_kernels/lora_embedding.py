@@ -12,17 +12,17 @@ gradient; it reads and writes nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from .launch import Call, TorchCall, cdiv, nbytes
-from .lora_dy_pass import dy_pass_calls
+from .lora_dy_pass import ONE_PASS_RANK, dy_pass_calls
 from .lora_shrink import shrink_calls
 from .reduction_tables import DEVICES, OTHER_DEVICE, compile_options, embedding_tile, next_power_of_2
 from .weight_gradient import weight_gradient_calls
-
-ONE_PASS_RANK = 32  # up to here one pass over dY for both products is cheaper than two (see lora_dy_pass.py)
 
 
 @triton.jit
@@ -278,7 +278,7 @@ def embedding_backward_calls(
         raise ValueError(f"da_out: expected [{R}, V], got {tuple(da_out.shape)}")
     if db_out is not None and s is None:
         raise ValueError("s: expected the forward's [T, R] for db_out, got None")
-    common = {"arch": arch, "precision": precision}
+    common: dict[str, Any] = {"arch": arch, "precision": precision}
     calls: list[Call | TorchCall] = []
     if T == 0:
         return [TorchCall("zero gradient", out.zero_, ()) for out in (da_out, db_out) if out is not None]

@@ -9,12 +9,13 @@ transposed view for a transposed store). Two sums that share R (dS and dB, or dA
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import Call, cdiv, nbytes
+from .launch import Call, cdiv, nbytes, strides
 from .reduction_tables import next_power_of_2
 
 
@@ -89,16 +90,16 @@ def reduce_calls(sums: list[PlaneSum], *, name: str = "sum of planes") -> list[C
     BLOCK_R = min(128, next_power_of_2(R))
     BLOCK_C = max(1, 512 // BLOCK_R)
     blocks = [cdiv(s.out.shape[0], BLOCK_C) for s in sums]
-    args = {"R": R, "blocks0": blocks[0]}
-    for i, s in enumerate((first, second)):
+    args: dict[str, Any] = {"R": R, "blocks0": blocks[0]}
+    for i, part in enumerate((first, second)):
+        out = None if part is None else part.out
         args |= {
-            f"planes{i}_ptr": None if s is None else s.planes,
-            f"out{i}_ptr": None if s is None else s.out,
-            f"P{i}": 0 if s is None else s.planes.shape[0],
-            f"C{i}": 0 if s is None else s.out.shape[0],
-            f"stride_oc{i}": 0 if s is None else s.out.stride(0),
-            f"stride_or{i}": 0 if s is None else s.out.stride(1),
-            f"scale{i}": 1.0 if s is None else float(s.scale),
+            f"planes{i}_ptr": None if part is None else part.planes,
+            f"out{i}_ptr": out,
+            f"P{i}": 0 if part is None else part.planes.shape[0],
+            f"C{i}": 0 if out is None else out.shape[0],
+            **strides(out, f"oc{i}", f"or{i}"),
+            f"scale{i}": 1.0 if part is None else float(part.scale),
         }
     return [
         Call(

@@ -10,14 +10,12 @@ fp32 planes [splits, columns, R] are added in order by one launch for both (`red
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import triton
 import triton.language as tl
 
 from .dropout import Dropout, keep_tile
-from .launch import Call, cdiv, nbytes
+from .launch import Call, cdiv, nbytes, strides
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import Tile, best_splits, compile_options, vectorizes, weight_gradient_tile
 
@@ -92,13 +90,28 @@ def _weight_gradient_kernel(
             )  # fmt: skip
 
 
-def _strides(named: Iterable[tuple[tuple[str, str, str], torch.Tensor | None]]) -> dict[str, int]:
-    """Arguments `stride_<matrix><axis>`; zeros for an absent matrix."""
-    arguments = {}
-    for (name, *axes), t in named:
-        for axis, letter in enumerate(axes):
-            arguments[f"stride_{name}{letter}"] = 0 if t is None else t.stride(axis)
-    return arguments
+def _check(
+    ds: torch.Tensor | None,
+    x: torch.Tensor | None,
+    s: torch.Tensor | None,
+    dy: torch.Tensor | None,
+    da_out: torch.Tensor | None,
+    db_out: torch.Tensor | None,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The (wide, thin) pairs of the halves that are asked for; ValueError where they do not fit together."""
+    for text, half in (("ds, x, da_out", (ds, x, da_out)), ("s, dy, db_out", (s, dy, db_out))):
+        if len({t is None for t in half}) != 1:
+            raise ValueError(f"{text}: expected all three or none, got {[t is not None for t in half]}")
+    pairs = [(wide, thin) for wide, thin in ((x, ds), (dy, s)) if wide is not None and thin is not None]
+    for wide, thin in pairs:
+        M, R = pairs[0][1].shape
+        if wide.shape[0] != M or thin.shape != (M, R):
+            raise ValueError(f"expected {M} rows and rank {R}, got {tuple(wide.shape)} and {tuple(thin.shape)}")
+    if x is not None and da_out is not None and da_out.shape != (pairs[0][1].shape[1], x.shape[1]):
+        raise ValueError(f"da_out: expected [{pairs[0][1].shape[1]}, {x.shape[1]}], got {tuple(da_out.shape)}")
+    if dy is not None and db_out is not None and db_out.shape != (dy.shape[1], pairs[0][1].shape[1]):
+        raise ValueError(f"db_out: expected [{dy.shape[1]}, {pairs[0][1].shape[1]}], got {tuple(db_out.shape)}")
+    return pairs
 
 
 def weight_gradient_calls(
@@ -132,21 +145,12 @@ def weight_gradient_calls(
     Raises:
         ValueError: half of a half given, or shapes that do not agree.
     """
-    has_da, has_db = da_out is not None, db_out is not None
-    for names, half in (("ds, x, da_out", (ds, x, da_out)), ("s, dy, db_out", (s, dy, db_out))):
-        if len({t is None for t in half}) != 1:
-            raise ValueError(f"{names}: expected all three or none, got {[t is not None for t in half]}")
-    pairs = [(t, thin) for t, thin in ((x, ds), (dy, s)) if t is not None and thin is not None]
+    pairs = _check(ds, x, s, dy, da_out, db_out)
     if not pairs:
         return []
+    has_da, has_db = da_out is not None, db_out is not None
     M, R = pairs[0][1].shape
     K, N = 0 if x is None else x.shape[1], 0 if dy is None else dy.shape[1]
-    for t, thin in pairs:
-        if t.shape[0] != M or thin.shape != (M, R):
-            raise ValueError(f"expected {M} rows and rank {R}, got {tuple(t.shape)} and {tuple(thin.shape)}")
-    if (da_out is not None and da_out.shape != (R, K)) or (db_out is not None and db_out.shape != (N, R)):
-        raise ValueError(f"da_out, db_out: expected [{R}, {K}] and [{N}, {R}]")
-
     device, dtype = pairs[0][0].device, pairs[0][0].dtype
     if tile is None:
         aligned = all(vectorizes(t) for t, _ in pairs)
@@ -180,8 +184,33 @@ def weight_gradient_calls(
         scale = 1.0
         da = sums[0].planes[0] if has_da else None
         db = sums[-1].planes[0] if has_db else None
-    names = ("ds", "m", "r"), ("x", "m", "k"), ("da", "k", "r"), ("s", "m", "r"), ("dy", "m", "n"), ("db", "n", "r")
-    call = Call(
+    call = _gradient_call(ds, x, da, s, dy, db, scale, dropout, tile, m_chunk, splits, precision, arch)
+    call.bytes = nbytes(ds, x, s, dy) + (4 * splits * (K + N) * R if splits > 1 else nbytes(da_out, db_out))
+    return [call, *reduce_calls(sums, name="weight gradient: sum over rows")]
+
+
+def _gradient_call(
+    ds: torch.Tensor | None,
+    x: torch.Tensor | None,
+    da: torch.Tensor | None,
+    s: torch.Tensor | None,
+    dy: torch.Tensor | None,
+    db: torch.Tensor | None,
+    scale: float,
+    dropout: Dropout | None,
+    tile: Tile,
+    m_chunk: int,
+    splits: int,
+    precision: str,
+    arch: int,
+) -> Call:
+    """The launch over both halves; `da` [K, R] and `db` [N, R] are the outputs or, with splits, their first planes."""
+    has_da, has_db = da is not None, db is not None
+    K, N = 0 if x is None else x.shape[1], 0 if dy is None else dy.shape[1]
+    thin = s if ds is None else ds
+    M, R = (0, 0) if thin is None else thin.shape
+    blocks_k, blocks_n, blocks_r = cdiv(K, tile.block_c), cdiv(N, tile.block_c), cdiv(R, tile.block_r)
+    return Call(
         name="weight gradient",
         kernel=_weight_gradient_kernel,
         grid=((blocks_k + blocks_n) * blocks_r, splits, 1),
@@ -197,7 +226,12 @@ def weight_gradient_calls(
             "K": K,
             "N": N,
             "R": R,
-            **_strides(zip(names, (ds, x, da, s, dy, db), strict=True)),
+            **strides(ds, "dsm", "dsr"),
+            **strides(x, "xm", "xk"),
+            **strides(da, "dak", "dar"),
+            **strides(s, "sm", "sr"),
+            **strides(dy, "dym", "dyn"),
+            **strides(db, "dbn", "dbr"),
             "stride_das": K * R,
             "stride_dbs": N * R,
             "blocks_k": blocks_k,
@@ -219,7 +253,5 @@ def weight_gradient_calls(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         options=compile_options(arch),
-        bytes=nbytes(ds, x, s, dy) + (4 * splits * (K + N) * R if splits > 1 else nbytes(da_out, db_out)),
         flops=2 * M * R * (K + N),
     )
-    return [call, *reduce_calls(sums, name="weight gradient: sum over rows")]

@@ -13,7 +13,7 @@ import torch
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.launch import Call, TorchCall, nbytes, run_all
 from peftkern_kernels.lora_decode import decode_calls
-from peftkern_kernels.lora_dy_pass import dy_pass_calls
+from peftkern_kernels.lora_dy_pass import ONE_PASS_RANK, dy_pass_calls
 from peftkern_kernels.lora_expand import expand_calls
 from peftkern_kernels.lora_linear import base_plus_expand_calls
 from peftkern_kernels.lora_shrink import shrink_calls
@@ -21,9 +21,6 @@ from peftkern_kernels.weight_gradient import weight_gradient_calls
 
 Calls = list[Call | TorchCall]
 Kept = Any  # a tensor that forward kept, or None where no gradient asks for it
-# Up to this rank one pass over dY gives dS and dB: above it the partial sums of dB cost more than reading dY again
-# (0.79 MB * R written and read at 8192 x 4096, against 67 MB; predicted, the two meet near R = 50).
-ONE_PASS_RANK = 32
 
 
 __all__ = ["backward_calls", "dropout", "forward_calls", "run_all"]

@@ -22,8 +22,8 @@ import torch
 from peftkern.backend import DeviceInfo
 
 DECODE_TOKENS = 16
-# Multiply-adds up to which a scalar loop over 16-bit numbers beats the casts around fp32 products: about 100 us of casts
-# and allocations against 0.15 to 1 multiply-add a nanosecond.
+# Multiply-adds up to which a scalar loop over 16-bit numbers beats the casts around fp32 products: about 100 us of
+# casts and allocations against 0.15 to 1 multiply-add a nanosecond.
 SMALL_PRODUCT = 2**14
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
