@@ -53,7 +53,7 @@ def test_what_is_not_fused_says_why(model):
 
 
 def test_16_bits_on_this_cpu(model):
-    """Would catch a plan that does not know this machine's CPU: native products or fp32 blocks, and a reason for either."""
+    """Would catch a plan that does not know this machine's CPU: native products or fp32 blocks."""
     row = peftkern.explain(model["up"].to(torch.bfloat16), tokens=4096).rows[0]
     scalar = torch.bfloat16 in peftkern.backend.device_info(torch.device("cpu")).scalar_matmul
     assert row.path == ("torch_fp32" if scalar else "torch") and row.dtype == "bfloat16"

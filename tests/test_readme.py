@@ -16,12 +16,12 @@ def test_python_block_runs(tmp_path, monkeypatch, capsys):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {}
+    namespace: dict = {}
     exec(compile(block, "README.md", "exec"), namespace)
     printed = capsys.readouterr().out
     assert "trainable params: " in printed and " layers: " in printed
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-    assert float(namespace["loss"]) < 1.0
+    assert namespace["loss"].item() < 1.0
 
 
 def test_every_relative_link_leads_somewhere():
