@@ -8,6 +8,7 @@ benchmark adds up its bytes and operations. So what is checked without a GPU is 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,10 +63,12 @@ class TorchCall:
         self.function(*self.args)
 
 
-def run_all(calls: Iterable[Call | TorchCall]) -> None:
-    """Run calls in order on the current stream."""
-    for call in calls:
-        call.run()
+def run_all(calls: Iterable[Call | TorchCall], device: torch.device | None = None) -> None:
+    """Run calls in order on the current stream of `device`, which a model spread over several GPUs must name: Triton
+    launches on the current device, wherever the tensors are."""
+    with torch.cuda.device(device) if device is not None and device.type == "cuda" else nullcontext():
+        for call in calls:
+            call.run()
 
 
 def cdiv(a: int, b: int) -> int:

@@ -113,7 +113,7 @@ def _forward(
 
         y, s = weight.new_empty(ids.shape[0], E), weight.new_empty(ids.shape[0], R)
         arch = device_info(input.device).arch
-        run_all(embedding_forward_calls(ids, weight, lora_A, lora_B, y, s, scaling=scaling, arch=arch))
+        run_all(embedding_forward_calls(ids, weight, lora_A, lora_B, y, s, scaling=scaling, arch=arch), input.device)
     return y.view(*input.shape, E), s
 
 
@@ -165,7 +165,7 @@ def _backward(
         calls = embedding_backward_calls(
             grad, ids, lora_B, s, da, db, scaling=scaling, padding_idx=padding_idx, arch=arch
         )
-        run_all(calls)
+        run_all(calls, input.device)
     return dw, da, db
 
 

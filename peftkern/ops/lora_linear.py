@@ -140,7 +140,7 @@ def _forward(
 
         dropout, arch = kernels.dropout(seed, dropout_p), device_info(x.device).arch
         y, s, calls = kernels.forward_calls(rows, weight, lora_A, lora_B, scaling, bias, dropout, path, arch)
-        kernels.run_all(calls)
+        kernels.run_all(calls, x.device)
     return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])), s, mask
 
 
@@ -186,7 +186,7 @@ def _backward(
         dx, da, db, calls = kernels.backward_calls(
             grad, rows, base, lora_A, lora_B, s, scaling, dropout, path, arch, wanted
         )
-        kernels.run_all(calls)
+        kernels.run_all(calls, dy.device)
     if dx is not None and dy.dim() != 2:
         dx = dx.view(*dy.shape[:-1], K)
     dw = (grad.t() @ rows).to(weight.dtype) if needs_w and rows is not None else None

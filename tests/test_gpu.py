@@ -1,0 +1,145 @@
+"""What only a GPU can show: real sizes and tiles, CUDA graphs, memory. `python -m pytest -m gpu`."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from numerics import assert_rounded
+from peftkern import reference
+from peftkern.backend import device_info
+from peftkern.ops import lora_embedding, lora_linear
+from peftkern.ops.plan import Plan
+
+pytestmark = pytest.mark.gpu
+MODULE = importlib.import_module("peftkern.ops.lora_linear")
+SCALING = 2.0
+
+
+def make(M, N, K, R, dtype, adapter_dtype):
+    x = torch.randn(M, K, device="cuda").to(dtype)
+    weight = (torch.randn(N, K, device="cuda") / K**0.5).to(dtype)
+    a = (torch.randn(R, K, device="cuda") / K**0.5).to(adapter_dtype)
+    b = torch.randn(N, R, device="cuda").to(adapter_dtype)
+    bias = torch.randn(N, device="cuda").to(dtype)
+    return [t.requires_grad_(i != 1) for i, t in enumerate((x, weight, a, b, bias))]
+
+
+def check(tensors, dtype, p, path):
+    """y and all gradients against fp64 on the same device."""
+    M, K = tensors[0].shape
+    N, R = tensors[3].shape
+    dy = torch.randn(M, N, device="cuda").to(dtype)
+    seed = torch.tensor([99], device="cuda")
+    y = lora_linear(*tensors[:4], SCALING, tensors[4], dropout_p=p, seed=seed)
+    y.backward(dy)
+    keep = reference.dropout_mask(seed, M, K, p) if p else None
+    results = []
+    for transform in (lambda t: t.detach().double(), lambda t: t.detach().double().abs()):
+        wide = [transform(t).requires_grad_(i != 1) for i, t in enumerate(tensors)]
+        truth = reference.lora_linear(*wide[:4], SCALING, wide[4], keep, p)
+        truth.backward(transform(dy))
+        results.append([truth.detach(), *(wide[i].grad for i in (0, 2, 3, 4))])
+    eps = torch.finfo(dtype).eps
+    outputs = [y.detach(), *(tensors[i].grad for i in (0, 2, 3, 4))]
+    # S (dS) and masters are rounded to the dtype; on cuBLAS the expand is too.
+    rounded = (4 if path == "cublas" else 3, 4 if path == "cublas" else 3, 3, 3, 1)
+    for out, truth, magnitude, count in zip(outputs, *results, rounded, strict=True):
+        factor = eps / torch.finfo(out.dtype).eps
+        assert_rounded(out, truth, magnitude, terms=M + N + K + R, rounded=count * factor)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("path", ["triton", "cublas"])
+@pytest.mark.parametrize(
+    "M, N, K, R",
+    [(4096, 2048, 2048, 16), (2048, 4096, 1024, 64), (512, 1024, 4096, 128), (130, 1000, 4095, 12), (64, 256, 512, 8)],
+)
+def test_real_tiles_match_fp64(M, N, K, R, path, masters, p, monkeypatch):
+    """Would catch what the interpreter cannot: a compiled tile that is wrong, TMA coordinates, a race."""
+    monkeypatch.setattr(MODULE, "plan_for", lambda *_: Plan(path, "forced by a test"))
+    check(make(M, N, K, R, torch.bfloat16, torch.float32 if masters else torch.bfloat16), torch.bfloat16, p, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("M", [1, 3, 16, 17, 300])
+def test_planned_path_matches_fp64(M, dtype):
+    """Would catch a plan that sends a size to a path that is wrong there; M 1 to 16 decodes."""
+    tensors = make(M, 1024, 2048, 16, dtype, dtype)
+    check(tensors, dtype, 0.0, MODULE.plan_for(tensors[0], tensors[1], 16, "auto").path)
+
+
+@pytest.mark.parametrize("M", [8, 512])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_cuda_graph_replays_with_new_inputs_and_a_new_mask(M, p):
+    """Would catch a host synchronisation, an allocation that capture forbids, and a mask frozen into the graph."""
+    tensors = make(M, 512, 1024, 16, torch.bfloat16, torch.float32)
+    seed = torch.tensor([1], device="cuda")
+    dy = torch.randn(M, 512, device="cuda").bfloat16()
+    inputs = [tensors[i] for i in (0, 2, 3)]
+
+    def step():
+        y = lora_linear(*tensors[:4], SCALING, tensors[4], dropout_p=p, seed=seed)
+        return y, *torch.autograd.grad(y, inputs, dy)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        tensors[0].copy_(torch.randn_like(tensors[0]))
+        seed.fill_(2)
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_same_bits_on_two_runs():
+    """Would catch an atomic, or a reduction in order of arrival."""
+    tensors = make(4096, 2048, 2048, 16, torch.bfloat16, torch.float32)
+    dy = torch.randn(4096, 2048, device="cuda").bfloat16()
+    runs = []
+    for _ in range(2):
+        y = lora_linear(*tensors[:4], SCALING, tensors[4], dropout_p=0.1, seed=torch.tensor([7], device="cuda"))
+        runs.append([y, *torch.autograd.grad(y, [tensors[i] for i in (0, 2, 3, 4)], dy)])
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+def test_backward_keeps_no_copy_of_x():
+    """Would catch a widened or dropped copy of x: what a call holds until backward is y and S."""
+    x, weight, a, b, bias = make(4096, 1024, 4096, 16, torch.bfloat16, torch.float32)
+    lora_linear(x, weight, a, b, SCALING, bias, dropout_p=0.1)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = lora_linear(x, weight, a, b, SCALING, bias, dropout_p=0.1)
+    held = torch.cuda.memory_allocated() - before
+    assert held <= y.numel() * 2 + 4096 * 16 * 2 + (1 << 16)
+
+
+def test_embedding_matches_fp64():
+    """Would catch a scatter that loses a repeated id under real concurrency."""
+    V, E, R = 5000, 1024, 16
+    weight, a, b = (torch.randn(s, device="cuda").bfloat16() for s in ((V, E), (R, V), (E, R)))
+    a, b = a.float().requires_grad_(), b.float().requires_grad_()
+    ids = torch.randint(0, 300, (8, 512), device="cuda")
+    dy = torch.randn(8, 512, E, device="cuda").bfloat16()
+    y = lora_embedding(ids, weight, a, b, SCALING)
+    y.backward(dy)
+    ad, bd = (t.detach().double().requires_grad_() for t in (a, b))
+    truth = reference.lora_embedding(ids, weight.double(), ad, bd, SCALING)
+    truth.backward(dy.double())
+    eps = torch.finfo(torch.bfloat16).eps
+    for got, want in ((y.detach(), truth.detach()), (a.grad, ad.grad), (b.grad, bd.grad)):
+        assert (got.double() - want).norm() <= 2 * eps * want.norm()
+
+
+def test_this_device_takes_kernels():
+    """Would catch a GPU run that silently measures plain PyTorch."""
+    assert device_info(torch.device("cuda", 0)).triton == ""
