@@ -87,7 +87,7 @@ class Code:
 
     Attributes:
         registers: for one thread; on AMD vector registers, accumulation registers among them.
-        spills: NVIDIA: loads and stores of local memory; AMD: spilled vector and scalar registers.
+        spills: NVIDIA: loads and stores of local memory; AMD: registers spilled to scratch memory.
         stack: bytes of stack or scratch for one thread.
         shared: bytes of shared memory (LDS) for one program.
         matrix: number of matrix instructions by family.
@@ -219,10 +219,12 @@ def read_amd(assembly: str, shared: int) -> Code:
             raise ValueError(f"AMD assembly: expected a line '.{key}: number', found none")
         return int(found[1])
 
+    stack = number("private_segment_fixed_size")
     return Code(
         registers=number("vgpr_count"),
-        spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
-        stack=number("private_segment_fixed_size"),
+        # A scalar register that is kept in a lane of a vector register costs no memory; without scratch it was.
+        spills=number("vgpr_spill_count") + (number("sgpr_spill_count") if stack else 0),
+        stack=stack,
         shared=max(shared, number("group_segment_fixed_size")),
         matrix=count_matrix_instructions(re.findall(r"^\s+(v_(?:mfma|wmma)_\w+)", assembly, re.MULTILINE)),
     )

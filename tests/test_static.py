@@ -207,11 +207,13 @@ def test_nvidia_code_is_read():
 
 
 def test_amd_code_is_read():
-    """Catches spilled scalar registers or scratch being left out."""
+    """Catches spilled registers or scratch being left out, and scalars kept in vector lanes taken for spills."""
+    in_lanes = AMD.replace("fixed_size: 12", "fixed_size: 0").replace("vgpr_spill_count: 2", "vgpr_spill_count: 0")
+    assert read_amd(in_lanes, shared=0).spills == 0
     code = read_amd(AMD, shared=0)
     assert (code.registers, code.spills, code.stack, code.shared) == (190, 3, 12, 4096)
     assert code.matrix == {"v_mfma": 2}
-    with pytest.raises(ValueError, match="vgpr_count"):
+    with pytest.raises(ValueError, match="private_segment_fixed_size"):
         read_amd("nothing", shared=0)
 
 

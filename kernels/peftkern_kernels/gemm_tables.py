@@ -89,7 +89,7 @@ _TILES: dict[tuple[str, int, bool], dict[str, Tile]] = {
         "tiny": Tile(16, 64, 64, 4, 2),
     },
     ("rdna", 16, True): {
-        "large": Tile(128, 128, 32, 8, 2),
+        "large": Tile(128, 64, 32, 8, 2),
         "medium": Tile(128, 64, 32, 4, 2),
         "small": Tile(64, 64, 32, 4, 2),
         "tiny": Tile(16, 64, 64, 4, 2),

@@ -98,16 +98,19 @@ def _scatter_runs_kernel(
     ahead = tl.load(ids_ptr + end, mask=end < T, other=-1).to(tl.int64)
     behind = tl.load(ids_ptr + start - 1, mask=start > 0, other=-1).to(tl.int64)
     more = (ahead == last) & (behind != last) & (last != padding_idx)
-    rest = tl.zeros((BLOCK_R,), tl.float32)
+    # First how far, by single ids: Triton 3.6 cannot compile a `while` that carries a tile.
+    stop = end
     while more:
-        offs_long = end + tl.arange(0, BLOCK_LONG)
-        inside = tl.load(ids_ptr + offs_long, mask=offs_long < T, other=-1).to(tl.int64) == last
-        inside = inside & (offs_long < T)
+        stop += BLOCK_LONG
+        more = tl.load(ids_ptr + stop, mask=stop < T, other=-1).to(tl.int64) == last
+    rest = tl.zeros((BLOCK_R,), tl.float32)
+    for position in range(end, stop, BLOCK_LONG):
+        offs_long = position + tl.arange(0, BLOCK_LONG)
+        inside = offs_long < T
+        inside = inside & (tl.load(ids_ptr + offs_long, mask=inside, other=-1).to(tl.int64) == last)
         tokens_long = tl.load(order_ptr + offs_long, mask=inside, other=0)
         long_ptrs = ds_ptr + tokens_long[:, None] * R + offs_r[None, :]
         rest += tl.sum(tl.load(long_ptrs, mask=inside[:, None] & mask_r, other=0.0), axis=0)
-        end += BLOCK_LONG
-        more = tl.sum(inside.to(tl.int32), axis=0) == BLOCK_LONG
     totals += tl.where((ids == last)[:, None], rest[None, :], 0.0)
 
     first = mask & (ids != before) & (ids >= 0) & (ids < V) & (ids != padding_idx)

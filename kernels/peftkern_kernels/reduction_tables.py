@@ -109,7 +109,7 @@ def shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool,
         return Tile(rows, 64, rank_block(R, 128), 4, 2)
     if dtype == torch.float32:
         if not aligned:
-            return Tile(min(rows, 32), 32, rank_block(R, 32), 4, 2)
+            return Tile(min(rows, 32), 32, rank_block(R, 32), 8, 2)
         return Tile(rows, 32, rank_block(R, 64), 8 if rows == 64 else 4, 3)
     if not aligned:  # no asynchronous loads: the tile passes through registers
         return Tile(min(rows, 32), 64, rank_block(R, 64), 4, 2)
@@ -159,5 +159,5 @@ def embedding_tile(*, arch: int, dtype: torch.dtype, T: int, R: int) -> Tile:
     """Tile of the embedding's gather: BLOCK_M tokens by BLOCK_C columns of the table."""
     rows = 16 if T <= 2048 else 32
     if dtype == torch.float32 or arch >= 900:
-        return Tile(16, 64, rank_block(R, 32), 4, 2)
+        return Tile(16, 64, rank_block(R, 16 if arch >= 900 else 32), 4 if arch >= 900 else 8, 2)
     return Tile(rows, 128, rank_block(R, 64), 4, 2)
