@@ -154,3 +154,11 @@ def test_one_gradient_alone_and_no_tokens(device):
         embedding_backward_calls(dy, ids, b, None, da, db, scaling=1.0, arch=arch)
     run_all(embedding_backward_calls(dy[:0], ids[:0], b, s[:0], da, db, scaling=1.0, arch=arch))
     assert (da == 0).all() and (db == 0).all()
+
+
+def test_many_ids_outside_the_table_end(device):
+    """Bug: a run of ids -1 that is followed past the end of the list, where masked loads read -1 too, never ends."""
+    T, V, E, R = 40, 9, 8, 3
+    dy, b, s = (torch.randn(shape, device=device) for shape in ((T, E), (E, R), (T, R)))
+    da, _ = backward(dy, torch.full((T,), -1, device=device), b, s, V, 1.0, torch.float32, padding_idx=3)
+    assert torch.equal(da, torch.zeros_like(da))

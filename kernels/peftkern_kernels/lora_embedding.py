@@ -97,12 +97,12 @@ def _scatter_runs_kernel(
     last = tl.load(ids_ptr + end - 1).to(tl.int64)
     ahead = tl.load(ids_ptr + end, mask=end < T, other=-1).to(tl.int64)
     behind = tl.load(ids_ptr + start - 1, mask=start > 0, other=-1).to(tl.int64)
-    more = (ahead == last) & (behind != last) & (last != padding_idx)
+    more = (end < T) & (ahead == last) & (behind != last) & (last != padding_idx)  # end < T: an id may be -1
     # First how far, by single ids: Triton 3.6 cannot compile a `while` that carries a tile.
     stop = end
     while more:
         stop += BLOCK_LONG
-        more = tl.load(ids_ptr + stop, mask=stop < T, other=-1).to(tl.int64) == last
+        more = (stop < T) & (tl.load(ids_ptr + stop, mask=stop < T, other=-1).to(tl.int64) == last)
     rest = tl.zeros((BLOCK_R,), tl.float32)
     for position in range(end, stop, BLOCK_LONG):
         offs_long = position + tl.arange(0, BLOCK_LONG)

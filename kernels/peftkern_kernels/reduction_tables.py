@@ -106,7 +106,7 @@ def shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool,
     if arch >= 900:  # AMD: 64 KiB of LDS, two stages; unaligned tiles take a scalar register pair for each load's mask
         if dtype == torch.float32 or not aligned:
             return Tile(min(rows, 32), 32, rank_block(R, 64 if aligned else 32), 4, 2 if aligned else 1)
-        return Tile(rows, 64, rank_block(R, 128), 4, 2)
+        return Tile(rows, 64, rank_block(R, 64 if arch == 1100 else 128), 4, 2)
     if dtype == torch.float32:
         if not aligned:
             return Tile(min(rows, 32), 32, rank_block(R, 32), 8, 2)
@@ -129,7 +129,7 @@ def weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, align
             return Tile(16, 32 if dtype == torch.float32 else 64, rank_block(R, 32), 4, 1)
         if dtype == torch.float32:
             return Tile(16, 64, rank_block(R, 64), 4, 2)
-        return Tile(min(rows, 32), 128, rank_block(R, 64), 4, 2)
+        return Tile(min(rows, 32), 128, rank_block(R, 32 if arch == 1100 else 64), 4, 2)
     if dtype == torch.float32:
         return Tile(16, 64, rank_block(R, 64), 4, 3) if aligned else Tile(16, 32, rank_block(R, 32), 4, 2)
     if not aligned:
@@ -145,7 +145,7 @@ def dy_pass_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool
     if arch >= 900:
         if dtype == torch.float32 or not aligned:
             return Tile(16, 32, rank_block(R, 16), 4, 2 if aligned else 1)
-        return Tile(32, 64 if arch == 1100 else 128, block_r, 4, 2)
+        return Tile(32, 64, rank_block(R, 16), 4, 2) if arch == 1100 else Tile(32, 128, block_r, 4, 2)
     if dtype == torch.float32:
         return Tile(16, 128, block_r, 8, 2)
     if not aligned:
