@@ -241,3 +241,9 @@ def test_tuning_lists_and_tries_candidates(tmp_path, capsys):
         assert tune.main(["--smoke", "--kernels", *kernels, "--out", str(tmp_path)]) == 0
         for row in records.read(tmp_path / "tune.json")["rows"]:
             assert row["best"] is not None and row["best"]["us"]["median"] > 0, row
+
+
+def test_report_reads_every_result_that_is_shipped(capsys):
+    """Catches a file under bench/results that the report takes for one of its own and stumbles over."""
+    assert report.main(["--no-plots"]) == 0
+    assert "training" in capsys.readouterr().out
