@@ -7,6 +7,14 @@ import torch
 EPS32 = torch.finfo(torch.float32).eps
 
 
+def arch_of(device: str) -> int:
+    """The kernels' number for where a test runs: 0 in the interpreter, else the GPU's compute capability times ten."""
+    if device == "cpu":
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def padded_randn(
     *shape: int, pad: int, dtype: torch.dtype, device: str = "cpu", seed: int | None = None
 ) -> torch.Tensor:

@@ -7,19 +7,13 @@ import torch
 
 pytest.importorskip("triton")
 
+from numerics import arch_of  # noqa: E402
 from peftkern import reference  # noqa: E402
 from peftkern_kernels.dropout import Dropout  # noqa: E402
 from peftkern_kernels.launch import run_all  # noqa: E402
 from peftkern_kernels.lora_shrink import shrink_calls  # noqa: E402
 from peftkern_kernels.reduction_tables import Tile  # noqa: E402
 from peftkern_kernels.weight_gradient import weight_gradient_calls  # noqa: E402
-
-
-def arch_of(device: str) -> int:
-    if device == "cpu":
-        return 0
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
 
 
 def mask_of_shrink(dropout, M, K, device, tile, splits=1):

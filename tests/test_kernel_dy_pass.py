@@ -7,20 +7,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from numerics import assert_rounded, padded_randn  # noqa: E402
+from numerics import arch_of, assert_rounded, padded_randn  # noqa: E402
 from peftkern_kernels.launch import run_all  # noqa: E402
 from peftkern_kernels.lora_dy_pass import dy_pass_calls  # noqa: E402
 from peftkern_kernels.reduction_tables import Tile  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = Tile(16, 32, 16, 4, 2)  # several blocks of columns and shares of rows even in a small test
-
-
-def arch_of(device: str) -> int:
-    if device == "cpu":
-        return 0
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
 
 
 def framed(rows, columns, dtype, device):

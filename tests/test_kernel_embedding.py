@@ -7,19 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from numerics import assert_rounded, padded_randn  # noqa: E402
+from numerics import arch_of, assert_rounded, padded_randn  # noqa: E402
 from peftkern import reference  # noqa: E402
 from peftkern_kernels.launch import run_all  # noqa: E402
 from peftkern_kernels.lora_embedding import embedding_backward_calls, embedding_forward_calls  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def arch_of(device: str) -> int:
-    if device == "cpu":
-        return 0
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
 
 
 def forward(ids, weight, a, b, scaling):

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from numerics import assert_rounded, padded_randn  # noqa: E402
+from numerics import arch_of, assert_rounded, padded_randn  # noqa: E402
 from peftkern import reference  # noqa: E402
 from peftkern_kernels.dropout import Dropout  # noqa: E402
 from peftkern_kernels.launch import run_all  # noqa: E402
@@ -16,13 +16,6 @@ from peftkern_kernels.reduction_tables import Tile  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [(1, 1, 1), (17, 33, 3), (65, 200, 12), (65, 33, 16), (17, 200, 40), (17, 33, 70)]  # M, K, R
-
-
-def arch_of(device: str) -> int:
-    if device == "cpu":
-        return 0
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
 
 
 def check(x, a, *, scaling=0.75, dropout=None, out_dtype=None, splits=None, tile=None):

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from numerics import assert_rounded, padded_randn  # noqa: E402
+from numerics import arch_of, assert_rounded, padded_randn  # noqa: E402
 from peftkern import reference  # noqa: E402
 from peftkern_kernels.dropout import Dropout  # noqa: E402
 from peftkern_kernels.launch import run_all  # noqa: E402
@@ -17,13 +17,6 @@ from peftkern_kernels.weight_gradient import weight_gradient_calls  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [(1, 1, 1, 1), (17, 17, 33, 3), (65, 130, 200, 12), (65, 17, 33, 16), (17, 130, 33, 40), (17, 17, 200, 70)]
-
-
-def arch_of(device: str) -> int:
-    if device == "cpu":
-        return 0
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
 
 
 def framed(rows, columns, dtype, device):

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Call, cdiv, nbytes
+from .launch import Call, cdiv, nbytes, strides
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import Tile, best_splits, compile_options, dy_pass_tile, vectorizes
 
@@ -138,12 +138,9 @@ def dy_pass_calls(
             "M": M,
             "N": N,
             "R": R,
-            "stride_dym": dy.stride(0),
-            "stride_dyn": dy.stride(1),
-            "stride_bn": b.stride(0),
-            "stride_br": b.stride(1),
-            "stride_sm": s.stride(0),
-            "stride_sr": s.stride(1),
+            **strides(dy, "dym", "dyn"),
+            **strides(b, "bn", "br"),
+            **strides(s, "sm", "sr"),
             "m_chunk": m_chunk,
         },
         constants={

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Call, TorchCall, cdiv, nbytes
+from .launch import Call, TorchCall, cdiv, nbytes, strides
 from .lora_dy_pass import ONE_PASS_RANK, dy_pass_calls
 from .lora_shrink import shrink_calls
 from .reduction_tables import DEVICES, OTHER_DEVICE, compile_options, embedding_tile, next_power_of_2
@@ -175,16 +175,11 @@ def embedding_forward_calls(
                 "E": E,
                 "R": R,
                 "stride_i": ids.stride(0),
-                "stride_wv": weight.stride(0),
-                "stride_we": weight.stride(1),
-                "stride_ar": a.stride(0),
-                "stride_av": a.stride(1),
-                "stride_be": b.stride(0),
-                "stride_br": b.stride(1),
-                "stride_yt": out.stride(0),
-                "stride_ye": out.stride(1),
-                "stride_st": s_out.stride(0),
-                "stride_sr": s_out.stride(1),
+                **strides(weight, "wv", "we"),
+                **strides(a, "ar", "av"),
+                **strides(b, "be", "br"),
+                **strides(out, "yt", "ye"),
+                **strides(s_out, "st", "sr"),
                 "e_chunk": e_chunk,
                 "scaling": float(scaling),
             },
@@ -228,8 +223,7 @@ def _scatter_calls(
             "T": T,
             "V": V,
             "R": R,
-            "stride_ar": da_out.stride(0),
-            "stride_av": da_out.stride(1),
+            **strides(da_out, "ar", "av"),
             "padding_idx": padding_idx,
         },
         constants={"BLOCK_T": BLOCK_T, "BLOCK_R": BLOCK_R, "BLOCK_LONG": 128},

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .dropout import Dropout, keep_tile
-from .launch import Call, cdiv, nbytes
+from .launch import Call, cdiv, nbytes, strides
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import Tile, best_splits, compile_options, shrink_tile, vectorizes
 
@@ -126,10 +126,8 @@ def shrink_calls(
             "M": M,
             "K": K,
             "R": R,
-            "stride_xm": x.stride(0),
-            "stride_xk": x.stride(1),
-            "stride_ar": a.stride(0),
-            "stride_ak": a.stride(1),
+            **strides(x, "xm", "xk"),
+            **strides(a, "ar", "ak"),
             "stride_os": stride_os,
             "stride_om": target.stride(-2),
             "stride_or": target.stride(-1),
