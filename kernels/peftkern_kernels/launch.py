@@ -71,6 +71,15 @@ def run_all(calls: Iterable[Call | TorchCall], device: torch.device | None = Non
             call.run()
 
 
+def compile_options(arch: int) -> dict[str, int]:
+    """Compile options of kernels with a matrix product, beside warps and stages.
+
+    Left to itself, NVIDIA's assembler spills a few scalars to stay below the next step of occupancy, which these
+    kernels cannot use: about one program on each multiprocessor, held by its shared memory. So it may take them all.
+    """
+    return {"maxnreg": 255} if 0 < arch < 900 else {}
+
+
 def cdiv(a: int, b: int) -> int:
     """Ceiling of a / b for positive integers."""
     return -(-a // b)

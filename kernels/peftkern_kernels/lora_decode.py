@@ -14,14 +14,14 @@ import triton.language as tl
 
 from .dropout import Dropout, keep_tile
 from .gemm_tables import choose_decode_tile, rank_block
-from .launch import Call, cdiv, is_aligned, nbytes, strides
+from .launch import Call, cdiv, compile_options, is_aligned, nbytes, strides
 from .lora_expand import triton_dtype
 
 MAX_ROWS = 16
 
 
 @triton.jit
-def _rows_times_tokens(
+def rows_times_tokens(
     w_ptr, x_ptr, seed_ptr, rows, offs_m, M, k_start, k_stop, stride_wn, stride_wk, stride_xm, stride_xk, threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -64,7 +64,7 @@ def _decode_planes_kernel(
     # The two loops' buffers do not overlap in shared memory, so A's few programs do without a pipeline.
     if tl.program_id(0) < programs_r:
         offs_r = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        acc = _rows_times_tokens(
+        acc = rows_times_tokens(
             a_ptr, x_ptr, seed_ptr, offs_r % R, offs_m, M, k_start, k_stop, stride_ar, stride_ak, stride_xm, stride_xk,
             threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, 1, PRECISION,
         )  # fmt: skip
@@ -72,7 +72,7 @@ def _decode_planes_kernel(
         tl.store(s_ptrs, acc, mask=(offs_m < M)[None, :] & (offs_r < R)[:, None])
     else:
         offs_n = (tl.program_id(0) - programs_r).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        acc = _rows_times_tokens(
+        acc = rows_times_tokens(
             w_ptr, x_ptr, None, offs_n % N, offs_m, M, k_start, k_stop, stride_wn, stride_wk, stride_xm, stride_xk,
             threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, NUM_STAGES, PRECISION,
         )  # fmt: skip
@@ -186,10 +186,10 @@ def decode_calls(
         flops=2 * M * (N + R) * K,
     )
     factor = float(scaling) * (1.0 if dropout is None else dropout.keep_scale)
-    return [planes, _finish_call(y_planes, s_planes, b, bias, factor, out, s_out, triton_dtype(x.dtype), precision)]
+    return [planes, finish_call(y_planes, s_planes, b, bias, factor, out, s_out, arch, precision)]
 
 
-def _finish_call(
+def finish_call(
     y_planes: torch.Tensor,
     s_planes: torch.Tensor,
     b: torch.Tensor,
@@ -197,7 +197,7 @@ def _finish_call(
     factor: float,
     out: torch.Tensor,
     s_out: torch.Tensor,
-    dtype: tl.dtype,
+    arch: int,
     precision: str,
 ) -> Call:
     """The second launch: planes [split, M, N] and [split, M, R] -> out and s_out."""
@@ -224,7 +224,7 @@ def _finish_call(
             **strides(s_out, "sm", "sr"),
         },
         constants={
-            "DTYPE": dtype,
+            "DTYPE": triton_dtype(out.dtype),
             "SPLIT": split,
             "BLOCK_M": MAX_ROWS,
             "BLOCK_N": block_n,
@@ -233,6 +233,7 @@ def _finish_call(
         },
         num_warps=4,
         num_stages=1,
+        options=compile_options(arch),
         bytes=nbytes(y_planes, s_planes, b, bias, out, s_out),
         flops=2 * M * N * R + split * M * (N + R),
     )

@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Call, cdiv, nbytes, strides
+from .launch import Call, cdiv, compile_options, nbytes, strides
 from .reduce import PlaneSum, reduce_calls
-from .reduction_tables import Tile, best_splits, compile_options, dy_pass_tile, vectorizes
+from .reduction_tables import Tile, best_splits, dy_pass_tile, vectorizes
 
 # Up to this rank one pass over dY is cheaper than two (predicted: the planes cost 0.79 MB * R written and read at
 # 8192 x 4096, against 67 MB for reading dY again; the two meet near R = 50).

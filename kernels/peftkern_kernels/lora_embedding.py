@@ -18,10 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Call, TorchCall, cdiv, nbytes, strides
+from .launch import Call, TorchCall, cdiv, compile_options, nbytes, strides
 from .lora_dy_pass import ONE_PASS_RANK, dy_pass_calls
 from .lora_shrink import shrink_calls
-from .reduction_tables import DEVICES, OTHER_DEVICE, compile_options, embedding_tile, next_power_of_2
+from .reduction_tables import DEVICES, OTHER_DEVICE, embedding_tile, next_power_of_2
 from .weight_gradient import weight_gradient_calls
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .dropout import Dropout, keep_tile
 from .gemm_tables import rank_block
-from .launch import Call, cdiv, nbytes, strides
+from .launch import Call, cdiv, compile_options, nbytes, strides
 
 
 @triton.jit
@@ -136,6 +136,7 @@ def expand_calls(
             },
             num_warps=4,
             num_stages=1,
+            options=compile_options(arch),
             bytes=nbytes(s, b, bias, out),
             flops=2 * M * N * R,
         )

@@ -17,7 +17,7 @@ import triton.language as tl
 from .dropout import Dropout
 from .gemm_tables import Tile, choose_tile, rank_block
 from .gemm_tile import accumulate_base, tile_of_program
-from .launch import Call, cdiv, is_aligned, nbytes, strides
+from .launch import Call, cdiv, compile_options, is_aligned, nbytes, strides
 from .lora_expand import expand_arguments, expand_tile
 from .lora_linear_split import split_calls
 from .lora_linear_tma import tma_calls
@@ -125,4 +125,7 @@ def base_plus_expand_calls(
     aligned = is_aligned(x) and (is_aligned(weight) or is_aligned(weight.t()))
     tile = choose_tile(arch, x.dtype, M=M, N=N, K=K, aligned=aligned)
     build = split_calls if tile.split_k > 1 else tma_calls if tile.tma else pointer_calls
-    return build(x, weight, s, b, out, bias=bias, dropout=dropout, precision=precision, tile=tile)
+    calls = build(x, weight, s, b, out, bias=bias, dropout=dropout, precision=precision, tile=tile)
+    for call in calls:
+        call.options |= compile_options(arch)
+    return calls

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from .dropout import Dropout, keep_tile
-from .launch import Call, cdiv, nbytes, strides
+from .launch import Call, cdiv, compile_options, nbytes, strides
 from .reduce import PlaneSum, reduce_calls
-from .reduction_tables import Tile, best_splits, compile_options, shrink_tile, vectorizes
+from .reduction_tables import Tile, best_splits, shrink_tile, vectorizes
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])

@@ -64,15 +64,6 @@ def rank_block(R: int, most: int) -> int:
     return min(most, max(16, next_power_of_2(R)))
 
 
-def compile_options(arch: int) -> dict[str, int]:
-    """Options of the kernels with a matrix product, beside warps and stages.
-
-    Left to itself, NVIDIA's assembler spills a few scalars to stay below the next step of occupancy, which these
-    kernels cannot use: about one program on each multiprocessor, held by its shared memory. So it may take them all.
-    """
-    return {"maxnreg": 255} if 0 < arch < 900 else {}
-
-
 def best_splits(*, blocks: int, steps: int, arch: int, operand_bytes: int, plane_bytes: int) -> int:
     """Into how many parts to cut a reduction of `steps` tiles, where `blocks` programs exist without cutting.
 
@@ -106,7 +97,9 @@ def shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool,
     if arch >= 900:  # AMD: 64 KiB of LDS, two stages; unaligned tiles take a scalar register pair for each load's mask
         if dtype == torch.float32 or not aligned:
             return Tile(min(rows, 32), 32, rank_block(R, 64 if aligned else 32), 4, 2 if aligned else 1)
-        return Tile(rows, 64, rank_block(R, 64 if arch == 1100 else 128), 4, 2)
+        if arch == 1100:  # dropout's words take the registers of half the rows
+            return Tile(min(rows, 32) if dropout else rows, 64, rank_block(R, 64), 4, 2)
+        return Tile(rows, 64, rank_block(R, 128), 4, 2)
     if dtype == torch.float32:
         if not aligned:
             return Tile(min(rows, 32), 32, rank_block(R, 32), 8, 2)
@@ -150,8 +143,8 @@ def dy_pass_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool
         return Tile(16, 128, block_r, 8, 2)
     if not aligned:
         return Tile(32, 128, block_r, 8, 2)
-    if arch in (90, 100):  # one copy of the tile serves both products
-        return Tile(64, 256, block_r, 4, 3)
+    if arch in (90, 100):  # one copy of the tile serves both products; Blackwell's masked rows take more registers
+        return Tile(64, 256, block_r, 4 if arch == 90 else 8, 3)
     return Tile(32, 256, block_r, 8, 3)  # two copies: 90 KB of shared memory
 
 

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from .dropout import Dropout, keep_tile
-from .launch import Call, cdiv, nbytes, strides
+from .launch import Call, cdiv, compile_options, nbytes, strides
 from .reduce import PlaneSum, reduce_calls
-from .reduction_tables import Tile, best_splits, compile_options, vectorizes, weight_gradient_tile
+from .reduction_tables import Tile, best_splits, vectorizes, weight_gradient_tile
 
 
 @triton.jit
