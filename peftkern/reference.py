@@ -1,12 +1,14 @@
 """What each operation means, in a few lines of plain PyTorch: the oracle of every test.
 
-Nothing here is fast, and everything works in float64. Formulas use the names of the kernels: M tokens, K in_features,
-N out_features, R rank.
+Nothing here is fast, and everything works in float64, save quantized formats, which say how they round. Formulas use
+the names of the kernels: M tokens, K in_features, N out_features, R rank.
 """
 
 from __future__ import annotations
 
 import torch
+
+from peftkern.weights import Weight4bit, Weight8bit
 
 # Philox-4x32 constants: J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -86,3 +88,24 @@ def dropout_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:
     words = _philox_4x32([columns, rows, zero, zero], (seed & _MASK32, (seed >> 32) & _MASK32))
     bits = torch.stack(words, dim=-1).reshape(M, groups * 4)[:, :K]
     return (bits >> 1) >= dropout_threshold(p)
+
+
+def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:
+    """`w[i] = round(code[nibble of i] * s[i // blocksize])` as `peftkern.weights` has it; [N, K] of `dtype`.
+
+    Worked out in float32, with the roundings that the format names: its bits are the truth.
+    """
+    i = torch.arange(weight.shape.numel(), device=weight.device)
+    byte = weight.packed[i // 2].long()
+    nibble = torch.where(i % 2 == 0, byte >> 4, byte & 15)
+    block = i // weight.blocksize
+    scale = weight.absmax[block]
+    if weight.nested_absmax is not None and weight.nested_code is not None and weight.offset is not None:
+        scale = weight.nested_code[scale.long()] * weight.nested_absmax[block // 256] + weight.offset
+    return (weight.code[nibble] * scale).to(dtype).view(weight.shape)
+
+
+def dequantize_8bit(weight: Weight8bit, dtype: torch.dtype) -> torch.Tensor:
+    """`w[n, k] = round(data[n, k] * fl(scale[n] * fl(1 / 127)))` in float32; [N, K] of `dtype`."""
+    step = weight.scale * torch.tensor(1 / 127, dtype=torch.float32, device=weight.device)
+    return (weight.data.float() * step[:, None]).to(dtype)
