@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -67,11 +68,12 @@ def test_output_and_gradients_match_fp64(M, N, K, R, dtype, dropout_p):
         assert_rounded(out, truth, magnitude, terms=M + N + K + R, rounded=rounded + extra)
 
 
+@pytest.mark.parametrize("M", [40, 8, 1])  # more rows than the rank, and not: masters are rounded, or used as they are
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_fp32_master_adapters(dtype):
-    """Would catch gradients of masters that come back in 16 bits, or x widened to the masters' dtype."""
-    tensors = make(40, 24, 56, 8, dtype, torch.float32)
-    dy = torch.randn(40, 24).to(dtype)
+def test_fp32_master_adapters(dtype, M):
+    """Would catch gradients of masters that come back in 16 bits, or y widened to the masters' dtype."""
+    tensors = make(M, 24, 56, 8, dtype, torch.float32)
+    dy = torch.randn(M, 24).to(dtype)
     y = lora_linear(*tensors[:4], SCALING, tensors[4])
     y.backward(dy)
     assert y.dtype == dtype
@@ -193,6 +195,46 @@ def test_used_twice_in_one_graph():
     reference.lora_linear(once, wd, ad, bd, SCALING, biasd).sum().backward()
     for got, want in zip((x, w, a, b, bias), (xd, wd, ad, bd, biasd), strict=True):
         torch.testing.assert_close(got.grad.double(), want.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, adapter_dtype", [(torch.float32, None), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("M", [5, 33])  # factors in the products, and in S and dS
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_every_combination_of_gradients_of_a_frozen_base(M, with_bias, dtype, adapter_dtype):
+    """Would catch a short way for frozen weights that returns a gradient in another's place, or differs from the rest:
+    the same rows as [1, M, K] take the way that serves all cases."""
+    x, w, a, b, bias = make(M, 9, 12, 6, dtype, adapter_dtype, grad=False)
+    bias = bias if with_bias else None
+    dy = torch.randn(M, 9).to(dtype)
+    for wanted in itertools.product((False, True), repeat=3):
+        results = []
+        for shape in ((M, 12), (1, M, 12)):
+            for t, want in zip((x, a, b), wanted, strict=True):
+                t.requires_grad_(want).grad = None
+            y = lora_linear(x.view(shape), w, a, b, SCALING, bias)
+            assert y.requires_grad == any(wanted)
+            if any(wanted):
+                y.backward(dy.view(y.shape))
+            results.append([y.detach().view(M, 9), x.grad, a.grad, b.grad])
+        assert [g is not None for g in results[0][1:]] == list(wanted)
+        for short, general in zip(*results, strict=True):
+            assert short is general is None or torch.equal(short, general)
+
+
+def test_masters_beside_few_rows_under_compile_and_opcheck():
+    """Would catch an operator whose S is not in the dtype that its fake says."""
+    x, w, a, b, bias = make(3, 5, 7, 4, torch.bfloat16, torch.float32)
+    results = torch.library.opcheck(_operator, (x, w, a, b, bias, None, SCALING, 0.0, "torch"))
+    assert set(results.values()) == {"SUCCESS"}
+    compiled = torch.compile(lambda *t: lora_linear(*t[:4], SCALING, t[4]), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, w, a, b, bias), lora_linear(x, w, a, b, SCALING, bias))
+
+
+def test_functorch_transforms_are_refused_by_name():
+    """Would catch the direct call of the autograd function computing something under a transform that it cannot."""
+    x, w, a, b, _ = make(4, 5, 7, 3)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda a: lora_linear(x, w, a, b, SCALING).sum())(a)
 
 
 @pytest.mark.parametrize("asked", range(5))

@@ -1,6 +1,17 @@
-"""Differentiable operations, one file each; CONTRIBUTING.md tells how they fit together."""
+"""Differentiable operations, one file each, and quantized weights; CONTRIBUTING.md tells how they fit together."""
 
+from peftkern.ops.linear_cross_entropy import linear_cross_entropy
 from peftkern.ops.lora_embedding import lora_embedding
 from peftkern.ops.lora_linear import lora_linear
+from peftkern.ops.quantize import dequantize, dequantize_4bit, dequantize_8bit, quantize_4bit, quantize_8bit
 
-__all__ = ["lora_embedding", "lora_linear"]
+__all__ = [
+    "dequantize",
+    "dequantize_4bit",
+    "dequantize_8bit",
+    "linear_cross_entropy",
+    "lora_embedding",
+    "lora_linear",
+    "quantize_4bit",
+    "quantize_8bit",
+]

@@ -31,12 +31,45 @@ def draw_seed(device: torch.device) -> torch.Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
+def dropout_in_force(dropout_p: float, training: bool) -> float:
+    """`dropout_p` where dropout applies, else 0."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p!r}")
+    return dropout_p if training else 0.0
+
+
+def dropout_seed(seed: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """`seed` if it can be one, a new one if there is none."""
+    if seed is None:
+        return draw_seed(device)
+    if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != device:
+        raise ValueError(
+            f"seed: expected an int64 tensor of one element on {device}, "
+            f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
+        )
+    return seed
+
+
 def needs_operator(*tensors: torch.Tensor) -> bool:
     """Whether something here looks at operators: a compiler, a dispatch mode, or a tensor subclass."""
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return True
     kinds = {type(t) for t in tensors}
     return not kinds.issubset(_PLAIN_TYPES)
+
+
+def calls_are_changed() -> bool:
+    """Whether a compiler, autocast or a dispatch mode changes what a call does here."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._is_any_autocast_enabled() or _get_current_dispatch_mode() is not None
+
+
+def apply_directly(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply(*arguments)`, without what torch does on the way for functorch's transforms (a few us)."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)  # which says what it cannot do under them
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def ask(plan: Any, *arguments: Any) -> Plan:

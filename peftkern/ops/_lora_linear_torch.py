@@ -1,7 +1,8 @@
 """`lora_linear` in plain PyTorch: the default on a CPU, and any device's path where kernels cannot run.
 
-Written for speed: x and y are never widened or copied, the low-rank product is accumulated into y in place, and what
-is kept for backward is x by reference, S [M, R] and, with dropout, a mask of one byte an element.
+Written for speed: x and y are not copied, nor widened but where fp32 masters meet few rows (`multiplies_masters`), the
+low-rank product is accumulated into y in place, and what is kept for backward is x by reference, S [M, R] and, with
+dropout, a mask of one byte an element.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ import torch
 from torch.nn.functional import linear
 
 from peftkern import reference
+from peftkern.ops._common import adapters_for
 
+# Up to so many rows the factor scaling / (1 - p) rides in products as `alpha`: one more operation would cost more.
+# Beyond, S and dS are multiplied by it: some BLAS libraries take twice as long for a product with `alpha`.
+FEW_ROWS = 32
 Kept = Any  # a tensor that forward kept, or None where no gradient asks for it
 
 
@@ -43,6 +48,21 @@ def apply_mask(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return _as_number(mask, x.dtype).mul_(x)
 
 
+def multiplies_masters(x: torch.Tensor, lora_A: torch.Tensor) -> bool:
+    """Whether x [M, K] in 16 bits meets fp32 masters as they are: where it has no more rows than A [R, K], widening x
+    and dy costs less than rounding A and B."""
+    return lora_A.dtype is torch.float32 and x.dtype.itemsize == 2 and x.shape[0] <= lora_A.shape[0]
+
+
+def adapters_to_multiply(
+    x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B as `forward` and `backward` take them: in x's dtype, or both fp32 masters beside few rows."""
+    if lora_A.dtype is lora_B.dtype and multiplies_masters(x, lora_A):
+        return lora_A, lora_B
+    return adapters_for(x.dtype, lora_A, lora_B)
+
+
 def forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -53,9 +73,9 @@ def forward(
     dropout_p: float,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """x [M, K], all in one dtype -> y [M, N], S = (keep * x) A^T [M, R], mask [M, K] or None.
+    """x [M, K], weight and bias in one dtype -> y [M, N], S [M, R] in the adapters' dtype, mask [M, K] or None.
 
-    Unlike the kernels' S this one carries no factor: here scaling / (1 - p) rides in the products as `alpha`.
+    S is (keep * x) A^T, times scaling / (1 - p) where there are more than `FEW_ROWS`.
     """
     mask = None
     dropped = x
@@ -63,9 +83,17 @@ def forward(
         mask = keep_mask(seed, x.shape[0], x.shape[1], dropout_p)
         dropped = apply_mask(x, mask)
         scaling = scaling / (1.0 - dropout_p)
-    s = linear(dropped, lora_A)
+    masters = lora_A.dtype is not x.dtype
+    s = linear(dropped.to(lora_A.dtype) if masters else dropped, lora_A)
+    alpha = scaling if x.shape[0] <= FEW_ROWS else 1.0
+    if alpha != scaling:
+        s.mul_(scaling)
     y = linear(x, weight, bias)
-    return y.addmm_(s, lora_B.t(), alpha=scaling), s, mask
+    if masters:
+        y.add_(s.mm(lora_B.t()), alpha=alpha)
+    else:
+        y.addmm_(s, lora_B.t(), alpha=alpha)
+    return y, s, mask
 
 
 def backward(
@@ -80,23 +108,31 @@ def backward(
     dropout_p: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dy [M, N] -> (dX [M, K], dA [R, K], dB [N, R]), each only if `needs` asks for it."""
+    """dy [M, N] -> (dX [M, K], dA [R, K], dB [N, R]), each only if `needs` asks for it; see `forward` for S."""
     needs_x, needs_a, needs_b = needs
     dx = da = db = None
     if mask is not None:
         scaling = scaling / (1.0 - dropout_p)
+    masters = lora_A.dtype is not dy.dtype
+    wide = dy.to(lora_A.dtype) if masters else dy
+    alpha = scaling if dy.shape[0] <= FEW_ROWS else 1.0
     if needs_x or needs_a:
-        ds = dy.mm(lora_B)
+        ds = wide.mm(lora_B)
+        if alpha != scaling:
+            ds.mul_(scaling)
         if needs_x:
             dx = dy.mm(weight)
-            if mask is None:
-                dx.addmm_(ds, lora_A, alpha=scaling)
+            if mask is not None:
+                dx.addcmul_(ds.mm(lora_A), _as_number(mask, dx.dtype), value=alpha)
+            elif masters:
+                dx.add_(ds.mm(lora_A), alpha=alpha)
             else:
-                dx.addcmul_(ds.mm(lora_A), _as_number(mask, dx.dtype), value=scaling)
+                dx.addmm_(ds, lora_A, alpha=alpha)
         if needs_a:
             dropped = x if mask is None else apply_mask(x, mask)
             # beta = 0: A only lends its shape.
-            da = torch.addmm(lora_A, ds.t(), dropped, beta=0, alpha=scaling)
+            da = torch.addmm(lora_A, ds.t(), dropped.to(ds.dtype) if masters else dropped, beta=0, alpha=alpha)
     if needs_b:
-        db = torch.addmm(lora_B, dy.t(), s, beta=0, alpha=scaling)
+        # The operator keeps S in x's dtype.
+        db = torch.addmm(lora_B, wide.t(), s.to(lora_B.dtype) if masters else s, beta=0, alpha=alpha)
     return dx, da, db

@@ -2,23 +2,30 @@
 
 Each function allocates its outputs and returns them with the `Call`s that fill them; nothing runs here. The operation
 runs the list; the static check compiles it from meta tensors for every architecture; a benchmark adds up its bytes.
+The weight is dense on the paths "triton", "cublas" and "decode", and a `Weight4bit` on "fused_4bit" and "decode_4bit".
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 
+from peftkern.weights import Weight4bit
 from peftkern_kernels.dropout import Dropout
+from peftkern_kernels.format_4bit import Packed4bit
 from peftkern_kernels.launch import Call, TorchCall, nbytes, run_all
 from peftkern_kernels.lora_decode import decode_calls
+from peftkern_kernels.lora_decode_4bit import decode_4bit_calls
 from peftkern_kernels.lora_dy_pass import ONE_PASS_RANK, dy_pass_calls
 from peftkern_kernels.lora_expand import expand_calls
 from peftkern_kernels.lora_linear import base_plus_expand_calls
+from peftkern_kernels.lora_linear_4bit import base_4bit_plus_expand_calls, base_4bit_transposed_plus_expand_calls
 from peftkern_kernels.lora_shrink import shrink_calls
 from peftkern_kernels.weight_gradient import weight_gradient_calls
 
+FUSED_4BIT_PATHS = ("fused_4bit", "decode_4bit")
 Calls = list[Call | TorchCall]
 Kept = Any  # a tensor that forward kept, or None where no gradient asks for it
 
@@ -37,6 +44,13 @@ def _add_base(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Torch
     return TorchCall("base (cuBLAS)", out.addmm_, (x, weight.t()), moved, 2 * x.shape[0] * weight.numel())
 
 
+def packed(weight: Weight4bit) -> Packed4bit:
+    """A 4-bit weight as the kernels take it."""
+    N, K = weight.shape
+    held = {f.name: getattr(weight, f.name) for f in fields(Packed4bit) if f.name not in ("N", "K")}
+    return Packed4bit(N=N, K=K, **held)
+
+
 def precision() -> str:
     """How fp32 products are taken: as torch's own setting for matmuls says."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
@@ -44,7 +58,7 @@ def precision() -> str:
 
 def forward_calls(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Any,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     scaling: float,
@@ -60,10 +74,15 @@ def forward_calls(
     if path == "decode":
         calls: Calls = [*decode_calls(x, weight, lora_A, lora_B, scaling, y, s, bias=bias, dropout=dropout, **common)]
         return y, s, calls
+    if path == "decode_4bit":
+        options = {"bias": bias, "dropout": dropout, **common}
+        return y, s, [*decode_4bit_calls(x, packed(weight), lora_A, lora_B, scaling, y, s, **options)]
     calls = [*shrink_calls(x, lora_A, s, scaling=scaling, dropout=dropout, **common)]
     if path == "cublas":
         calls += expand_calls(s, lora_B, y, bias=bias, **common)
         calls.append(_add_base(x, weight, y))
+    elif path == "fused_4bit":
+        calls += base_4bit_plus_expand_calls(x, packed(weight), s, lora_B, y, bias=bias, **common)
     else:
         calls += base_plus_expand_calls(x, weight, s, lora_B, y, bias=bias, **common)
     return y, s, calls
@@ -72,7 +91,7 @@ def forward_calls(
 def backward_calls(
     dy: torch.Tensor,
     x: Kept,
-    weight: torch.Tensor,
+    weight: Any,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     s: Kept,
@@ -107,6 +126,9 @@ def backward_calls(
         if dx is not None and path == "cublas":
             calls += expand_calls(ds, lora_A.t(), dx, dropout=dropout, **common)
             calls.append(_add_base(dy, weight.t(), dx))
+        elif dx is not None and path in FUSED_4BIT_PATHS:
+            options = {"dropout": dropout, **common}
+            calls += base_4bit_transposed_plus_expand_calls(dy, packed(weight), ds, lora_A, dx, **options)
         elif dx is not None:
             calls += base_plus_expand_calls(dy, weight.t(), ds, lora_A.t(), dx, dropout=dropout, **common)
     if da is not None or (db is not None and not db_done):

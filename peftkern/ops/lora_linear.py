@@ -16,16 +16,20 @@ from peftkern.backend import backend_in_force, device_info
 from peftkern.ops import _lora_linear_fp32, _lora_linear_torch
 from peftkern.ops._common import (
     adapters_fit,
-    adapters_for,
+    apply_directly,
     ask,
     autocast_dtype,
+    calls_are_changed,
     check_adapters,
-    draw_seed,
+    dropout_in_force,
+    dropout_seed,
     needs_operator,
     none_if_empty,
     refuse_double_backward,
 )
+from peftkern.ops._lora_linear_torch import multiplies_masters
 from peftkern.ops.plan import Plan, plan_lora_linear
+from peftkern.weights import Weight
 
 PLAIN_PATHS = ("torch", "torch_fp32")
 Needs = tuple[bool, bool, bool, bool, bool]  # x, weight, lora_A, lora_B, bias
@@ -33,7 +37,7 @@ Needs = tuple[bool, bool, bool, bool, bool]  # x, weight, lora_A, lora_B, bias
 
 def lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     scaling: float,
@@ -51,8 +55,10 @@ def lora_linear(
 
     Args:
         x: [..., in_features], float32, float16 or bfloat16 (float64 on the plain path); any strides.
-        weight: [out_features, in_features] in x's dtype; any strides, so a transposed view will do.
-        lora_A: [r, in_features], in x's dtype or float32 (master weights, rounded to x's dtype where they are used).
+        weight: [out_features, in_features] in x's dtype; any strides, so a transposed view will do. Or a `Weight4bit`
+            or `Weight8bit`: decoded to x's dtype for each product, never kept dense, and frozen.
+        lora_A: [r, in_features], in x's dtype or float32 (master weights, rounded to x's dtype where they are used, but
+            for 16-bit x of at most r rows on the plain path).
         lora_B: [out_features, r], likewise.
         scaling: multiplies the adapter's output, lora_alpha / r in PEFT's terms.
         bias: [out_features] or None.
@@ -69,34 +75,32 @@ def lora_linear(
         ValueError: shapes, devices or a number do not fit.
         RuntimeError: `use_backend("triton")` is in force and Triton kernels cannot run there.
     """
-    cast = autocast_dtype(x)
-    if cast is not None:
-        x = x.to(cast)
-    if not adapters_fit(x, weight, lora_A, lora_B, bias):
-        check_adapters("lora_linear", x, weight, lora_A, lora_B, bias, mixed=cast is not None)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p!r}")
-    if dropout_p == 0.0 or not training:
-        dropout_p, seed = 0.0, None
-    elif seed is None:
-        seed = draw_seed(x.device)
-    elif seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != x.device:
-        raise ValueError(
-            f"seed: expected an int64 tensor of one element on {x.device}, "
-            f"got {seed.dtype} {list(seed.shape)} on {seed.device}"
-        )
+    if not isinstance(weight, torch.Tensor):
+        from peftkern.ops.lora_linear_quantized import lora_linear_quantized
+
+        p = dropout_in_force(dropout_p, training)
+        return lora_linear_quantized(x, weight, lora_A, lora_B, float(scaling), bias, dropout_p=p, seed=seed)
+    # In the common case, told by a few comparisons, nothing more is to be checked or converted.
+    common = adapters_fit(x, weight, lora_A, lora_B, bias) and not calls_are_changed()
+    if not common:
+        cast = autocast_dtype(x)
+        if cast is not None:
+            x = x.to(cast)
+        if not adapters_fit(x, weight, lora_A, lora_B, bias):
+            check_adapters("lora_linear", x, weight, lora_A, lora_B, bias, mixed=cast is not None)
+    if dropout_p != 0.0:
+        dropout_p = dropout_in_force(dropout_p, training)
+    seed = None if dropout_p == 0.0 else dropout_seed(seed, x.device)
     scaling = float(scaling)
     path = plan_for(x, weight, lora_A.shape[0], backend_in_force()).path
-    if needs_operator(x, weight, lora_A, lora_B):
+    if not common and needs_operator(x, weight, lora_A, lora_B):
         return _operator(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)[0]
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or lora_A.requires_grad
-        or lora_B.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-    ):
-        return _LoraLinear.apply(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
+    base_learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or base_learns):
+        products_alone = common and path == "torch" and seed is None and not base_learns and x.dim() == 2
+        if products_alone and (lora_A.dtype is x.dtype or multiplies_masters(x, lora_A)):
+            return apply_directly(_Products, x, weight, lora_A, lora_B, bias, scaling)
+        return apply_directly(_LoraLinear, x, weight, lora_A, lora_B, bias, seed, (scaling, dropout_p, path))
     return _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)[0]
 
 
@@ -123,7 +127,8 @@ def _forward(
     path: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """y [..., N], S [M, R], and a mask [M, K] on the plain path with dropout."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    flat = x.dim() == 2
+    rows = x if flat else x.reshape(-1, x.shape[-1])
     dtype = x.dtype
     if weight.dtype != dtype:
         weight = weight.to(dtype)
@@ -131,7 +136,7 @@ def _forward(
         bias = bias.to(dtype)
     mask = None
     if path == "torch":
-        lora_A, lora_B = adapters_for(dtype, lora_A, lora_B)
+        lora_A, lora_B = _lora_linear_torch.adapters_to_multiply(rows, lora_A, lora_B)
         y, s, mask = _lora_linear_torch.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     elif path == "torch_fp32":
         y, s, mask = _lora_linear_fp32.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
@@ -141,7 +146,7 @@ def _forward(
         dropout, arch = kernels.dropout(seed, dropout_p), device_info(x.device).arch
         y, s, calls = kernels.forward_calls(rows, weight, lora_A, lora_B, scaling, bias, dropout, path, arch)
         kernels.run_all(calls, x.device)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])), s, mask
+    return (y if flat else y.view(*x.shape[:-1], y.shape[1])), s, mask
 
 
 def _backward(
@@ -161,24 +166,17 @@ def _backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of (x [..., K], weight, lora_A, lora_B, bias), None where `needs` does not ask."""
     needs_x, needs_w, needs_a, needs_b, needs_bias = needs
-    N, K = weight.shape
-    grad = dy if dy.dim() == 2 else dy.reshape(-1, N)
-    rows = x if x is None or x.dim() == 2 else x.reshape(-1, K)
-    dtype = grad.dtype
+    flat = dy.dim() == 2
+    grad = dy if flat else dy.reshape(-1, dy.shape[-1])
+    rows = x if x is None or flat else x.reshape(-1, x.shape[-1])
+    dtype = dy.dtype
     base = weight if weight.dtype == dtype else weight.to(dtype)
     wanted = (needs_x, needs_a, needs_b)
-    if path in PLAIN_PATHS:
-        if path == "torch":
-            a, b = adapters_for(dtype, lora_A, lora_B)
-            dx, da, db = _lora_linear_torch.backward(grad, rows, base, a, b, s, mask, scaling, dropout_p, wanted)
-        else:
-            dx, da, db = _lora_linear_fp32.backward(
-                grad, rows, base, lora_A, lora_B, s, mask, scaling, dropout_p, wanted
-            )
-        if da is not None and da.dtype != lora_A.dtype:
-            da = da.to(lora_A.dtype)
-        if db is not None and db.dtype != lora_B.dtype:
-            db = db.to(lora_B.dtype)
+    if path == "torch":
+        a, b = _lora_linear_torch.adapters_to_multiply(grad, lora_A, lora_B)
+        dx, da, db = _lora_linear_torch.backward(grad, rows, base, a, b, s, mask, scaling, dropout_p, wanted)
+    elif path == "torch_fp32":
+        dx, da, db = _lora_linear_fp32.backward(grad, rows, base, lora_A, lora_B, s, mask, scaling, dropout_p, wanted)
     else:
         from peftkern.ops import _lora_linear_triton as kernels
 
@@ -187,8 +185,12 @@ def _backward(
             grad, rows, base, lora_A, lora_B, s, scaling, dropout, path, arch, wanted
         )
         kernels.run_all(calls, dy.device)
-    if dx is not None and dy.dim() != 2:
-        dx = dx.view(*dy.shape[:-1], K)
+    if da is not None and da.dtype != lora_A.dtype:
+        da = da.to(lora_A.dtype)
+    if db is not None and db.dtype != lora_B.dtype:
+        db = db.to(lora_B.dtype)
+    if dx is not None and not flat:
+        dx = dx.view(*dy.shape[:-1], dx.shape[1])
     dw = (grad.t() @ rows).to(weight.dtype) if needs_w and rows is not None else None
     dbias = grad.sum(0, dtype=torch.float32 if dtype.itemsize == 2 else dtype).to(bias_dtype) if needs_bias else None
     return dx, dw, da, db, dbias
@@ -198,8 +200,8 @@ class _LoraLinear(torch.autograd.Function):
     """The eager door."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path):
-        y, s, mask = _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
+    def forward(ctx: Any, x, weight, lora_A, lora_B, bias, seed, numbers):
+        y, s, mask = _forward(x, weight, lora_A, lora_B, bias, seed, *numbers)
         needs: Needs = ctx.needs_input_grad[:5]
         _, needs_w, needs_a, needs_b, _ = needs
         # Only x, S and the mask are activations: weight and adapters exist anyway and are kept by reference.
@@ -212,13 +214,35 @@ class _LoraLinear(torch.autograd.Function):
             mask,
             seed if mask is None else None,
         )
-        ctx.numbers = (scaling, dropout_p, path, needs, None if bias is None else bias.dtype)
+        ctx.numbers = (*numbers, needs, None if bias is None else bias.dtype)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_linear")
-        return (*_backward(dy, *ctx.saved_tensors, *ctx.numbers), None, None, None, None)
+        return (*_backward(dy, *ctx.saved_tensors, *ctx.numbers), None, None)
+
+
+class _Products(torch.autograd.Function):
+    """The eager door where nothing but the plain path's products is to be done: x [M, K], nothing to convert or drop,
+    weight and bias frozen. Where tensors are small, what `_LoraLinear` asks about these costs as much as a product."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, lora_A, lora_B, bias, scaling):
+        y, s, _ = _lora_linear_torch.forward(x, weight, lora_A, lora_B, scaling, bias, 0.0, None)
+        _, _, needs_a, needs_b, _, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_a else None, weight, lora_A, lora_B, s if needs_b else None)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy):
+        refuse_double_backward("lora_linear")
+        x, weight, lora_A, lora_B, s = ctx.saved_tensors
+        needs_x, _, needs_a, needs_b, _, _ = ctx.needs_input_grad
+        wanted = (needs_x, needs_a, needs_b)
+        dx, da, db = _lora_linear_torch.backward(dy, x, weight, lora_A, lora_B, s, None, ctx.scaling, 0.0, wanted)
+        return dx, None, da, db, None, None
 
 
 # -- the operator -------------------------------------------------------------------------------------------------
@@ -238,6 +262,7 @@ def _operator(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, S, mask); mask is empty unless the plain path drew one."""
     y, s, mask = _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
+    s = s.to(x.dtype)  # as the fake says; fp32 where masters met few rows
     return y, s, x.new_empty(0, dtype=torch.bool) if mask is None else mask
 
 

@@ -10,6 +10,10 @@ Paths of `lora_linear`:
     "triton"  shrink; base GEMM with the expand in its accumulator.
     "cublas"  shrink and expand as Triton kernels, the base GEMM by cuBLAS into the expand's output.
     "decode"  at most 16 tokens: two launches with K split over programs.
+and over a quantized weight:
+    "fused_4bit"  "triton", the weight decoded inside the GEMM: forward and backward.
+    "decode_4bit"  "decode", likewise.
+    "dequantize:PATH"  the weight written out dense by one launch, then PATH.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from peftkern.backend import DeviceInfo
+from peftkern_kernels.gemm_tables_4bit import fused_4bit_fits
 
 DECODE_TOKENS = 16
 # Multiply-adds up to which a scalar loop over 16-bit numbers beats the casts around fp32 products: about 100 us of
@@ -93,6 +98,53 @@ def plan_lora_linear(
     return Plan("triton", "expand inside the base GEMM's accumulator, y written once (predicted)")
 
 
+# Tokens up to which decoding a 4-bit weight inside the GEMM beats writing it out first (predicted). Decoding repeats
+# for each tile of rows, about 10 instructions an element, against 4.5 bytes an element written and read once: a card
+# with little bandwidth for its arithmetic fuses longer.
+FUSED_4BIT_TOKENS = {80: 512, 86: 1024, 89: 1024, 90: 256, 100: 256, 120: 1024, 942: 256, 1100: 512}
+FUSED_4BIT_TOKENS_ELSEWHERE = 256
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_lora_linear_quantized(
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    blocksize: int,
+    dtype: torch.dtype,
+    device: DeviceInfo,
+    aligned: bool = True,
+    backend: str = "auto",
+) -> Plan:
+    """The path of `lora_linear` over a quantized weight, forward and backward.
+
+    Args:
+        M, N, K, R, dtype, device, backend: as for `plan_lora_linear`.
+        blocksize: elements that share a scale in the 4-bit format; 0 for the 8-bit one.
+        aligned: whether rows of x start on 16-byte boundaries.
+
+    Raises:
+        RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
+    """
+    rows_aligned = aligned and K * dtype.itemsize % 16 == 0
+    # Without its cache, which torch.compile cannot trace: this function has one.
+    dense = plan_lora_linear.__wrapped__(M, N, K, R, dtype, device, rows_aligned, backend)
+    if dense.path in ("torch", "torch_fp32"):
+        return Plan(f"dequantize:{dense.path}", f"{dense.reason}; the weight is written out dense for each product")
+    if not blocksize:
+        return Plan(f"dequantize:{dense.path}", f"8-bit weight written out dense for each product; {dense.reason}")
+    unfit = fused_4bit_fits(N, K, blocksize, dtype)
+    if unfit:
+        return Plan(f"dequantize:{dense.path}", f"{unfit}: the weight is written out by one launch; {dense.reason}")
+    if M <= DECODE_TOKENS:
+        return Plan("decode_4bit", f"{M} tokens: bound by reading the 4-bit weight, K split over programs")
+    most = FUSED_4BIT_TOKENS.get(device.arch, FUSED_4BIT_TOKENS_ELSEWHERE)
+    if most >= M:
+        return Plan("fused_4bit", f"at most {most} tokens: decoded inside the GEMM (predicted)")
+    return Plan(f"dequantize:{dense.path}", f"more than {most} tokens: written out by one launch; {dense.reason}")
+
+
 @functools.lru_cache(maxsize=1024)
 def plan_lora_embedding(tokens: int, dtype: torch.dtype, device: DeviceInfo, backend: str = "auto") -> Plan:
     """The path of `lora_embedding`: "triton" (gather and expand in one kernel, sorted scatter) or "torch".
@@ -111,3 +163,23 @@ def plan_lora_embedding(tokens: int, dtype: torch.dtype, device: DeviceInfo, bac
     if device.type == "cpu" and backend == "auto":
         return Plan("torch", "on a CPU plain PyTorch is faster than Triton's interpreter")
     return Plan("triton", "rows gathered and adapted in one kernel, sorted scatter in backward (predicted)")
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_dequantize(numel: int, dtype: torch.dtype, device: DeviceInfo, backend: str = "auto") -> Plan:
+    """The path of `dequantize_4bit` to `numel` elements of `dtype`: "triton" (one launch) or "torch".
+
+    Raises:
+        RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
+    """
+    if backend == "torch":
+        return Plan("torch", "use_backend('torch')")
+    if numel == 0:
+        return Plan("torch", "empty weight")
+    why_not = _why_not_triton(dtype, device)
+    if why_not:
+        _refuse_if_triton("dequantize_4bit", why_not, backend)
+        return Plan("torch", why_not)
+    if device.type == "cpu" and backend == "auto":
+        return Plan("torch", "on a CPU plain PyTorch is faster than Triton's interpreter")
+    return Plan("triton", "one launch, scales worked out on the way (predicted)")

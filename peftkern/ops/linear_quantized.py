@@ -1,0 +1,147 @@
+"""`linear_quantized`: a frozen linear layer whose weight is 4- or 8-bit, by itself, without an adapter.
+
+Forward and backward each make the weight dense for as long as one product takes. Nothing of x and no dense weight is
+kept between them: backward is dX = dY W, and W is decoded again. Two doors lead to the same code: see `lora_linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from peftkern.ops._common import autocast_dtype, needs_operator, refuse_double_backward
+from peftkern.ops.lora_linear_quantized import flatten, unflatten
+from peftkern.ops.quantize import dequantize
+from peftkern.weights import DENSE_DTYPES, Weight4bit, Weight8bit
+
+Quantized = Weight4bit | Weight8bit
+
+
+def linear_quantized(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`y = x dequantize(W)^T + bias`, W decoded to x's dtype.
+
+    Gradients flow to x and bias, the weight is frozen. Under autocast, x and bias are cast to its dtype. Double
+    backward is not supported.
+
+    Args:
+        x: [..., in_features], float32, float16 or bfloat16.
+        weight: [out_features, in_features] in a format of `peftkern.weights`, on x's device.
+        bias: [out_features] of any of those dtypes, or None; rounded to x's dtype.
+
+    Returns:
+        [..., out_features] in x's dtype (autocast's under autocast).
+
+    Raises:
+        TypeError: an argument's type or dtype is not one of the above.
+        ValueError: shapes or devices do not fit.
+    """
+    cast = autocast_dtype(x)
+    if cast is not None:
+        x = x.to(cast)
+    _check(x, weight, bias)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    tensors = [t for t in weight.tensors() if t is not None]
+    if needs_operator(x, *tensors):
+        return _operator(x, *flatten(weight), bias)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _LinearQuantized.apply(x, bias, weight)
+    return linear(x, dequantize(weight, x.dtype), bias)
+
+
+def _check(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None) -> None:
+    if not isinstance(weight, Quantized):
+        raise TypeError(f"weight: expected a Weight4bit or a Weight8bit, got {type(weight).__name__}")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in DENSE_DTYPES:
+        raise TypeError(f"x: expected float32, float16 or bfloat16 beside a quantized weight, got {x.dtype}")
+    N, K = weight.shape
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"x: expected shape [..., {K}] to fit weight {[N, K]}, got {list(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"weight: expected device {x.device} as x, got {weight.device}")
+    if bias is None:
+        return
+    if bias.shape != (N,):
+        raise ValueError(f"bias: expected shape [{N}], got {list(bias.shape)}")
+    if bias.dtype not in DENSE_DTYPES:
+        raise TypeError(f"bias: expected float32, float16 or bfloat16, got {bias.dtype}")
+    if bias.device != x.device:
+        raise ValueError(f"bias: expected device {x.device} as x, got {bias.device}")
+
+
+def _backward(dy: torch.Tensor, weight: Quantized, needs_x: bool, needs_bias: bool) -> tuple[Any, Any]:
+    """Gradients of x [..., K] and bias [N], None where not asked for; the bias's is summed in fp32."""
+    dx = dy @ dequantize(weight, dy.dtype) if needs_x else None
+    dbias = dy.reshape(-1, weight.shape[0]).sum(0, dtype=torch.float32).to(dy.dtype) if needs_bias else None
+    return dx, dbias
+
+
+class _LinearQuantized(torch.autograd.Function):
+    """The eager door."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, weight: Quantized) -> torch.Tensor:
+        ctx.weight = weight  # frozen, no activation, and here anyway
+        return linear(x, dequantize(weight, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        refuse_double_backward("linear_quantized")
+        return (*_backward(dy, ctx.weight, *ctx.needs_input_grad[:2]), None)
+
+
+# -- the operator -------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("peftkern::linear_quantized", mutates_args=())
+def _operator(
+    x: torch.Tensor, tensors: Sequence[torch.Tensor], numbers: Sequence[int], bias: torch.Tensor | None
+) -> torch.Tensor:
+    return linear(x, dequantize(unflatten(tensors, numbers), x.dtype), bias)
+
+
+@_operator.register_fake
+def _(
+    x: torch.Tensor, tensors: Sequence[torch.Tensor], numbers: Sequence[int], bias: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], numbers[0])
+
+
+@torch.library.custom_op("peftkern::linear_quantized_backward", mutates_args=())
+def _operator_backward(
+    dy: torch.Tensor, tensors: Sequence[torch.Tensor], numbers: Sequence[int], needs_x: bool, needs_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of (x, bias), empty where not asked for."""
+    dx, dbias = _backward(dy, unflatten(tensors, numbers), needs_x, needs_bias)
+    return dy.new_empty(0) if dx is None else dx, dy.new_empty(0) if dbias is None else dbias
+
+
+@_operator_backward.register_fake
+def _(
+    dy: torch.Tensor, tensors: Sequence[torch.Tensor], numbers: Sequence[int], needs_x: bool, needs_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    N, K, _ = numbers
+    dx = dy.new_empty(*dy.shape[:-1], K) if needs_x else dy.new_empty(0)
+    return dx, dy.new_empty(N if needs_bias else 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, tensors, numbers, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.numbers = list(numbers)
+
+
+def _operator_autograd(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+    refuse_double_backward("linear_quantized")
+    needs_x, _, _, needs_bias = ctx.needs_input_grad
+    tensors = list(ctx.saved_tensors)
+    dx, dbias = _operator_backward(dy, tensors, ctx.numbers, needs_x, needs_bias)
+    return dx if needs_x else None, [None] * len(tensors), None, dbias if needs_bias else None
+
+
+_operator.register_autograd(_operator_autograd, setup_context=_setup_context)
