@@ -1,0 +1,136 @@
+"""Quantized models of transformers: build one without memory for its weights, mark one as transformers marks its own.
+
+Imported lazily. bitsandbytes need not be installed.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from peftkern.utils.quantized_modules import Linear4bit, Linear8bit
+
+
+def bitsandbytes_config(fields: dict[str, Any]) -> Any:
+    """transformers' `BitsAndBytesConfig` with these fields."""
+    from transformers import BitsAndBytesConfig
+
+    known = {name: value for name, value in fields.items() if name != "quant_method" and not name.startswith("_")}
+    return BitsAndBytesConfig(**known)
+
+
+def is_transformers_model(model: nn.Module) -> bool:
+    """Whether `model` is a transformers model, or anything else that is configured and saved as one."""
+    return hasattr(model, "config") and hasattr(model, "save_pretrained") and hasattr(model.config, "to_dict")
+
+
+def mark_quantized(model: Any, config: Any) -> None:
+    """Set what `from_pretrained` sets on a model that bitsandbytes quantized, so that Trainer, TRL, accelerate and
+    `save_pretrained` treat it as one.
+
+    Args:
+        model: A transformers model that holds our `Linear4bit` or `Linear8bit`.
+        config: A `BitsAndBytesConfig`.
+    """
+    from transformers import PreTrainedModel
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    model.config.quantization_config = config
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    setattr(model, "is_loaded_in_4bit" if config.load_in_4bit else "is_loaded_in_8bit", True)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = True
+    # transformers' own imports bitsandbytes for a 4-bit model, and Trainer calls it in every step.
+    model.num_parameters = types.MethodType(num_parameters, model)
+
+
+def num_parameters(self: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """How many parameters there are, a quantized weight counted as the matrix that it stands for."""
+    quantized = {id(m.weight): m for m in self.modules() if isinstance(m, Linear4bit | Linear8bit)}
+    left_out = set()
+    if exclude_embeddings:
+        left_out = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
+    total = 0
+    for parameter in self.parameters():
+        if id(parameter) in left_out or (only_trainable and not parameter.requires_grad):
+            continue
+        layer: Any = quantized.get(id(parameter))
+        total += parameter.numel() if layer is None else layer.in_features * layer.out_features
+    return total
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """`torch.empty` gives tensors of the meta device: weights that are about to be loaded take no memory and no time,
+    while everything that a model computes in its making (rotary tables, masks) is real."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None and "out" not in kwargs:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build_without_weights(
+    source: str,
+    model_class: Any,
+    dtype: torch.dtype | None,
+    hub_kwargs: dict[str, Any],
+    options: dict[str, Any],
+) -> Any:
+    """The model that `config.json` of `source` describes; its weights are on the meta device, small ones may be real.
+
+    Args:
+        source: A folder or the id of a repository.
+        model_class: A model or auto class of transformers; None for the one that `architectures` names.
+        dtype: Of the weights; the configuration's if None.
+        hub_kwargs: For the Hub.
+        options: `attn_implementation`, `trust_remote_code`.
+
+    Raises:
+        ValueError: No class is given, and the configuration names none that transformers has.
+    """
+    import transformers
+
+    trust = bool(options.get("trust_remote_code", False))
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust, **hub_kwargs)
+    if model_class is None:
+        names = getattr(config, "architectures", None) or []
+        model_class = next((c for c in (getattr(transformers, str(n), None) for n in names) if c is not None), None)
+        if model_class is None:
+            raise ValueError(
+                f"model_class: config.json names {names}, which transformers does not have; pass the class, "
+                "AutoModelForCausalLM for one"
+            )
+    more: dict[str, Any] = {}
+    if options.get("attn_implementation") is not None:
+        more["attn_implementation"] = options["attn_implementation"]
+    more["dtype"] = (config.dtype or torch.get_default_dtype()) if dtype is None else dtype
+    with _EmptyOnMeta():
+        if hasattr(model_class, "from_config"):
+            model = model_class.from_config(config, trust_remote_code=trust, **more)
+        else:
+            model = model_class._from_config(config, **more)
+    model.config.name_or_path = model.name_or_path = source
+    return model
+
+
+def load_generation_config(model: Any, source: str, hub_kwargs: dict[str, Any]) -> None:
+    """Give `model` the generation settings saved with it, where there are any."""
+    from transformers import GenerationConfig
+
+    if not callable(getattr(model, "can_generate", None)) or not model.can_generate():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(source, **hub_kwargs)
+    except OSError:  # a model without the file keeps what its configuration implies
+        return

@@ -1,0 +1,408 @@
+"""Quantized whole models, in bitsandbytes' formats and files, without bitsandbytes: quantize, save, load."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftkern.tuners.targets import is_conv1d
+from peftkern.tuners.tuner_layer import BaseTunerLayer
+from peftkern.utils.adapter_error import shorten
+from peftkern.utils.adapter_files import PathLike
+from peftkern.utils.checkpoint_files import Checkpoint, read_model_config, replacing_checkpoint
+from peftkern.utils.quantization_settings import (
+    QuantizationSettings,
+    check_patterns,
+    default_skips,
+    exact_skips,
+    is_skipped,
+)
+from peftkern.utils.quantized_files import QuantizedFileError, quantized_keys, quantized_prefixes, read_quantized
+from peftkern.utils.quantized_modules import Linear4bit, Linear8bit, weight_of
+from peftkern.weights import Weight4bit
+
+_HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir")
+_FEW = 8  # layers that need no progress bar
+
+
+# --- quantizing ------------------------------------------------------------------------------------------------------
+
+
+def quantize_model(
+    model: nn.Module,
+    quantization_config: Any,
+    *,
+    skip_modules: list[str] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Replace the `nn.Linear` modules of `model` by `Linear4bit` or `Linear8bit`, in place.
+
+    One layer at a time: a dense weight is freed as soon as it is quantized, so that there are never two copies of the
+    model. What an `nn.Linear` subclass, a Conv1D or stacked experts hold stays dense; Conv1D and experts are warned of.
+
+    Args:
+        model: Any module; a transformers model is also marked as quantized, as `from_pretrained` does, so that Trainer
+            and `save_pretrained` know. Load it in 16 bits on the CPU to quantize it on a smaller GPU.
+        quantization_config: transformers' `BitsAndBytesConfig`, or a dict of its fields; `load_in_4bit` or
+            `load_in_8bit` decides. The block size is 64. `llm_int8_threshold` has no effect: activations are not
+            rounded to 8 bits, so that there are no outliers to treat otherwise.
+        skip_modules: Layers to leave alone, by transformers' rule for `llm_int8_skip_modules` (the beginning of a
+            dotted name, a regular expression for it, or its ending). None for the configuration's; if that has none,
+            for output embeddings, tied weights and a head at the end. Tied weights are left alone in any case.
+        device: Where each layer is quantized, and the model is in the end; None for where it is.
+        progress: Show a bar, if tqdm is installed and there are more than a few layers.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `quantization_config` is no such thing.
+        ValueError: A field of it is wrong, the model carries adapters or is quantized already, it has no layer to
+            quantize, a weight is on the meta device or tied to hooks of accelerate, or a weight is not finite; only
+            in the last case layers before it have been replaced.
+    """
+    settings = QuantizationSettings.of(quantization_config)
+    if skip_modules is not None:
+        skips = check_patterns("skip_modules", skip_modules)
+    else:
+        skips = default_skips(model) if settings.skip_modules is None else settings.skip_modules
+    skips = skips + [p for p in (getattr(model, "_keep_in_fp32_modules", None) or []) if isinstance(p, str)]
+    _check_dense(model)
+    names = _layers_to_quantize(model, skips)
+    for group in _with_progress(names, progress):
+        _quantize_layer(model, group, settings, device)
+    if device is not None:
+        model.to(device)
+    _note_left_dense(model)
+    _mark(model, settings)
+    return model
+
+
+def _check_dense(model: nn.Module) -> None:
+    """Raise for a model that carries adapters or quantized weights."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) or hasattr(module, "base_layer"):
+            raise ValueError(f"model: {name} carries an adapter: quantize first, then add adapters")
+        if weight_of(module) is not None:
+            raise ValueError(f"model: {name} is quantized already")
+
+
+def _layers_to_quantize(model: nn.Module, skips: list[str]) -> list[list[str]]:
+    """The names of each layer to quantize: several where one module stands in several places."""
+    users: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), set()).add(id(module))
+    groups: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        # A subclass may use its weight in ways that a layer of ours would not (attention's out_proj does).
+        if type(module) is nn.Linear and name and len(users[id(module.weight)]) == 1:
+            groups.setdefault(id(module), []).append(name)
+    chosen = [group for group in groups.values() if not any(is_skipped(name, skips) for name in group)]
+    if not chosen:
+        raise ValueError(f"model: no nn.Linear to quantize in {type(model).__name__}, with {skips} left alone")
+    for name, *_ in chosen:
+        layer = model.get_submodule(name)
+        if layer.weight.is_meta:
+            raise ValueError(f"model: {name}.weight is on the meta device (offloaded?): load it on a device first")
+        if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
+            raise ValueError(f"model: {name} has hooks, which a new layer would not have: remove them first")
+    return chosen
+
+
+def _quantize_layer(
+    model: nn.Module, names: list[str], settings: QuantizationSettings, device: torch.device | str | None
+) -> None:
+    linear: Any = model.get_submodule(names[0])
+    made: Linear4bit | Linear8bit
+    try:
+        if settings.bits == 4:
+            made = Linear4bit.from_linear(
+                linear,
+                settings.quant_type,
+                double_quant=settings.double_quant,
+                compute_dtype=settings.compute_dtype,
+                quant_storage=settings.quant_storage,
+                device=device,
+            )
+        else:
+            made = Linear8bit.from_linear(linear, device=device)
+    except ValueError as error:
+        raise ValueError(f"model: {names[0]}: {error}") from error
+    made.train(linear.training)
+    made.requires_grad_(False)
+    for name in names:
+        model.set_submodule(name, made)
+
+
+def _with_progress(groups: list[list[str]], progress: bool) -> Iterator[list[str]]:
+    if progress and len(groups) > _FEW:
+        try:
+            bar = importlib.import_module("tqdm.auto").tqdm
+        except ImportError:
+            return iter(groups)
+        return iter(bar(groups, desc="Quantizing", unit="layer"))
+    return iter(groups)
+
+
+def _note_left_dense(model: nn.Module) -> None:
+    """Warn of large weights of a kind that is not quantized."""
+    conv1d = [name for name, module in model.named_modules() if is_conv1d(module)]
+    stacked = [name for name, p in model.named_parameters() if p.dim() > 2 and "expert" in name]
+    for names, kind in ((conv1d, "Conv1D layers"), (stacked, "stacked experts")):
+        if names:
+            warnings.warn(f"quantize_model: {kind} stay dense: {shorten(names, 3)}", stacklevel=3)
+
+
+def _mark(model: nn.Module, settings: QuantizationSettings) -> None:
+    """Mark a transformers model; its configuration names exactly the layers that stayed dense."""
+    from peftkern.integrations.quantized_models import bitsandbytes_config, is_transformers_model, mark_quantized
+
+    if not is_transformers_model(model):
+        return
+    modules = dict(model.named_modules(remove_duplicate=False))
+    dense = [name for name, module in modules.items() if type(module) is nn.Linear or is_conv1d(module)]
+    quantized = [name for name, module in modules.items() if isinstance(module, Linear4bit | Linear8bit)]
+    fields = settings.fields | {"llm_int8_skip_modules": exact_skips(dense, quantized)}
+    mark_quantized(model, bitsandbytes_config(fields))
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def save_quantized(model: Any, folder: PathLike, *, max_shard_size: int | str = "5GB") -> None:
+    """Save a quantized transformers model in the layout that transformers reads with bitsandbytes, and we without.
+
+    Written are `config.json` with its `quantization_config`, `model.safetensors` (several and an index above
+    `max_shard_size`) and the generation settings; all in a folder beside, then moved, so that a kill leaves the old
+    checkpoint, the new one, or none (see `replacing_checkpoint`). Other files in `folder` are left.
+
+    Args:
+        model: From `quantize_model`, `load_quantized`, or `from_pretrained` with bitsandbytes.
+        folder: Where to; made if missing.
+        max_shard_size: Bytes in a file, or text like "5GB".
+
+    Raises:
+        TypeError: `model` is no transformers model.
+        ValueError: It is not quantized, or carries adapters.
+    """
+    from peftkern.integrations.quantized_models import is_transformers_model
+
+    if not is_transformers_model(model):
+        raise TypeError(
+            f"model: expected a transformers model, got {type(model).__name__}; of another module save state_dict()"
+        )
+    if any(isinstance(module, BaseTunerLayer) or hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("model: it carries adapters: save those by their save_pretrained, and the base after unload()")
+    # Asking each for its weight also undoes bitsandbytes' repacking for the CPU, which it saves wrongly.
+    if not [module for module in model.modules() if weight_of(module) is not None]:
+        raise ValueError(
+            "model: no layer of it is quantized: call peftkern.quantize_model first, or its save_pretrained"
+        )
+    if getattr(model.config, "quantization_config", None) is None:
+        raise ValueError("model: its config has no quantization_config: quantize it by peftkern.quantize_model")
+    with replacing_checkpoint(folder) as staging:
+        # Under the model's own names: transformers 5.23 cannot go back to those of an older checkpoint where quantized
+        # tensors were read from one, and `load_quantized` knows no others.
+        model.save_pretrained(staging, max_shard_size=max_shard_size, save_original_format=False)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_quantized(
+    path_or_id: PathLike,
+    model_class: Any = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    **hub_kwargs: Any,
+) -> Any:
+    """Load a transformers model whose checkpoint bitsandbytes quantized, without bitsandbytes.
+
+    The model is built without memory for its weights; each is read once, straight to `device`.
+
+    Args:
+        path_or_id: A folder, or the id of a repository on the Hub.
+        model_class: A model class or auto class of transformers; None for the one that `config.json` names.
+        device: Where the model is put.
+        dtype: Of what is not quantized; the configuration's if None.
+        attn_implementation, trust_remote_code: As for `from_pretrained`.
+        hub_kwargs: `subfolder`, `revision`, `token`, `cache_dir`.
+
+    Returns:
+        The model in eval mode, marked as quantized (see `quantize_model`).
+
+    Raises:
+        QuantizedFileError: The checkpoint is dense or quantized by another method, a file of it is missing or damaged,
+            or a tensor is missing, has the wrong shape or dtype, or does not fit the format; it names file and key.
+        TypeError: An option is unknown.
+
+    Warns:
+        UserWarning: Tensors in the checkpoint that the model has no place for.
+    """
+    from peftkern.integrations import quantized_models as hf
+
+    unknown = sorted(set(hub_kwargs) - set(_HUB_OPTIONS))
+    if unknown:
+        raise TypeError(f"load_quantized: unknown option {unknown[0]!r}; the Hub's are {', '.join(_HUB_OPTIONS)}")
+    source = os.fspath(path_or_id)
+    settings = _settings_of(source, hub_kwargs)
+    checkpoint = Checkpoint(source, device, **hub_kwargs)
+    groups = quantized_prefixes(checkpoint)
+    if not groups:
+        raise QuantizedFileError(source, f"no quantized weight is in it; {_DENSE_ADVICE}")
+    options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    model = hf.build_without_weights(source, model_class, dtype, hub_kwargs, options)
+    places = _Places(model)
+    taken: set[str] = set()
+    for prefix, keys in groups.items():
+        _load_quantized_layer(model, checkpoint, prefix, places.module(prefix), settings)
+        taken.update(keys)
+    loaded, unexpected = _load_dense(model, checkpoint, [key for key in checkpoint if key not in taken], places)
+    _check_complete(model, source, loaded, unexpected)
+    model.to(device)
+    hf.mark_quantized(model, hf.bitsandbytes_config(settings.fields))
+    hf.load_generation_config(model, source, hub_kwargs)
+    return model.eval()
+
+
+_DENSE_ADVICE = "load a dense checkpoint by transformers' from_pretrained, and give it to peftkern.quantize_model"
+
+
+def _settings_of(source: str, hub_kwargs: dict[str, Any]) -> QuantizationSettings:
+    """The `quantization_config` of the checkpoint's `config.json`."""
+    path, config = read_model_config(source, **hub_kwargs)
+    said = config.get("quantization_config")
+    if said is None:
+        raise QuantizedFileError(path, f"the checkpoint is not quantized; {_DENSE_ADVICE}", "quantization_config")
+    if not isinstance(said, dict):
+        raise QuantizedFileError(path, f"expected an object, got {type(said).__name__}", "quantization_config")
+    # Old files do not name the method.
+    method = said.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        reason = f"the checkpoint was quantized by {method!r}, expected 'bitsandbytes'"
+        raise QuantizedFileError(path, reason, "quantization_config")
+    try:
+        return QuantizationSettings.of(said)
+    except (TypeError, ValueError) as error:
+        raise QuantizedFileError(path, str(error), "quantization_config") from error
+
+
+class _Places:
+    """Where names of a checkpoint belong in a model: under the same name, or with the prefix that a base model has in
+    a model with a head ("model.") put before or taken off."""
+
+    def __init__(self, model: Any) -> None:
+        self._base = f"{getattr(model, 'base_model_prefix', '')}."
+        self._modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        self.tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        persistent = set(model.state_dict())
+        self.tensors |= {n: b for n, b in model.named_buffers(remove_duplicate=False) if n in persistent}
+
+    def module(self, prefix: str) -> str | None:
+        return self._found(prefix.removesuffix("."), self._modules)
+
+    def tensor(self, key: str) -> str | None:
+        return self._found(key, self.tensors)
+
+    def _found(self, name: str, known: Any) -> str | None:
+        choices = (name, self._base + name, name.removeprefix(self._base))
+        return next((choice for choice in choices if choice in known), None)
+
+
+def _load_quantized_layer(
+    model: nn.Module, checkpoint: Checkpoint, prefix: str, name: str | None, settings: QuantizationSettings
+) -> None:
+    key = prefix + "weight"
+    file = checkpoint.file_of(key)
+    layer: Any = None if name is None else model.get_submodule(name)
+    if type(layer) is not nn.Linear and not (layer is not None and is_conv1d(layer)):
+        found = f"has no {prefix.removesuffix('.')!r}" if layer is None else f"has a {type(layer).__name__} there"
+        raise QuantizedFileError(
+            file, f"a quantized weight for a linear layer, but {type(model).__name__} {found}", key
+        )
+    weight = read_quantized(checkpoint, prefix, file=file, dtype=layer.weight.dtype)
+    # Conv1D holds its weight as [in, out]; quantized it is stored as [out, in], and is a linear layer from there on.
+    expected = tuple(layer.weight.shape) if type(layer) is nn.Linear else tuple(layer.weight.shape)[::-1]
+    if tuple(weight.shape) != expected:
+        reason = f"its shape is {list(weight.shape)}, {type(model).__name__} expects {list(expected)}"
+        raise QuantizedFileError(file, reason, key)
+    made: Linear4bit | Linear8bit
+    if isinstance(weight, Weight4bit):
+        storage = checkpoint[key].dtype
+        made = Linear4bit.from_weight(weight, layer.bias, compute_dtype=settings.compute_dtype, quant_storage=storage)
+    else:
+        made = Linear8bit.from_weight(weight, layer.bias)
+    made.requires_grad_(False)
+    model.set_submodule(str(name), made)
+
+
+def _load_dense(model: Any, checkpoint: Checkpoint, keys: list[str], places: _Places) -> tuple[set[str], list[str]]:
+    """Put the other tensors into the model; return the names that got one, and the keys that have no place."""
+    in_fp32 = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    if model.dtype == torch.float16:  # transformers keeps these wide for float16's range alone
+        in_fp32 |= {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    loaded, unexpected = set(), []
+    for key in keys:
+        name = places.tensor(key)
+        if name is None:
+            unexpected.append(key)
+            continue
+        target, value = places.tensors[name], checkpoint[key]
+        if value.shape != target.shape or value.is_floating_point() != target.is_floating_point():
+            reason = f"it is {value.dtype} {list(value.shape)}, expected {target.dtype} {list(target.shape)}"
+            raise QuantizedFileError(checkpoint.file_of(key), reason, key)
+        wide = value.is_floating_point() and not in_fp32.isdisjoint(name.split("."))
+        value = value.to(torch.float32 if wide else target.dtype)
+        module_name, _, attribute = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        if isinstance(target, nn.Parameter):
+            trains = target.requires_grad and value.is_floating_point()
+            module._parameters[attribute] = nn.Parameter(value, requires_grad=trains)
+        else:
+            module._buffers[attribute] = value
+        loaded.add(name)
+    return loaded, unexpected
+
+
+def _check_complete(model: Any, source: str, loaded: set[str], unexpected: list[str]) -> None:
+    """Tie what is tied, and raise if a weight has not come."""
+    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])]
+    unexpected = [key for key in unexpected if not any(re.search(pattern, key) for pattern in ignored)]
+    quantized = {name for name, module in model.named_modules() if weight_of(module) is not None}
+    of_layers = {key for name in quantized for key in quantized_keys(f"{name}.")}
+    expected = [name for name in model.state_dict() if name not in of_layers]
+    tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    if hasattr(model, "tie_weights"):
+        _untie_from_missing(model, tied, loaded)
+        model.tie_weights()
+    come = loaded | {target for target, source_name in tied.items() if source_name in loaded}
+    missing = [name for name in expected if name not in come]
+    if missing:
+        found = f"; it has no place for {shorten(unexpected, 3)}" if unexpected else ""
+        raise QuantizedFileError(source, f"{len(missing)} tensors are missing: {shorten(missing)}{found}", missing[0])
+    if unexpected:
+        warnings.warn(f"{source}: no place in the model for {shorten(unexpected)}; left out", stacklevel=3)
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if left:
+        raise RuntimeError(f"{type(model).__name__}: buffers {shorten(left)} are made by torch.empty and in no file")
+
+
+def _untie_from_missing(model: Any, tied: dict[str, str], loaded: set[str]) -> None:
+    """Where a file has a tied weight under its other name, give it to the one that the rest is tied to."""
+    for target, source_name in tied.items():
+        if source_name not in loaded and target in loaded:
+            holder, _, attribute = source_name.rpartition(".")
+            model.get_submodule(holder)._parameters[attribute] = model.get_parameter(target)
+            loaded.add(source_name)
