@@ -15,13 +15,19 @@ if TYPE_CHECKING:
     from peftkern import nn, ops
     from peftkern.auto import AutoPeftModel, AutoPeftModelForCausalLM
     from peftkern.config import PeftConfig
+    from peftkern.estimate import estimate_memory
     from peftkern.explain import explain
+    from peftkern.integrations.chunked_loss import use_chunked_loss
+    from peftkern.loftq import replace_lora_weights_loftq
     from peftkern.mapping import inject_adapter_in_model
     from peftkern.mapping_func import get_peft_model
     from peftkern.peft_model import PeftModel
+    from peftkern.quantize import load_quantized, quantize_model, save_quantized
     from peftkern.tuners.lora import LoraConfig, LoraModel
     from peftkern.utils.adapter_error import AdapterFileError
+    from peftkern.utils.kbit import prepare_model_for_kbit_training
     from peftkern.utils.peft_types import PeftType, TaskType
+    from peftkern.utils.quantized_files import QuantizedFileError
 
 __version__ = "0.1.0"
 
@@ -31,14 +37,20 @@ _TASKS += ["ForQuestionAnswering", "ForFeatureExtraction"]
 # Where each public name lives; a module is imported when one of its names is first used.
 _HOMES = {
     "peftkern.explain": ["explain"],
+    "peftkern.estimate": ["estimate_memory"],
+    "peftkern.integrations.chunked_loss": ["use_chunked_loss"],
     "peftkern.config": ["PeftConfig", "PeftConfigMixin"],
+    "peftkern.loftq": ["replace_lora_weights_loftq"],
     "peftkern.mapping": ["inject_adapter_in_model"],
     "peftkern.mapping_func": ["get_peft_model"],
     "peftkern.peft_model": [f"PeftModel{suffix}" for suffix in _TASKS],
     "peftkern.auto": [f"AutoPeftModel{suffix}" for suffix in _TASKS],
+    "peftkern.quantize": ["load_quantized", "quantize_model", "save_quantized"],
     "peftkern.tuners.lora": ["LoftQConfig", "LoraConfig", "LoraModel", "LoraRuntimeConfig"],
     "peftkern.utils.adapter_error": ["AdapterFileError"],
+    "peftkern.utils.kbit": ["prepare_model_for_kbit_training"],
     "peftkern.utils.peft_types": ["PeftType", "TaskType"],
+    "peftkern.utils.quantized_files": ["QuantizedFileError"],
     "peftkern.utils.save_and_load": [
         "get_peft_model_state_dict",
         "load_peft_weights",

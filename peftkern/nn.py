@@ -14,7 +14,9 @@ from torch import nn
 from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.embedding import Embedding
 from peftkern.tuners.lora.layer import Linear, LoraLayer
-from peftkern.tuners.targets import is_conv1d
+from peftkern.tuners.targets import is_linear
+from peftkern.utils.quantized_modules import Linear4bit, Linear8bit
+from peftkern.weights import QUANT_TYPES
 
 __all__ = ["LoraEmbedding", "LoraLinear"]
 
@@ -35,6 +37,21 @@ def _finish(layer: LoraLayer, adapter_dtype: torch.dtype | None) -> None:
                 container[name] = nn.Parameter(held.detach().to(wanted))
 
 
+def _quantized(linear: nn.Module, quantization: str | None) -> nn.Module:
+    """`linear` with its weight in 4 or 8 bits, or itself if `quantization` is None."""
+    if quantization is None:
+        return linear
+    if quantization not in (*QUANT_TYPES, "int8"):
+        raise ValueError(f"quantization: expected one of {', '.join(QUANT_TYPES)}, int8 or None, got {quantization!r}")
+    if type(linear) is not nn.Linear:
+        raise TypeError(
+            f"quantization={quantization!r}: expected an nn.Linear to quantize, got {type(linear).__name__}"
+        )
+    if quantization == "int8":
+        return Linear8bit.from_linear(linear)
+    return Linear4bit.from_linear(linear, quantization)
+
+
 class LoraLinear(Linear):
     """A frozen linear layer and a trained low-rank adapter: `y = x W^T + b + scaling * dropout(x) A^T B^T`.
 
@@ -47,7 +64,9 @@ class LoraLinear(Linear):
         use_rslora: Scale by `lora_alpha / sqrt(r)`.
         init_lora_weights: True, False or "gaussian": see `LoraConfig`.
         device, dtype: Of the frozen layer; the adapter lies on the same device.
-        adapter_dtype: Of the adapter; None: float32 beside a 16-bit layer, otherwise the layer's.
+        adapter_dtype: Of the adapter; None: float32 beside a 16-bit or quantized layer, otherwise the layer's.
+        quantization: "nf4", "fp4" or "int8" to store the frozen layer in 4 or 8 bits (blocks of 64 with double
+            quantization); None to leave it as it is. A layer's own settings: give `from_linear` a `Linear4bit`.
 
     Raises:
         ValueError, TypeError: A number outside its range, or a layer that is not linear.
@@ -66,6 +85,7 @@ class LoraLinear(Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
+        quantization: str | None = None,
     ) -> None:
         config = LoraConfig(
             r=r,
@@ -74,7 +94,8 @@ class LoraLinear(Linear):
             use_rslora=use_rslora,
             init_lora_weights=init_lora_weights,
         )
-        self._wrap(nn.Linear(in_features, out_features, bias, device, dtype), config, adapter_dtype)
+        linear = _quantized(nn.Linear(in_features, out_features, bias, device, dtype), quantization)
+        self._wrap(linear, config, adapter_dtype)
 
     def _wrap(self, linear: nn.Module, config: LoraConfig, adapter_dtype: torch.dtype | None) -> None:
         super().__init__(linear, ADAPTER, config)
@@ -90,13 +111,15 @@ class LoraLinear(Linear):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
+        quantization: str | None = None,
     ) -> LoraLinear:
-        """Adds an adapter to an `nn.Linear` or transformers' Conv1D; it is kept by reference, and frozen.
+        """Adds an adapter to a linear layer: an `nn.Linear`, transformers' Conv1D, or a quantized one of peftkern or
+        bitsandbytes. It is kept by reference, and frozen; with `quantization` a copy in fewer bits is kept instead.
 
         The other arguments are the class's.
         """
-        if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
-            raise TypeError(f"linear must be an nn.Linear or a Conv1D, got {type(linear).__name__}")
+        if not is_linear(linear):
+            raise TypeError(f"linear must be an nn.Linear, a Conv1D or a quantized one, got {type(linear).__name__}")
         config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha,
@@ -105,7 +128,7 @@ class LoraLinear(Linear):
             init_lora_weights=init_lora_weights,
         )
         layer = cls.__new__(cls)
-        layer._wrap(linear, config, adapter_dtype)
+        layer._wrap(_quantized(linear, quantization), config, adapter_dtype)
         return layer
 
 

@@ -25,6 +25,7 @@ from peftkern.utils.constants import (
 )
 from peftkern.utils.other import AuxiliaryTrainingWrapper
 from peftkern.utils.peft_types import TaskType
+from peftkern.utils.quantized_modules import Linear4bit, Linear8bit
 
 
 def conv1d_class(module: nn.Module) -> type[nn.Module] | None:
@@ -34,6 +35,11 @@ def conv1d_class(module: nn.Module) -> type[nn.Module] | None:
     """
     classes = type(module).__mro__
     return next((c for c in classes if c.__name__ == "Conv1D" and c.__module__.startswith("transformers.")), None)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer: `nn.Linear` (bitsandbytes' are), Conv1D, or one of peftkern's quantized."""
+    return isinstance(module, (nn.Linear, Linear4bit, Linear8bit)) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -223,11 +229,7 @@ def all_linear_names(model: nn.Module, task_type: str | None, inside: set[str], 
         inside: Names of adapted layers and wrappers; what lies in them is never meant.
         linear_like: Those of them that stand in the place of a linear layer.
     """
-    names = {
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or is_conv1d(module)) and not lies_under(name, inside)
-    }
+    names = {name for name, module in model.named_modules() if is_linear(module) and not lies_under(name, inside)}
     return (names | linear_like) - output_head_names(model, task_type)
 
 

@@ -279,12 +279,13 @@ class BaseTuner(nn.Module, ABC):
 
     # -- merging -----------------------------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False, **options: Any) -> None:
         """Adds adapters (default: the active ones) to the base weights; `unmerge_adapter` takes them out.
 
         Args:
             adapter_names: Which.
             safe_merge: Check first that every merged weight is finite; if one is not, none is changed.
+            options: What else the method's layers take in `merge`; LoRA's `requantize`, for one.
 
         Raises:
             TypeError, ValueError: A layer cannot be merged; see its `merge`. None has been changed then.
@@ -294,7 +295,7 @@ class BaseTuner(nn.Module, ABC):
         self._check_names(adapter_names or [])
         self.check_mergeable(adapter_names, safe_merge)
         for layer in self._layers():
-            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, **options)
 
     def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raises for a layer that could not be merged, before any is."""
@@ -305,19 +306,23 @@ class BaseTuner(nn.Module, ABC):
             layer.unmerge()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        **options: Any,
     ) -> nn.Module:
         """The base model with the adapters (default: the active ones) in its weights and every trace of them removed.
 
         Args:
             progressbar: Accepted for PEFT's callers; nothing is shown.
-            safe_merge, adapter_names: See `merge_adapter`.
+            safe_merge, adapter_names, options: See `merge_adapter`.
         """
         self._check_names(adapter_names or [])
         self.check_mergeable(adapter_names, safe_merge)
         for layer in self._layers():
             if set(layer.active_adapters if adapter_names is None else adapter_names) - set(layer.merged_adapters):
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, **options)
         model = self._unload()
         _mark_untied(model)
         return model

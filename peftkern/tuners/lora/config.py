@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -25,15 +26,14 @@ from peftkern.tuners.lora.variant_configs import (
 from peftkern.utils.peft_types import PeftType
 
 # Initializations that PEFT knows and peftkern has not built; `pissa_niter_<n>` is one more.
-_UNBUILT_INITS = ("eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
+_UNBUILT_INITS = ("eva", "olora", "pissa", "corda", "orthogonal", "mica", "lora_ga")
 # Fields whose empty value means the same as their default.
-_OFF_WHEN_EMPTY = ("loftq_config", "alora_invocation_tokens", "layer_replication", "target_parameters")
+_OFF_WHEN_EMPTY = ("alora_invocation_tokens", "layer_replication", "target_parameters")
 # Fields that must keep their default until what they ask for is built.
 _UNBUILT: dict[str, Any] = {
     "megatron_config": None,
     "megatron_core": "megatron.core",
     "trainable_token_indices": None,
-    "loftq_config": {},
     "eva_config": None,
     "corda_config": None,
     "lora_ga_config": None,
@@ -70,13 +70,16 @@ class LoraConfig(PeftConfig):
         use_rslora: Scale by `lora_alpha / sqrt(r)` (arXiv:2312.03732).
         modules_to_save: Suffixes of names of modules to train and save whole.
         init_lora_weights: True: A as `nn.Linear` starts, B zero. "gaussian": A normal with deviation 1 / r, B zero.
-            False: both random, so that the adapter changes the output from the start.
+            False: both random, so that the adapter changes the output from the start. "loftq": A and B make up for what
+            quantizing the base weight loses, which is replaced by the quantized one, dense still (`loftq_config`); for
+            a base in 4 bits already see `peftkern.replace_lora_weights_loftq`.
         layers_to_transform: Indices of the layers to adapt, for `target_modules` as a list.
         layers_pattern: Name of the list of layers (such as "layers" or "h") that those indices count.
         rank_pattern: Name, suffix or regular expression of modules -> their rank.
         alpha_pattern: The same for `lora_alpha`.
+        loftq_config: `LoftQConfig`, or a dict of its fields, where `init_lora_weights` is "loftq"; a dict from then on.
         lora_bias: Give `lora_B` a trained bias.
-        megatron_config, megatron_core, trainable_token_indices, loftq_config, eva_config, corda_config, lora_ga_config,
+        megatron_config, megatron_core, trainable_token_indices, eva_config, corda_config, lora_ga_config,
         use_dora, velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config,
         layer_replication, runtime_config, target_parameters, use_bdlora, arrow_config, kasa_config,
         ensure_weight_tying: PEFT's, not built; anything but the default raises NotImplementedError.
@@ -133,7 +136,28 @@ class LoraConfig(PeftConfig):
         for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
             if getattr(self, name) is None:
                 setattr(self, name, {})
+        self._settle_loftq()
         super().__post_init__()
+
+    def _settle_loftq(self) -> None:
+        """`loftq_config` as a dict with all its fields; empty, as in PEFT, where the initialization is another."""
+        value: Any = self.loftq_config
+        _expect("loftq_config", value, (LoftQConfig, dict), "a LoftQConfig or a dict of its fields")
+        if not value:
+            return
+        if self.init_lora_weights != "loftq":
+            warnings.warn(
+                f"loftq_config={value!r} has no effect with init_lora_weights={self.init_lora_weights!r}: left out",
+                stacklevel=4,
+            )
+            self.loftq_config = {}
+            return
+        fields = vars(LoftQConfig())
+        given = dict(value if isinstance(value, dict) else vars(value))
+        unknown = sorted(str(name) for name in given if name not in fields)
+        if unknown:
+            raise ValueError(f"loftq_config must have no fields but {', '.join(fields)}, got {unknown}")
+        self.loftq_config = fields | given
 
     def check(self) -> None:
         super().check()
@@ -150,6 +174,8 @@ class LoraConfig(PeftConfig):
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
         _check_init(self.init_lora_weights)
+        if self.init_lora_weights == "loftq":
+            _check_loftq(self.loftq_config)
         if self.lora_bias and self.init_lora_weights not in (True, False):
             raise ValueError(f"lora_bias=True needs init_lora_weights True or False, got {self.init_lora_weights!r}")
 
@@ -224,11 +250,25 @@ def _check_alpha(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
+def _check_loftq(settings: Any) -> None:
+    _expect("loftq_config", settings, (dict,), "a dict with the fields of LoftQConfig")
+    if not settings:
+        raise ValueError("init_lora_weights='loftq' needs loftq_config, such as LoftQConfig(), got none")
+    bits, iterations = (settings.get(name) for name in ("loftq_bits", "loftq_iter"))
+    _expect("loftq_bits", bits, (int,), "4 or 8")
+    if bits not in (4, 8):
+        raise ValueError(f"loftq_bits must be 4 (NF4) or 8 (LLM.int8), the formats that layers can hold, got {bits!r}")
+    _expect("loftq_iter", iterations, (int,), "an int of at least 1")
+    if iterations < 1:
+        raise ValueError(f"loftq_iter must be an int of at least 1, got {iterations!r}")
+
+
 def _check_init(value: Any) -> None:
-    _expect("init_lora_weights", value, (bool, str), "True, False or 'gaussian'")
-    if isinstance(value, str) and value.lower() != "gaussian":
+    _expect("init_lora_weights", value, (bool, str), "True, False, 'gaussian' or 'loftq'")
+    if isinstance(value, str) and value.lower() != "gaussian" and value != "loftq":
         if value.lower() in _UNBUILT_INITS or value.lower().startswith("pissa_niter_"):
             raise NotImplementedError(
-                f"LoraConfig.init_lora_weights={value!r} is not built in peftkern; True, False and 'gaussian' are"
+                f"LoraConfig.init_lora_weights={value!r} is not built in peftkern; True, False, 'gaussian' and "
+                "'loftq' are"
             )
-        raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {value!r}")
+        raise ValueError(f"init_lora_weights must be True, False, 'gaussian' or 'loftq', got {value!r}")

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkern.utils.quantized_modules import weight_of
+from peftkern.weights import Weight4bit, Weight8bit
+
 _PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
+# Linear layers with a quantized weight whose forward is known: these classes of these packages.
+_QUANTIZED_CLASSES = ("Linear4bit", "Linear8bit", "Linear8bitLt")
+_QUANTIZED_PACKAGES = ("bitsandbytes.", "peftkern.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +26,7 @@ class ExplainRow:
         kind: The class of the base layer.
         in_features, out_features: Of the base layer (num_embeddings and embedding_dim of an embedding).
         r: Total rank of the active adapters.
-        dtype: Of the base weight.
+        dtype: Of the base weight; of a quantized one, what it was quantized from.
         fused: Whether forward is one operation of `peftkern.ops`.
         reason: Why not, or "" if it is.
     """
@@ -66,6 +72,23 @@ def why_called_as_is(module: nn.Module, forward: Any) -> str:
     if "parametrizations" in held["_modules"]:
         return "its weight is parametrized"
     return ""
+
+
+def quantized_weight(module: nn.Module) -> Weight4bit | Weight8bit | None:
+    """The quantized weight of a layer whose forward is known, on a device; None of any other layer."""
+    if type(module) is nn.Linear or not isinstance(module, nn.Module):
+        return None
+    weight = weight_of(module)
+    return None if weight is None or weight.device.type == "meta" else weight
+
+
+def quantized_forward(module: nn.Module) -> Any:
+    """The forward that a layer with a quantized weight has from bitsandbytes or peftkern."""
+    kinds: tuple[Any, ...] = type(module).__mro__
+    for kind in kinds:
+        if kind.__name__ in _QUANTIZED_CLASSES and kind.__module__.startswith(_QUANTIZED_PACKAGES):
+            return kind.forward
+    return None
 
 
 def plain_weight(module: nn.Module) -> torch.Tensor | None:

@@ -17,13 +17,25 @@ from torch import nn
 
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear
+from peftkern.ops.linear_quantized import linear_quantized
 from peftkern.ops.lora_linear import plan_for
+from peftkern.ops.lora_linear_quantized import plan_for as plan_for_quantized
 from peftkern.ops.plan import Plan
 from peftkern.tuners.lora.config import LoraConfig
-from peftkern.tuners.lora.fusing import ExplainRow, bare_weight, plain_weight, why_called_as_is
+from peftkern.tuners.lora.fusing import (
+    ExplainRow,
+    bare_weight,
+    plain_weight,
+    quantized_forward,
+    quantized_weight,
+    why_called_as_is,
+)
+from peftkern.tuners.lora.loftq import initialize_loftq
 from peftkern.tuners.lora.merging import delta_weight, merge_adapters, unmerge_adapters
+from peftkern.tuners.lora.merging_quantized import is_merged_into_dense
 from peftkern.tuners.targets import conv1d_class
 from peftkern.tuners.tuner_layer import BaseTunerLayer
+from peftkern.weights import Weight
 
 
 class LoraLayer(BaseTunerLayer):
@@ -82,7 +94,10 @@ class LoraLayer(BaseTunerLayer):
         p = config.lora_dropout
         self.lora_dropout[adapter_name] = nn.Dropout(p) if p > 0 else nn.Identity()
         self._make_weights(adapter_name, r, config.lora_bias)
-        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        if config.init_lora_weights == "loftq":
+            initialize_loftq(self, adapter_name, config)
+        else:
+            self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -124,18 +139,21 @@ class LoraLayer(BaseTunerLayer):
         for name in self._active_here():
             self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds adapters to the base weight, in place.
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, requantize: bool = False
+    ) -> None:
+        """Adds adapters to the base weight, in place; to a quantized one by putting a dense layer in its place.
 
         Args:
             safe_merge: Check that the sums are finite before the weight is touched.
             adapter_names: Which; None for the active ones.
+            requantize: Quantize what is merged into a quantized base again; a warning tells the measured error.
 
         Raises:
             TypeError: The weight is no plain floating-point tensor.
             ValueError: A sum is not finite (`safe_merge`), or there is no bias to merge a `lora_bias` into.
         """
-        merge_adapters(self, safe_merge, adapter_names)
+        merge_adapters(self, safe_merge, adapter_names, requantize)
 
     def unmerge(self) -> None:
         """Subtracts every merged adapter from the base weight."""
@@ -164,13 +182,14 @@ class LoraLayer(BaseTunerLayer):
         else:
             reason = self._why_not_fused(names)
         base = self.get_base_layer()
+        weight = quantized_weight(base) or getattr(base, "weight", None)
         return ExplainRow(
             name,
             type(base).__name__,
             self.in_features,
             self.out_features,
             sum(self.r[n] for n in names),
-            getattr(getattr(base, "weight", None), "dtype", None),
+            getattr(weight, "dtype", None),
             not reason,
             reason,
         )
@@ -257,10 +276,11 @@ class Linear(LoraLayer, nn.Module):
         # Runs at every forward: dicts rather than attributes, which nn.Module looks up slowly.
         held: dict[str, Any] = self._modules
         base = held["base_layer"]
-        reason = why_called_as_is(base, self._plain_forward)
+        quantized = quantized_weight(base)
+        reason = why_called_as_is(base, self._plain_forward if quantized is None else quantized_forward(base))
         if reason:
             return f"base layer: {reason}"
-        weight = plain_weight(base)
+        weight = plain_weight(base) if quantized is None else quantized
         if weight is None:
             return f"base layer: its weight is {_describe(base)}"
         for name in names:
@@ -271,7 +291,7 @@ class Linear(LoraLayer, nn.Module):
                 part = plain_weight(module)
                 if part is None:
                     return f"adapter {name!r}: its weight is {_describe(module)}"
-                if part.dtype != weight.dtype and part.dtype != torch.float32:
+                if quantized is None and part.dtype != weight.dtype and part.dtype != torch.float32:
                     return f"adapter {name!r}: {part.dtype} beside a base weight of {weight.dtype}"
             dropout = held["lora_dropout"]._modules[name]
             if type(dropout) not in (nn.Dropout, nn.Identity):
@@ -286,12 +306,22 @@ class Linear(LoraLayer, nn.Module):
         if not row.fused:
             return Plan("unfused", row.reason)
         weight = self._weight_by_rows()
+        dtype = self._compute_dtype(weight.dtype)
         # One row seen `tokens` times: the plan looks at sizes, strides and dtype only.
-        x = weight.new_empty(1, 1, self.in_features).expand(tokens, 1, -1)
-        return plan_for(x, weight, row.r, current_backend())
+        x = torch.empty(1, 1, self.in_features, dtype=dtype, device=weight.device).expand(tokens, 1, -1)
+        if isinstance(weight, torch.Tensor):
+            return plan_for(x, weight, row.r, current_backend())
+        return plan_for_quantized(x, weight, row.r, current_backend())
 
-    def _weight_by_rows(self) -> torch.Tensor:
+    def _compute_dtype(self, default: torch.dtype) -> torch.dtype:
+        """What a quantized base layer casts its input to, else `default`."""
+        return getattr(self._modules["base_layer"], "compute_dtype", None) or default
+
+    def _weight_by_rows(self) -> Weight:
         """The base weight as [out_features, in_features]."""
+        quantized = quantized_weight(self._modules["base_layer"])  # type: ignore[arg-type]
+        if quantized is not None:
+            return quantized
         weight = plain_weight(self._modules["base_layer"])  # type: ignore[arg-type]
         if weight is None:
             raise ValueError("the base layer's weight is no plain tensor on a device")
@@ -338,11 +368,11 @@ class Linear(LoraLayer, nn.Module):
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return self._base_alone(x, *args, **kwargs)
         _refuse_adapter_names(kwargs)
         names = self._active_here()
         if self.merged_adapters or not names:
-            return self.base_layer(x, *args, **kwargs)
+            return self._base_alone(x, *args, **kwargs)
         if args or kwargs or self._why_not_fused(names):
             return self._add_plain(self.base_layer(x, *args, **kwargs), x, names)
         held: dict[str, Any] = self._modules
@@ -351,6 +381,21 @@ class Linear(LoraLayer, nn.Module):
             # Each adapter drops elements of its own, so they share no shrink.
             return self._add_plain(self._fused(x, names[:1], dropouts[0]), x, names[1:])
         return self._fused(x, names, dropouts[0])
+
+    def _base_alone(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer without adapters, by the arithmetic that it has with them.
+
+        bitsandbytes' own forward would repack its weight for a CPU in eval mode, and round its scales.
+        """
+        base: Any = self._modules["base_layer"]
+        quantized = quantized_weight(base)
+        if quantized is not None and not args and not kwargs:
+            if not why_called_as_is(base, quantized_forward(base)):
+                dtype = self._compute_dtype(x.dtype)
+                return linear_quantized(x.to(dtype), quantized, base.bias).to(x.dtype)
+        elif is_merged_into_dense(self):
+            return base(x.to(base.weight.dtype), *args, **kwargs).to(x.dtype)
+        return base(x, *args, **kwargs)
 
     def _fused(self, x: torch.Tensor, names: list[str], dropout: nn.Module) -> torch.Tensor:
         """The base and these adapters, which all see x through `dropout`, as one operation."""
@@ -370,7 +415,17 @@ class Linear(LoraLayer, nn.Module):
             B = torch.cat([B * self.scaling[name] for name, B in zip(names, Bs, strict=True)], dim=1)
             scaling = 1.0
         p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
-        return lora_linear(x, self._weight_by_rows(), A, B, scaling, bias, dropout_p=p, training=dropout.training)
+        weight = self._weight_by_rows()
+        options: dict[str, Any] = {"dropout_p": p, "training": dropout.training}
+        if isinstance(weight, torch.Tensor):
+            return lora_linear(x, weight, A, B, scaling, bias, **options)
+        # As a quantized layer does by itself: computed in its own dtype, whatever x has.
+        dtype = self._compute_dtype(x.dtype)
+        if A.dtype not in (dtype, torch.float32):
+            A, B = A.to(dtype), B.to(dtype)
+        if bias is not None and bias.dtype not in (dtype, torch.float32):
+            bias = bias.to(dtype)
+        return lora_linear(x.to(dtype), weight, A, B, scaling, bias, **options).to(x.dtype)
 
     def _add_plain(self, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
         """`y` plus each adapter's part, by calling the modules; in y's dtype."""

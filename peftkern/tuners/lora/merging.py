@@ -1,7 +1,8 @@
 """Adding LoRA adapters to the base weight and taking them out again.
 
 `W <- W + scaling * B A`, and with `lora_bias` also `b <- b + scaling * b_B`. The sum is taken in the wider of the two
-dtypes and rounded once, into the weight's own storage, so that what is tied to the weight stays tied.
+dtypes and rounded once, into the weight's own storage, so that what is tied to the weight stays tied. A quantized
+weight is merged in another way: see merging_quantized.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peftkern.tuners.lora.merging_quantized import (
+    is_merged_into_dense,
+    merge_quantized,
+    merged_sum,
+    unmerge_quantized,
+)
 from peftkern.tuners.tuner_layer import check_adapters_to_merge
+from peftkern.utils.quantized_modules import weight_of
 
 if TYPE_CHECKING:
     from peftkern.tuners.lora.layer import LoraLayer
@@ -39,7 +47,7 @@ def check_mergeable(layer: LoraLayer, adapter_names: list[str]) -> None:
     """Raises for a base layer whose weight cannot be changed in place, before anything is changed.
 
     Raises:
-        TypeError: The weight is quantized, sharded, parametrized or otherwise no plain floating-point tensor.
+        TypeError: The weight is sharded, parametrized or otherwise neither a plain floating-point tensor nor quantized.
         ValueError: The weight is on the meta device, or there is no bias to merge a `lora_bias` into.
     """
     base = layer.get_base_layer()
@@ -47,7 +55,7 @@ def check_mergeable(layer: LoraLayer, adapter_names: list[str]) -> None:
     kind = type(base).__name__
     if "parametrizations" in base._modules:
         raise TypeError(f"cannot merge into a {kind} whose weight is parametrized: remove the parametrization first")
-    if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point():
+    if weight_of(base) is None and (type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point()):
         found = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, torch.Tensor) else repr(weight)
         raise TypeError(f"cannot merge into a {kind} whose weight is {found}: it must be a plain floating-point tensor")
     if weight.device.type == "meta":
@@ -58,10 +66,13 @@ def check_mergeable(layer: LoraLayer, adapter_names: list[str]) -> None:
 
 
 @torch.no_grad()
-def merge_adapters(layer: LoraLayer, safe_merge: bool, adapter_names: list[str] | None) -> None:
+def merge_adapters(
+    layer: LoraLayer, safe_merge: bool, adapter_names: list[str] | None, requantize: bool = False
+) -> None:
     """Merges the adapters that `layer` has among `adapter_names` (default: the active ones).
 
-    With `safe_merge` all sums are computed and checked before the weight is touched.
+    With `safe_merge` all sums are computed and checked before the weight is touched. `requantize`: see
+    `merge_quantized`; it says nothing of a dense weight.
 
     Raises:
         ValueError, TypeError: See `check_mergeable`; or, with `safe_merge`, a merged weight would not be finite.
@@ -71,7 +82,9 @@ def merge_adapters(layer: LoraLayer, safe_merge: bool, adapter_names: list[str] 
     if not names:
         return
     check_mergeable(layer, names)
-    if safe_merge:
+    if is_merged_into_dense(layer) or weight_of(layer.get_base_layer()) is not None:
+        merge_quantized(layer, names, safe_merge, requantize)
+    elif safe_merge:
         weight, bias = checked_merge(layer, names)
         layer.weight.data.copy_(weight)
         if bias is not None:
@@ -84,7 +97,13 @@ def merge_adapters(layer: LoraLayer, safe_merge: bool, adapter_names: list[str] 
 
 @torch.no_grad()
 def unmerge_adapters(layer: LoraLayer) -> None:
-    """Subtracts what was merged, last first; adapters that were changed since leave the difference behind."""
+    """Subtracts what was merged, last first; adapters that were changed since leave the difference behind.
+
+    A quantized weight comes back as it was.
+    """
+    if is_merged_into_dense(layer):
+        unmerge_quantized(layer)
+        return
     while layer.merged_adapters:
         _add(layer, layer.merged_adapters[-1], -1)
         layer.merged_adapters.pop()
@@ -97,7 +116,12 @@ def checked_merge(layer: LoraLayer, names: list[str]) -> tuple[torch.Tensor, tor
     Raises:
         ValueError: One of them is not finite.
     """
-    weight, bias = layer.weight, getattr(layer.get_base_layer(), "bias", None)
+    base = layer.get_base_layer()
+    weight, bias = layer.weight, getattr(base, "bias", None)
+    if weight_of(base) is not None:
+        if not torch.isfinite(merged_sum(layer, names)).all():
+            raise ValueError(f"merging {names} would make the weight not finite: nothing was merged here")
+        return weight, bias
     for name in names:
         weight = (weight + layer.get_delta_weight(name)).to(weight.dtype)
         bias_delta = layer.get_delta_bias(name)

@@ -10,7 +10,7 @@ from torch import nn
 from peftkern.tuners.lora.embedding import Embedding
 from peftkern.tuners.lora.layer import Linear, LoraLayer, check_adapter_name
 from peftkern.tuners.lora.merging import check_mergeable, checked_merge
-from peftkern.tuners.targets import check_mamba_target, get_pattern_key, is_conv1d
+from peftkern.tuners.targets import check_mamba_target, get_pattern_key, is_conv1d, is_linear
 from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.tuners.tuners_utils import BaseTuner
 from peftkern.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -34,7 +34,7 @@ class LoraModel(BaseTuner):
         base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
         if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LoraLayer):
             raise ValueError(f"target_modules names {key!r}, which another method adapted ({type(target).__name__})")
-        if not isinstance(base, (nn.Linear, nn.Embedding)) and not is_conv1d(base):
+        if not isinstance(base, nn.Embedding) and not is_linear(base):
             raise ValueError(
                 f"target_modules names {key!r}, a {type(base).__name__}: LoRA adapts nn.Linear, nn.Embedding and "
                 "transformers' Conv1D (name the linear layers inside it, or keep it out with exclude_modules)"

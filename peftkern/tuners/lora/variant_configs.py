@@ -1,6 +1,6 @@
 """The nested configurations of LoRA's variants: PEFT's names and defaults, so that user code and files parse.
 
-None of the variants is built: `LoraConfig` refuses them by name. The classes exist because PEFT's users import them.
+LoftQ is built; `LoraConfig` refuses the others by name. Their classes exist because PEFT's users import them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ class LoraRuntimeConfig:
 
 @dataclass
 class LoftQConfig:
-    """LoftQ: adapters that start as the quantization error of the base weight (arXiv:2310.08659)."""
+    """LoftQ: adapters that start as the quantization error of the base weight (arXiv:2310.08659).
+
+    Args:
+        loftq_bits: 4 (NF4, blocks of 64, no double quantization) or 8 (LLM.int8), as in PEFT 0.21.2. 2 bits, which
+            older releases simulated, are refused: no layer can hold them.
+        loftq_iter: How often quantizing and decomposing take turns, at least 1.
+    """
 
     loftq_bits: int = 4
     loftq_iter: int = 1

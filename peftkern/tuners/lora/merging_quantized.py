@@ -1,0 +1,128 @@
+"""Merging LoRA adapters into a base layer whose weight is quantized.
+
+Four bits do not hold a merged weight: what an adapter changes is smaller than a step between two codes. So merging
+makes a dense layer, in the dtype that the weight was quantized from, and puts it in the base layer's place:
+
+    W = round(dequantize(W_q) + sum of scaling * B A)        in float32, rounded once
+
+The quantized layer is kept beside it (an eighth to a quarter of the dense one) and comes back when adapters are taken
+out again, to the bit. On request the sum is quantized anew, with the settings of the old weight, and a warning says
+what that cost.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peftkern.ops import dequantize, quantize_4bit, quantize_8bit
+from peftkern.utils.quantized_modules import Linear4bit, Linear8bit, weight_of
+from peftkern.weights import Weight4bit, Weight8bit
+
+if TYPE_CHECKING:
+    from peftkern.tuners.lora.layer import LoraLayer
+
+# The name under which a merged layer keeps its quantized base: no submodule, so it is in no state dict.
+_KEPT = "_quantized_base"
+
+
+def is_merged_into_dense(layer: LoraLayer) -> bool:
+    """Whether a merged, dense (or requantized) layer stands in the place of the layer's quantized base."""
+    return _KEPT in layer.__dict__
+
+
+def merged_sum(layer: LoraLayer, names: list[str]) -> torch.Tensor:
+    """The base weight, which is quantized, with `names` merged: float32 [out_features, in_features]."""
+    total = _dense(layer.get_base_layer())
+    for name in names:
+        total += layer.get_delta_weight(name)
+    return total
+
+
+def _dense(base: nn.Module) -> torch.Tensor:
+    weight: Any = weight_of(base)
+    return dequantize(weight, torch.float32)
+
+
+@torch.no_grad()
+def merge_quantized(layer: LoraLayer, names: list[str], safe_merge: bool, requantize: bool) -> None:
+    """Puts a layer with `names` merged in the place of the layer's quantized base.
+
+    Args:
+        layer: Its base is quantized, or was when adapters were merged before.
+        names: Adapters of the layer that are not merged yet.
+        safe_merge: Check that the sum is finite first.
+        requantize: Quantize the sum again, rather than keep it dense.
+
+    Raises:
+        ValueError: The sum is not finite (`safe_merge`), or adapters are merged already the other way.
+    """
+    base: Any = layer.__dict__.get(_KEPT) or layer.get_base_layer()
+    weight: Any = weight_of(base)
+    if is_merged_into_dense(layer) and requantize != (weight_of(layer.get_base_layer()) is not None):
+        raise ValueError(
+            f"requantize={requantize}: {layer.merged_adapters} are merged the other way; unmerge them first"
+        )
+    all_names = [*layer.merged_adapters, *names]
+    total = dequantize(weight, torch.float32)
+    for name in all_names:
+        total += layer.get_delta_weight(name)
+    bias = _merged_bias(layer, base, all_names)
+    for what, t in (("weight", total), ("bias", bias)):
+        if safe_merge and t is not None and not t.isfinite().all():
+            raise ValueError(f"merging {names} would make the {what} not finite: nothing was merged here")
+    merged = _requantized(layer, weight, total, bias, base) if requantize else _dense_layer(weight, total, bias)
+    merged.train(base.training)
+    layer.__dict__[_KEPT] = base
+    layer.base_layer = merged
+
+
+def unmerge_quantized(layer: LoraLayer) -> None:
+    """Puts the quantized base back, on the device where its stand-in was."""
+    base = layer.__dict__.pop(_KEPT)
+    layer.base_layer = base.to(layer.get_base_layer().weight.device)
+    layer.merged_adapters.clear()
+
+
+def _merged_bias(layer: LoraLayer, base: Any, names: list[str]) -> torch.Tensor | None:
+    bias = None if base.bias is None else base.bias.detach().clone()
+    for name in names:
+        delta = layer.get_delta_bias(name)
+        if bias is not None and delta is not None:
+            bias = (bias + delta).to(bias.dtype)
+    return bias
+
+
+def _dense_layer(weight: Weight4bit | Weight8bit, total: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    N, K = total.shape
+    made = nn.Linear(K, N, bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(total.to(weight.dtype), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+    return made
+
+
+def _requantized(
+    layer: LoraLayer, weight: Weight4bit | Weight8bit, total: torch.Tensor, bias: torch.Tensor | None, base: Any
+) -> nn.Module:
+    """A layer with the sum in the format of `weight`; warns with the measured error."""
+    made: Any
+    if isinstance(weight, Weight4bit):
+        again: Any = quantize_4bit(total.to(weight.dtype), weight.quant_type, weight.blocksize, weight.nested)
+        made = Linear4bit.from_weight(again, bias, compute_dtype=base.compute_dtype)
+    else:
+        again = quantize_8bit(total.to(weight.dtype))
+        made = Linear8bit.from_weight(again, bias)
+    error = (dequantize(again, torch.float32) - total).norm().item()
+    change = (total - dequantize(weight, torch.float32)).norm().item()
+    warnings.warn(
+        f"requantizing a merged {layer.out_features} x {layer.in_features} weight moved it by {error:.3g} (norm of the "
+        f"difference; the weight's is {total.norm().item():.3g}), where the adapters changed it by {change:.3g}: "
+        f"{'more' if error > change else 'less'} was lost than was merged. Merge into a dense layer to keep it all "
+        "(requantize=False)",
+        stacklevel=5,
+    )
+    return made
