@@ -38,6 +38,8 @@ class Rival:
         version: of the package it comes from.
         unavailable: why it cannot run in this process, or "".
         needs_gpu, takes_dropout, sixteen_bit_only: what it does not do without, or at all.
+        most_tokens: that it takes; 0 for any number.
+        path: the path that it is held to, "" where it chooses.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Rival:
     needs_gpu: bool = False
     takes_dropout: bool = True
     sixteen_bit_only: bool = False
+    most_tokens: int = 0
+    path: str = ""
 
     def why_not(self, problem: Problem, device: torch.device) -> str:
         """Why it cannot take this problem on this device, or ""."""
@@ -62,6 +66,8 @@ class Rival:
             return "has no dropout"
         if self.sixteen_bit_only and problem.dtype.itemsize != 2:
             return "the same as another mode in fp32"
+        if 0 < self.most_tokens < problem.M:
+            return f"for at most {self.most_tokens} tokens"
         return ""
 
     def context(self, problem: Problem, device: torch.device) -> contextlib.AbstractContextManager[Any]:

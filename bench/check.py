@@ -75,7 +75,12 @@ def check(work: LinearWorkload, truth: Truth, subject: Subject) -> dict[str, flo
     """
     p = work.problem
     if len(subject.inputs) == 1:
-        return {"y": _compare("y", subject.forward().detach(), truth.base, p.dtype, p.K)}
+        (dx,) = subject.forward_backward()
+        base_dx = work.dy.double() @ work.linear.weight.double()
+        return {
+            "y": _compare("y", subject.forward().detach(), truth.base, p.dtype, p.K),
+            "dX": _compare("dX", dx, base_dx, p.dtype, p.N),
+        }
     if p.dropout:
         subject.module.eval()
     y, (dx, da, db) = subject.forward().detach(), subject.forward_backward()

@@ -1,11 +1,14 @@
 """A training step on the CPU: peftkern's beside PEFT's, with what both save for backward and what one call costs.
 
-    python -m bench.cpu_step [--pairs 21] [--seconds 100] [--threads 2] [--smoke] [--out DIR]
+    python -m bench.cpu_step [--pairs 21] [--seconds 100] [--processes 3] [--threads 2] [--smoke] [--out DIR]
 
 The model is a Llama of four layers (hidden 512, intermediate 1376, 8 heads, vocabulary 4096) on 4 x 128 tokens, with
 LoRA of rank 16 on all linear layers; the step is forward + loss + backward + AdamW on the adapters. Both libraries
 have the same weights, adapters and data; loss and gradients are compared before anything is timed. Steps run in
-pairs, one of each library, the first of a pair taking turns; the figure is the median of the pairs' ratios. Where the
+pairs, one of each library, the first of a pair taking turns; the figure is the median of the pairs' ratios. After each
+pair the same model takes a step without adapters or optimizer, gradients flowing to the embeddings' output: what it
+takes of PEFT's time is the least that any adapter code could reach. Each mode runs in fresh processes, since what the
+allocator has served before changes a step by up to a quarter, and its pairs are split between several. Where the
 processor has no bfloat16 matrix instructions a step takes PEFT many seconds, so a mode stops at `--seconds` with at
 least three pairs; and there bfloat16 is measured twice, as it runs and with peftkern held to torch's own bfloat16
 products, which shows what fusing alone is worth. The result goes to bench/results/cpu-<processor>/step.json.
@@ -15,11 +18,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,13 +99,17 @@ def held_to(path: str | None) -> Iterator[None]:
         module.plan_for = choose
 
 
+def batch(size: Size) -> torch.Tensor:
+    """Token ids [batch, tokens], the same for everybody."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(size.vocabulary, (size.batch, size.tokens), generator=generator)
+
+
 class Trainee:
     """A model, its optimizer and one batch."""
 
     def __init__(self, model: nn.Module, size: Size, mode: Mode) -> None:
-        self.model, self.mode = model, mode
-        generator = torch.Generator().manual_seed(2)
-        self.ids = torch.randint(size.vocabulary, (size.batch, size.tokens), generator=generator)
+        self.model, self.mode, self.ids = model, mode, batch(size)
         self.parameters = [p for _, p in adapters_of(model)]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
 
@@ -119,6 +129,18 @@ class Trainee:
 
     def gradients(self) -> list[torch.Tensor]:
         return list(torch.autograd.grad(self.loss(), self.parameters))
+
+
+class Untrained(Trainee):
+    """The base model by itself, all of it frozen: forward, and backward as far as the embeddings' output."""
+
+    def __init__(self, base: nn.Module, size: Size, mode: Mode) -> None:
+        model: Any = copy.deepcopy(base).requires_grad_(False).train()
+        model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+        self.model, self.mode, self.ids = model, mode, batch(size)
+
+    def step(self) -> None:
+        self.loss().backward()
 
 
 def check_pair(ours: Trainee, theirs: Trainee, exact: Trainee) -> dict[str, float]:
@@ -186,44 +208,82 @@ def saved(trainee: Trainee) -> tuple[int, int]:
     return whole.total, inside.total
 
 
-def pair_times(ours: Trainee, theirs: Trainee, pairs: int, seconds: float) -> tuple[list[float], list[float]]:
-    """Seconds of each step, pair by pair; the first of a pair takes turns. At least three pairs, however long."""
-    taken: tuple[list[float], list[float]] = ([], [])
-    for trainee in (ours, theirs):
+Times = dict[str, list[float]]  # "peftkern", "peft", "frozen" -> seconds of each step, pair by pair
+
+
+def pair_times(ours: Trainee, theirs: Trainee, frozen: Trainee, pairs: int, seconds: float, least: int) -> Times:
+    """Steps of the two libraries in pairs, whose first takes turns, and one of the frozen model after each.
+
+    Stops after `pairs` pairs, or after `least` if the pairs have taken `seconds`.
+    """
+    taken: Times = {"peftkern": [], "peft": [], "frozen": []}
+    for trainee in (ours, theirs, frozen):
         trainee.step()
     for i in range(pairs):
-        if i >= 3 and sum(taken[0]) + sum(taken[1]) > seconds:
+        if i >= least and sum(taken["peftkern"]) + sum(taken["peft"]) > seconds:
             break
-        order = ((0, ours), (1, theirs)) if i % 2 == 0 else ((1, theirs), (0, ours))
-        for which, trainee in order:
+        order = [("peftkern", ours), ("peft", theirs)]
+        for name, trainee in [*(order if i % 2 == 0 else reversed(order)), ("frozen", frozen)]:
             start = time.perf_counter()
             trainee.step()
-            taken[which].append(time.perf_counter() - start)
+            taken[name].append(time.perf_counter() - start)
     return taken
 
 
-def measure_mode(size: Size, mode: Mode, pairs: int, seconds: float) -> dict[str, Any]:
-    """Everything about one mode."""
-    with held_to(mode.path):
-        return _measure_mode(size, mode, pairs, seconds)
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One process's share of a mode: its pairs, and whether it is the one that also compares results and memory."""
+
+    pairs: int
+    seconds: float
+    least: int
+    check: bool
 
 
-def _measure_mode(size: Size, mode: Mode, pairs: int, seconds: float) -> dict[str, Any]:
+def shares(pairs: int, seconds: float, processes: int) -> list[Share]:
+    """`pairs` and `seconds` split between the processes; at least three pairs together, however long."""
+    counts = [len(range(i, pairs, processes)) for i in range(min(processes, pairs))]
+    least = -(-3 // len(counts))
+    return [Share(count, seconds / len(counts), least, check=i == 0) for i, count in enumerate(counts)]
+
+
+def measure_share(size: Size, mode: Mode, share: Share, threads: int) -> tuple[Times, dict[str, Any]]:
+    """The times of one process, and what it found before timing if it checks."""
     import peft
 
     import peftkern
 
-    base = llama(size, mode.dtype)
-    ours = Trainee(adapt(peftkern, base, mode.dropout, mode.autocast), size, mode)
-    theirs = Trainee(adapt(peft, base, mode.dropout, mode.autocast), size, mode)
-    exact = Trainee(adapt(peft, base, 0.0, False).float(), size, Mode(torch.float32, False, 0.0))
-    errors = check_pair(ours, theirs, exact)
-    del exact
-    check_dropout(ours)
-    check_dropout(theirs)
-    saved_ours, saved_theirs = saved(ours), saved(theirs)
-    taken = pair_times(ours, theirs, pairs, seconds)
-    ratios = sorted(a / b for a, b in zip(*taken, strict=True))
+    torch.set_num_threads(threads)
+    with held_to(mode.path):
+        base = llama(size, mode.dtype)
+        ours = Trainee(adapt(peftkern, base, mode.dropout, mode.autocast), size, mode)
+        theirs = Trainee(adapt(peft, base, mode.dropout, mode.autocast), size, mode)
+        found: dict[str, Any] = {}
+        if share.check:
+            exact = Trainee(adapt(peft, base, 0.0, False).float(), size, Mode(torch.float32, False, 0.0))
+            errors = check_pair(ours, theirs, exact)
+            check_dropout(ours)
+            check_dropout(theirs)
+            found = saved_fields(saved(ours), saved(theirs)) | {"errors": errors}
+            del exact
+        frozen = Untrained(base, size, mode)
+        return pair_times(ours, theirs, frozen, share.pairs, share.seconds, share.least), found
+
+
+def saved_fields(ours: tuple[int, int], theirs: tuple[int, int]) -> dict[str, Any]:
+    """What `saved` says of both, as fields of a row."""
+    return {
+        "saved_bytes": {"peftkern": ours[0], "peft": theirs[0]},
+        "saved_ratio": ours[0] / theirs[0],
+        "saved_in_layers": {"peftkern": ours[1], "peft": theirs[1]},
+        "saved_in_layers_ratio": ours[1] / theirs[1],
+    }
+
+
+def row_of(mode: Mode, times: list[Times], found: dict[str, Any]) -> dict[str, Any]:
+    """The row of a mode from the times of its processes, pooled."""
+    pooled = {name: [second for share in times for second in share[name]] for name in times[0]}
+    ratios = sorted(a / b for a, b in zip(pooled["peftkern"], pooled["peft"], strict=True))
     last = len(ratios) - 1
     return {
         "mode": mode.key,
@@ -231,19 +291,37 @@ def _measure_mode(size: Size, mode: Mode, pairs: int, seconds: float) -> dict[st
         "autocast": mode.autocast,
         "dropout": mode.dropout,
         "path": mode.path,
-        "peftkern_ms": 1e3 * statistics.median(taken[0]),
-        "peft_ms": 1e3 * statistics.median(taken[1]),
+        **{f"{name}_ms": 1e3 * statistics.median(seconds) for name, seconds in pooled.items()},
         "ratio": statistics.median(ratios),
         "ratio_p10": ratios[round(0.1 * last)],
         "ratio_p90": ratios[round(0.9 * last)],
         "pairs": len(ratios),
-        "saved_bytes": {"peftkern": saved_ours[0], "peft": saved_theirs[0]},
-        "saved_ratio": saved_ours[0] / saved_theirs[0],
-        "saved_in_layers": {"peftkern": saved_ours[1], "peft": saved_theirs[1]},
-        "saved_in_layers_ratio": saved_ours[1] / saved_theirs[1],
-        "errors": errors,
+        "ratio_by_process": [
+            statistics.median(a / b for a, b in zip(t["peftkern"], t["peft"], strict=True)) for t in times
+        ],
+        "frozen_ratio": statistics.median(a / b for a, b in zip(pooled["frozen"], pooled["peft"], strict=True)),
+        **found,
         "targets": mode.targets(),
     }
+
+
+def measure_mode(size: Size, mode: Mode, pairs: int, seconds: float) -> dict[str, Any]:
+    """Everything about one mode, in this process."""
+    (share,) = shares(pairs, seconds, 1)
+    times, found = measure_share(size, mode, share, torch.get_num_threads())
+    return row_of(mode, [times], found)
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` returns in a new process, or the error that it raises there."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure_in_processes(size: Size, mode: Mode, split: list[Share], threads: int) -> dict[str, Any]:
+    """Everything about one mode, each share in a process of its own, one after the other."""
+    parts = [in_fresh_process(measure_share, size, mode, share, threads) for share in split]
+    return row_of(mode, [times for times, _ in parts], parts[0][1])
 
 
 def call_overhead(dtype: torch.dtype, adapter_dtype: torch.dtype, rounds: int, reps: int) -> dict[str, Any]:
@@ -291,6 +369,13 @@ def call_overhead(dtype: torch.dtype, adapter_dtype: torch.dtype, rounds: int, r
     }
 
 
+def measure_calls(rounds: int, reps: int, threads: int) -> list[dict[str, Any]]:
+    """`call_overhead` for each pair of dtypes."""
+    torch.set_num_threads(threads)
+    f32, bf16 = torch.float32, torch.bfloat16
+    return [call_overhead(*dtypes, rounds, reps) for dtypes in ((f32, f32), (bf16, bf16), (bf16, f32))]
+
+
 def verdict(value: float, target: float) -> str:
     """PASS, or how far short."""
     return "PASS" if value <= target else f"short by {value - target:.3f}"
@@ -303,7 +388,9 @@ def print_table(result: dict[str, Any]) -> None:
         spread = f"{row['ratio_p10']:.2f}-{row['ratio_p90']:.2f}"
         target = row["targets"]["time"]
         print(f"{row['mode']:52s} {row['ratio']:7.3f} {spread:>13s} {target:7.2f}  {verdict(row['ratio'], target)}")
-        print(f"{'':6s}{row['peftkern_ms']:.1f} ms against {row['peft_ms']:.1f} ms, {row['pairs']} pairs")
+        each = ", ".join(f"{ratio:.3f}" for ratio in row["ratio_by_process"])
+        times = f"{row['peftkern_ms']:.1f} ms against {row['peft_ms']:.1f} ms, {row['pairs']} pairs"
+        print(f"{'':6s}{times}; by process {each}; frozen {row['frozen_ms']:.1f} ms, {row['frozen_ratio']:.3f}")
     heading = f"{'saved for backward, peftkern over PEFT':52s} {'step':>7s} {'layers':>7s} {'target':>7s}"
     print(f"\n{heading}  (MB of the step, of the layers)")
     for row in result["rows"]:
@@ -330,6 +417,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", type=int, default=21, help="pairs of steps for each mode")
     parser.add_argument("--seconds", type=float, default=100.0, help="most seconds of steps for each mode")
+    parser.add_argument("--processes", type=int, default=3, help="processes that share the pairs of a mode")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help="a tiny model: does the program run?")
     parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/cpu-<processor>)")
@@ -341,26 +429,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.smoke and options.out is None:
         print("--smoke: nothing worth keeping is measured, so --out says where the result goes", file=sys.stderr)
         return 2
-    torch.set_num_threads(options.threads)
     device = torch.device("cpu")
+    torch.set_num_threads(options.threads)  # which the environment records
     size = SMOKE if options.smoke else Size()
-    pairs, rounds, reps = (2, 2, 3) if options.smoke else (options.pairs, 21, 200)
+    pairs, processes, rounds, reps = (2, 1, 2, 3) if options.smoke else (options.pairs, options.processes, 21, 200)
     result: dict[str, Any] = {
         "schema": records.SCHEMA,
         "kind": "step",
         "environment": environment.describe(device),
         "size": asdict(size),
         "rank": RANK,
+        "processes": processes,
         "rows": [],
         "calls": [],
         "missing": [],
     }
+    split = shares(pairs, options.seconds, processes)
     for mode in [MODES[0], MODES[-1]] if options.smoke else modes():
         print(mode.key, flush=True)
-        result["rows"].append(measure_mode(size, mode, pairs, options.seconds))
-    f32, bf16 = torch.float32, torch.bfloat16
-    for dtype, adapters in ((f32, f32), (bf16, bf16), (bf16, f32)):
-        result["calls"].append(call_overhead(dtype, adapters, rounds, reps))
+        result["rows"].append(measure_in_processes(size, mode, split, options.threads))
+    result["calls"] = in_fresh_process(measure_calls, rounds, reps, options.threads)
     print_table(result)
     folder = options.out or environment.results_folder(device)
     print(save(result, folder, "step.json"))

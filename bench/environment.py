@@ -69,6 +69,11 @@ def clocks() -> dict[str, str] | None:
     return dict(zip(fields.split(","), (value.strip() for value in done.stdout.split(",")), strict=True))
 
 
+def is_quiet() -> bool:
+    """Whether the processor had next to nothing to do in the last minute, so that times on it mean something."""
+    return os.getloadavg()[0] < 0.25 * (os.cpu_count() or 1)
+
+
 def revision() -> str | None:
     """The commit that was measured, with "+" where files differ from it; None outside a checkout."""
     if shutil.which("git") is None:

@@ -31,36 +31,38 @@ class Ceilings:
     bytes_per_second: float
 
 
-def forward_work(p: Problem, adapter: bool = True) -> Work:
-    """`y = x W^T (+ scaling x A^T B^T)`: x, W, A and B read once, y written once."""
+def forward_work(p: Problem, adapter: bool = True, weight_bytes: int | None = None) -> Work:
+    """`y = x W^T (+ scaling x A^T B^T)`: x, W, A and B read once, y written once; W of `weight_bytes` if not dense."""
     size = p.dtype.itemsize
     flops = 2 * p.M * p.N * p.K
-    moved = size * (p.M * p.K + p.N * p.K + p.M * p.N)
+    moved = size * (p.M * p.K + p.M * p.N) + (size * p.N * p.K if weight_bytes is None else weight_bytes)
     if adapter:
         flops += 2 * p.M * p.R * (p.K + p.N)
         moved += size * p.R * (p.K + p.N)
     return Work(flops, moved)
 
 
-def backward_work(p: Problem, adapter: bool = True) -> Work:
+def backward_work(p: Problem, adapter: bool = True, weight_bytes: int | None = None) -> Work:
     """dX, dA and dB from dY: dY, W, A and B read once; x read again for dA; S kept by forward, so written and read."""
     size = p.dtype.itemsize
     flops = 2 * p.M * p.N * p.K
-    moved = size * (p.M * p.N + p.N * p.K + p.M * p.K)
+    moved = size * (p.M * p.N + p.M * p.K) + (size * p.N * p.K if weight_bytes is None else weight_bytes)
     if adapter:
         flops += 4 * p.M * p.R * (p.K + p.N)  # dS and dB from dY; dX's part and dA from dS
         moved += size * (p.M * p.K + 2 * p.R * (p.K + p.N) + 2 * p.M * p.R)
     return Work(flops, moved)
 
 
-def limit_microseconds(p: Problem, passes: str, ceilings: Ceilings, adapter: bool = True) -> float | None:
+def limit_microseconds(
+    p: Problem, passes: str, ceilings: Ceilings, adapter: bool = True, weight_bytes: int | None = None
+) -> float | None:
     """The floor of `passes` ("forward" or "forward+backward") in microseconds; None for a decoder layer."""
     if p.decoder:
         return None
     rate = ceilings.flops_per_second[str(p.dtype).removeprefix("torch.")]
-    works = [forward_work(p, adapter)]
+    works = [forward_work(p, adapter, weight_bytes)]
     if passes == "forward+backward":
-        works.append(backward_work(p, adapter))
+        works.append(backward_work(p, adapter, weight_bytes))
     return 1e6 * sum(max(w.flops / rate, w.bytes / ceilings.bytes_per_second) for w in works)
 
 

@@ -1,7 +1,8 @@
 """The result file: its shape, its arithmetic, reading and writing.
 
-`{"schema": 1, "kind": "headline" | "step" | "tune", "environment": {...}, "rows": [...], "missing": [...], ...}`.
-A row of a headline is one implementation in one problem and one kind of pass; ROW_FIELDS says what it holds. What was
+`{"schema": 1, "kind": ..., "environment": {...}, "rows": [...], "missing": [...], ...}`, where kind is "headline",
+"quantized", "step", "qlora" or "tune". A row of a headline is one implementation in one problem and one kind of pass;
+ROW_FIELDS says what it holds, QUANTIZED_FIELDS what one over a 4-bit weight holds besides. What was
 not measured is None with a reason in `status` and `reason`: no number in a result file is anything but measured, or
 arithmetic on measured ones.
 """
@@ -43,6 +44,14 @@ ROW_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "launches": ((int, type(None)), "kernels launched in a call"),
     "errors": ((dict,), "relative error of each result, as checked before timing"),
 }
+# Of a row over a 4-bit weight, besides.
+QUANTIZED_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "weight_bytes": ((int,), "of the 4-bit weight with its scales"),
+    "saved_weight_bytes": ((int,), "the dense weight's bytes beyond those"),
+    "extra_bytes": ((int, type(None)), "peak beyond that of peftkern's layer over the dense weight"),
+    "allowed_bytes": ((int, type(None)), "what extra_bytes may be at most, of peftkern"),
+}
+FIELDS_OF = {"headline": ROW_FIELDS, "quantized": ROW_FIELDS | QUANTIZED_FIELDS}
 
 
 def overhead(time: float, frozen: float) -> float:
@@ -66,13 +75,14 @@ def validate(result: dict[str, Any]) -> None:
     for field in ("device", "date", "versions"):
         if field not in result["environment"]:
             raise ValueError(f"environment: {field} is missing")
-    if result["kind"] != "headline":
+    fields = FIELDS_OF.get(result["kind"])
+    if fields is None:
         return
     seen = set()
     for i, row in enumerate(result["rows"]):
-        if row.keys() != ROW_FIELDS.keys():
-            raise ValueError(f"rows[{i}]: fields {sorted(row.keys() ^ ROW_FIELDS.keys())} are missing or unknown")
-        for field, (types, _) in ROW_FIELDS.items():
+        if row.keys() != fields.keys():
+            raise ValueError(f"rows[{i}]: fields {sorted(row.keys() ^ fields.keys())} are missing or unknown")
+        for field, (types, _) in fields.items():
             if not isinstance(row[field], types):
                 raise ValueError(
                     f"rows[{i}].{field}: expected {' or '.join(t.__name__ for t in types)}, got {row[field]!r}"

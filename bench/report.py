@@ -3,7 +3,7 @@
     python -m bench.report [FOLDER] [--no-plots]
 
 Reads every result under bench/results (or FOLDER), prints the tables, and draws a picture beside each result: overhead
-over the frozen layer for a headline, ratios to PEFT for a training step on the CPU.
+over the frozen layer for a headline, and by tokens for 4-bit weights, ratios to PEFT for a training step on the CPU.
 """
 
 from __future__ import annotations
@@ -14,55 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import records
+from bench import records, report_quantized
 from bench.environment import RESULTS
-
-# Order and colour in tables and pictures; whatever else was measured follows in grey.
-COLOURS = {
-    "peftkern": "#0b6e4f",
-    "peftkern fp32 adapters": "#2fa37c",
-    "peftkern compiled": "#9ad1bd",
-    "peft fp32 adapters": "#b23a48",
-    "peft": "#d9737f",
-    "peft compiled": "#ecb5bb",
-    "chalk": "#3b5b92",
-    "chalk fused kernel": "#7b97c4",
-    "nemo automodel": "#8a6fb0",
-    "unsloth": "#c08a2d",
-    "axolotl": "#dcc07f",
-}
-GREY = "#9a9a9a"
-LABELS = {
-    "peftkern": "peftkern, 16-bit adapters",
-    "peftkern fp32 adapters": "peftkern, fp32 adapters",
-    "peft": "PEFT, 16-bit adapters",
-    "peft fp32 adapters": "PEFT, fp32 adapters (default)",
-    "peft compiled": "PEFT, torch.compile",
-    "peftkern compiled": "peftkern, torch.compile",
-}
-
-
-def conditions(result: dict[str, Any]) -> str:
-    """Device, versions and date in a line."""
-    found = result["environment"]
-    versions = ", ".join(f"{name} {v}" for name, v in found["versions"].items() if v and name != "accelerate")
-    threads = f", {found['threads']} threads" if found.get("device_type") == "cpu" else ""
-    revision = f", peftkern {found['peftkern_revision']}" if found.get("peftkern_revision") else ""
-    return f"{found['device']}{threads}; {versions}{revision}; {found['date']}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def percent(share: float | None) -> str:
-    """0.123 as "+12.3 %"."""
-    return "" if share is None else f"{100 * share:+.1f} %"
-
-
-def _megabytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e6:.1f}"
+from bench.report_parts import COLOURS, GREY, LABELS, conditions, finish, markdown_table, megabytes, new_figure, percent
 
 
 def headline_table(result: dict[str, Any]) -> str:
@@ -87,13 +41,13 @@ def headline_table(result: dict[str, Any]) -> str:
                 percent(row["overhead"]),
                 f"{row['wall_us']['median']:.1f}",
                 share,
-                _megabytes(row["saved_bytes"]),
-                _megabytes(row["peak_bytes"]),
+                megabytes(row["saved_bytes"]),
+                megabytes(row["peak_bytes"]),
                 "" if row["launches"] is None else str(row["launches"]),
                 row["path"] or "",
             ]
         )
-    text = _table(header, lines)
+    text = markdown_table(header, lines)
     for (name, status, reason), where in reasons.items():
         problems = list(dict.fromkeys(where))
         shown = ", ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
@@ -118,12 +72,12 @@ def step_table(result: dict[str, Any]) -> str:
                 f"{row['ratio']:.2f}",
                 f"{row['ratio_p10']:.2f}-{row['ratio_p90']:.2f}",
                 f"{row['targets']['time']:.2f}",
-                _megabytes(inside["peftkern"]),
-                _megabytes(inside["peft"]),
+                megabytes(inside["peftkern"]),
+                megabytes(inside["peft"]),
                 f"{row['saved_in_layers_ratio']:.2f}",
                 f"{row['targets']['saved']:.2f}",
-                _megabytes(whole["peftkern"]),
-                _megabytes(whole["peft"]),
+                megabytes(whole["peftkern"]),
+                megabytes(whole["peft"]),
                 f"{row['saved_ratio']:.2f}",
             ]
         )
@@ -135,37 +89,15 @@ def step_table(result: dict[str, Any]) -> str:
             [kind, us["frozen"], us["peftkern"], us["peft"], f"{row['ratio']:.2f}", f"{row['targets']['overhead']:.2f}"]
         )
     head = ["call at 1 x 64 x 64", "frozen us", "peftkern us", "PEFT us", "overhead over PEFT's", "target"]
-    return _table(header, lines) + "\n\n" + _table(head, calls)
+    return markdown_table(header, lines) + "\n\n" + markdown_table(head, calls)
 
 
 def table(result: dict[str, Any]) -> str:
     """A result as Markdown, with its conditions; "" for a kind that has no table."""
-    if result["kind"] not in ("headline", "step"):
+    tables = {"headline": headline_table, "step": step_table, **report_quantized.TABLES}
+    if result["kind"] not in tables:
         return ""
-    body = headline_table(result) if result["kind"] == "headline" else step_table(result)
-    return f"{conditions(result)}\n\n{body}"
-
-
-def _new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _finish(figure: Any, title: str, result: dict[str, Any], path: Path) -> Path:
-    from matplotlib import pyplot
-
-    device, versions, date = conditions(result).split("; ")
-    figure.suptitle(f"{title}\n{device}, {date}\n{versions}", fontsize=10)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    return path
+    return f"{conditions(result)}\n\n{tables[result['kind']](result)}"
 
 
 def plot_headline(result: dict[str, Any], path: Path) -> Path | None:
@@ -187,7 +119,7 @@ def plot_headline(result: dict[str, Any], path: Path) -> Path | None:
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     tallest = max(len(p) for p in panels.values())
-    figure, axes = _new_figure(lines, columns, 4.2 * columns, 1.2 + lines * (0.9 + 0.26 * tallest))
+    figure, axes = new_figure(lines, columns, 4.2 * columns, 1.2 + lines * (0.9 + 0.26 * tallest))
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     for axis, (problem, members) in zip(axes.flat, panels.items(), strict=False):
@@ -203,7 +135,7 @@ def plot_headline(result: dict[str, Any], path: Path) -> Path | None:
         axis.set_title(f"{problem}\n{members[0]['M']} x {members[0]['K']} x {members[0]['N']}", fontsize=8)
         axis.set_xlabel("time over the frozen layer, %", fontsize=8)
         axis.tick_params(axis="x", labelsize=8)
-    return _finish(
+    return finish(
         figure, "LoRA layer, forward + backward, over the frozen layer (0 = free; lower is better)", result, path
     )
 
@@ -213,7 +145,7 @@ def plot_step(result: dict[str, Any], path: Path) -> Path | None:
     rows, calls = result["rows"], result["calls"]
     if not rows:
         return None
-    figure, axes = _new_figure(1, 3, 14.5, 1.8 + 0.5 * len(rows))
+    figure, axes = new_figure(1, 3, 14.5, 1.8 + 0.5 * len(rows))
     green, red = COLOURS["peftkern"], COLOURS["peft fp32 adapters"]
     names = [r["mode"].replace(", dropout 0.1", "\ndropout 0.1").replace(", dropout 0", "\nno dropout") for r in rows]
     panels = (
@@ -257,12 +189,13 @@ def plot_step(result: dict[str, Any], path: Path) -> Path | None:
         f"Training step of a {size['layers']}-layer Llama (hidden {size['hidden']}, {size['batch']} x {size['tokens']} "
         f"tokens), LoRA rank {result['rank']} on all linear layers"
     )
-    return _finish(figure, title, result, path)
+    return finish(figure, title, result, path)
 
 
 def plot(result: dict[str, Any], path: Path) -> Path | None:
     """The picture of a result; None where there is nothing to draw."""
-    return {"headline": plot_headline, "step": plot_step}.get(result["kind"], lambda *_: None)(result, path)
+    plots = {"headline": plot_headline, "step": plot_step, **report_quantized.PLOTS}
+    return plots.get(result["kind"], lambda *_: None)(result, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from bench.adapters import Adapted, LoraFunction, Rival, by_hand
 from bench.environment import ROOT, version_of
 from peftkern import __version__ as peftkern_version
+from peftkern.ops.plan import DECODE_TOKENS
 
 FOLDER = ROOT / ".rivals"
 PEFTKERN_PATHS = ("triton", "cublas", "torch", "decode")
@@ -78,7 +79,14 @@ def peftkern_rivals() -> list[Rival]:
             sixteen_bit_only=True,
         ),
         *(
-            Rival(f"peftkern: {path}", "peftkern", by_hand(forced_path(path)), version=version)
+            Rival(
+                f"peftkern: {path}",
+                "peftkern",
+                by_hand(forced_path(path)),
+                version=version,
+                most_tokens=DECODE_TOKENS if path == "decode" else 0,
+                path=path,
+            )
             for path in PEFTKERN_PATHS
         ),
         Rival("peftkern compiled", "compiled", _peftkern_layer(None), compiled=True, version=version),

@@ -74,8 +74,8 @@ def path_taken(problem: Problem, rival: Rival, work: LinearWorkload | DecoderWor
     """The path that peftkern takes: the forced one, or the plan's; None for others."""
     if not rival.name.startswith("peftkern"):
         return None
-    if ": " in rival.name:
-        return rival.name.partition(": ")[2]
+    if rival.path:
+        return rival.path
     if isinstance(work, DecoderWorkload):
         return "planned for each layer"
     from peftkern.backend import current_backend
@@ -91,9 +91,12 @@ class Bench:
         self.device, self.ceilings, self.quick = device, ceilings, quick
         self.rows: list[dict[str, Any]] = []
 
-    def measure(self, problem: Problem, group: str, rivals: list[Rival]) -> None:
-        """Check each rival, then time all that are right, forward and forward + backward."""
-        work = (DecoderWorkload if problem.decoder else LinearWorkload)(problem, self.device)
+    def measure(
+        self, problem: Problem, group: str, rivals: list[Rival], work: LinearWorkload | DecoderWorkload | None = None
+    ) -> None:
+        """Check each rival, then time all that are right, forward and forward + backward; on `work` if it is made."""
+        if work is None:
+            work = (DecoderWorkload if problem.decoder else LinearWorkload)(problem, self.device)
         truth = check.truth_of(work) if isinstance(work, LinearWorkload) else None
         rows: dict[str, dict[str, dict[str, Any]]] = {}
         subjects: dict[str, Subject] = {}
@@ -102,20 +105,26 @@ class Bench:
             status, reason, errors = self._ready(problem, rival, work, truth, subjects)
             for row in found.values():
                 row |= {"status": status, "reason": reason, "errors": errors}
-                row["path"] = path_taken(problem, rival, work)
+                row["path"] = self.path(problem, rival, work)
         del truth
         for passes in PASSES:
             chosen = {name: rows[name][passes] for name in subjects}
             self._time(problem, passes, subjects, chosen)
             self.rows += [found[passes] for found in rows.values()]
 
+    def path(self, problem: Problem, rival: Rival, work: Any) -> str | None:
+        """See `path_taken`."""
+        return path_taken(problem, rival, work)
+
+    def limit(self, problem: Problem, passes: str, name: str) -> float | None:
+        """The physical limit of a rival in microseconds."""
+        return limits.limit_microseconds(problem, passes, self.ceilings, adapter=name != "frozen")
+
     def _ready(
         self, problem: Problem, rival: Rival, work: Any, truth: check.Truth | None, subjects: dict[str, Subject]
     ) -> tuple[str, str, dict[str, float]]:
         """(status, reason, errors); a rival that is right is added to `subjects`."""
         why_not = rival.why_not(problem, self.device)
-        if rival.name == "peftkern: decode" and problem.M > 16:
-            why_not = "for at most 16 tokens"
         if why_not:
             return "not run", why_not, {}
         try:
@@ -156,7 +165,7 @@ class Bench:
             row["gpu_us"] = gpu[name].as_dict() if on_gpu else None
             row["wall_us"] = wall[name].as_dict()
             row["overhead"] = records.overhead(median, base.median)
-            limit = limits.limit_microseconds(problem, passes, self.ceilings, adapter=name != "frozen")
+            limit = self.limit(problem, passes, name)
             row["limit_us"] = limit
             row["share_of_limit"] = None if limit is None else limit / median
 

@@ -11,6 +11,8 @@ launch (static_compile.py) and judged (static_judge.py). It exits with 1, after 
   on sm_100 where the tile has 64 rows and four warps, else HMMA; v_mfma on gfx942, v_wmma on gfx1100;
 - a pipelined main loop that loads synchronously though sizes are aligned (not asked on AMD, where every load to
   registers is asynchronous already);
+- over a 4-bit weight, in the loop that decodes: more than 12 instructions an element beside the matrix instruction on
+  sm_89 and sm_90 (column "decode"; kept in the records as a figure everywhere), or codes that are loaded synchronously;
 - a grid larger than a launch allows, or a kernel that does not compile.
 
 Another Triton is put in front with `--triton DIR` after `pip install --target DIR --no-deps triton==3.6.0`. Compiled

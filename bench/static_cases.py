@@ -1,4 +1,4 @@
-"""The grid of real calls whose kernel launches the static check compiles.
+"""The grid of real calls whose kernel launches the static check compiles; over 4-bit weights: static_cases_4bit.py.
 
 A case is an operation with its sizes, dtypes and options. Its launches are the library's own: tensors on the meta
 device go through `plan` and the functions that an operation takes its launches from; what is compiled would run.
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bench.static_cases_4bit import Case4bit, all_cases_4bit, quick_cases_4bit
 from peftkern.backend import DeviceInfo
 from peftkern.ops import _lora_linear_triton
 from peftkern.ops.plan import plan_lora_embedding, plan_lora_linear
@@ -131,12 +132,12 @@ class LoraEmbedding:
         return [call for call in (*forward, *backward) if isinstance(call, Call)]
 
 
-Case = LoraLinear | LoraEmbedding
+Case = LoraLinear | LoraEmbedding | Case4bit
 
 
 def quick_cases() -> list[Case]:
-    """A handful: the headline shape, forward and backward, and one token."""
-    return [LoraLinear(**S1), LoraLinear(**{**S1, "M": 1})]
+    """A handful: the headline shape, forward and backward, and one token; the same over a 4-bit weight."""
+    return [LoraLinear(**S1), LoraLinear(**{**S1, "M": 1}), *quick_cases_4bit()]
 
 
 def embedding_cases() -> list[Case]:
@@ -180,4 +181,4 @@ def all_cases() -> list[Case]:
     ]
     forced += [replace(case, path="triton") for case in (*sizes[:4], *awkward)]
     linear = dict.fromkeys([*headline, *llama, *variants, *awkward, *options, *forced])
-    return [*linear, *embedding_cases()]
+    return [*linear, *embedding_cases(), *all_cases_4bit()]

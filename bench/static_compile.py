@@ -23,7 +23,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from bench.static_cases import Case
-from bench.static_judge import ARCHITECTURES, Code, Record, judge, parse_dots, read_amd, read_nvidia
+from bench.static_decode import Turn, read_decode, turn_of
+from bench.static_judge import ARCHITECTURES, Code, Record, judge, parse_dots, parse_sass, read_amd, read_nvidia
 from peftkern_kernels.launch import Call
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -122,20 +123,25 @@ def compile_and_judge(compilation: Compilation) -> Record:
         record.error = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     else:
         record.dots = parse_dots(kernel.asm["ttir"])
-        record.code = read_code(kernel, record.arch)
+        turn = turn_of(record.kernel, record.constants, record.num_warps)
+        record.code = read_code(kernel, record.arch, turn)
     record.faults = judge(record)
     return record
 
 
-def read_code(kernel: Any, arch: int) -> Code:
-    """What Triton's compiled kernel is made of."""
+def read_code(kernel: Any, arch: int, turn: Turn | None = None) -> Code:
+    """What Triton's compiled kernel is made of; `turn` says what its main loop decodes, if it decodes anything."""
     shared = kernel.metadata.shared
     if ARCHITECTURES[arch].vendor == "amd":
         return read_amd(kernel.asm["amdgcn"], shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        return read_nvidia(_cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name), shared)
+        sass = _cuobjdump("-sass", file.name)
+        code = read_nvidia(_cuobjdump("-res-usage", file.name), sass, shared)
+    if turn is not None:
+        code.decode = read_decode(parse_sass(sass), turn)
+    return code
 
 
 def _cuobjdump(flag: str, file: str) -> str:

@@ -51,6 +51,10 @@ WIDE_TILE_INSTRUCTION = {90: "HGMMA", 100: "UTCMMA"}
 # Copies into shared memory that a program issues and does not wait for.
 ASYNCHRONOUS_LOADS = r"(LDGSTS|UTMALDG|UBLKCP)\b"
 SYNCHRONOUS_LOADS = r"LDG\b"
+# Instructions for a decoded element that the arithmetic bears, where that was worked out.
+MOST_PER_ELEMENT = {89: 12.0, 90: 12.0}
+# A scale of a double-quantized block: its own byte, its group's scale, the value of its code, the offset.
+LOADS_OF_A_SCALE = 4
 LOCAL_MEMORY = r"(STL|LDL)\b"
 
 
@@ -81,6 +85,25 @@ class Loop:
     synchronous: int
 
 
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """One turn of the main loop of a kernel over a 4-bit weight, for one thread; see static_decode.py.
+
+    Attributes:
+        per_element: instructions for a decoded element, matrix instructions left out.
+        elements: that are decoded. scales: that are worked out.
+        asynchronous: loads that are not waited for.
+        wide_loads, narrow_loads: synchronous loads of more than 32 bits, and of at most so many.
+    """
+
+    per_element: float
+    elements: float
+    scales: float
+    asynchronous: int
+    wide_loads: int
+    narrow_loads: int
+
+
 @dataclass(slots=True)
 class Code:
     """What one compiled kernel is made of.
@@ -93,6 +116,7 @@ class Code:
         matrix: number of matrix instructions by family.
         asynchronous: number of asynchronous loads by family. Not read on AMD.
         loops: the loops with asynchronous loads. Not read on AMD.
+        decode: of kernels over a 4-bit weight. Not read on AMD.
     """
 
     registers: int
@@ -102,6 +126,7 @@ class Code:
     matrix: dict[str, int] = field(default_factory=dict)
     asynchronous: dict[str, int] = field(default_factory=dict)
     loops: list[Loop] = field(default_factory=list)
+    decode: Decode | None = None
 
 
 @dataclass(slots=True)
@@ -260,7 +285,7 @@ def judge(record: Record) -> list[str]:
         tiles = ", ".join(f"{d.m}x{d.n}x{d.k}" for d in record.dots)
         found = ", ".join(code.matrix) or "none"
         faults.append(f"matrix instruction: expected {expected} for tiles {tiles}, found {found}")
-    faults += _load_faults(record, code, arch)
+    faults += _decode_faults(record, code, arch) if decodes(record) else _load_faults(record, code, arch)
     faults += [
         f"grid: {programs} programs along axis {axis}, at most {most} are allowed"
         for axis, (programs, most) in enumerate(zip(record.grid, GRID_LIMITS, strict=True))
@@ -279,3 +304,41 @@ def _load_faults(record: Record, code: Code, arch: Architecture) -> list[str]:
     if record.all_aligned and least:
         return [f"synchronous loads: {least} beside asynchronous ones in the main loop, though all rows are aligned"]
     return []
+
+
+def decodes(record: Record) -> bool:
+    """Whether the kernel reads a 4-bit weight."""
+    return "packed_ptr" in record.signature
+
+
+def _decode_faults(record: Record, code: Code, arch: Architecture) -> list[str]:
+    """What is asked of a kernel over a 4-bit weight in place of `_load_faults`: few instructions, and loads ahead.
+
+    W's codes and the rows of the other operand must be copied asynchronously, as elsewhere, and are then read from
+    shared memory into registers to be decoded. Scales are loaded synchronously, each by up to four loads of 32 bits or
+    fewer, and on purpose: they are one or two steps ahead in registers. So no wide synchronous load may be in the
+    main loop, and no more narrow ones than the scales need. Not asked of AMD, nor of the dequantization, which loads
+    once and has no product.
+    """
+    if arch.vendor == "amd":
+        return []
+    decode, faults = code.decode, []
+    if decode is None:
+        return ["decoding: found no loop that decodes what one turn must"]
+    most = MOST_PER_ELEMENT.get(record.arch)
+    if most is not None and decode.per_element > most and not _exact_products(record):
+        faults.append(f"decoding: {decode.per_element} instructions an element, at most {most:g} are right")
+    if not record.aligned or record.num_stages < 2 or not record.dots:
+        return faults
+    if not decode.asynchronous:
+        faults.append("synchronous loads: no asynchronous load in the loop that decodes, though sizes are aligned")
+    narrow = decode.narrow_loads - LOADS_OF_A_SCALE * decode.scales
+    if decode.wide_loads or narrow > 0:
+        what = f"{decode.wide_loads} wide and {decode.narrow_loads} narrow, for {decode.scales:g} scales a thread"
+        faults.append(f"synchronous loads: {what}, in the loop that decodes")
+    return faults
+
+
+def _exact_products(record: Record) -> bool:
+    """Whether products are of float32: without a matrix instruction they are counted among the rest."""
+    return any(dot.dtype == "f32" for dot in record.dots)

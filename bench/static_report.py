@@ -13,7 +13,21 @@ from typing import Any
 from bench.static_judge import ARCHITECTURES, WIDE_TILE_INSTRUCTION, Record, expected_matrix_instruction
 
 RESULTS = Path(__file__).resolve().parent / "results" / "static"
-HEADER = ("arch", "kernel", "launch", "tile", "regs", "spills", "stack", "shared", "matrix", "async", "", "case")
+HEADER = (
+    "arch",
+    "kernel",
+    "launch",
+    "tile",
+    "regs",
+    "spills",
+    "stack",
+    "shared",
+    "matrix",
+    "async",
+    "decode",
+    "",
+    "case",
+)
 
 
 def progress(results: Iterable[Record], total: int) -> Iterator[Record]:
@@ -42,13 +56,13 @@ def tile_of(record: Record) -> str:
 
 
 def row(record: Record) -> tuple[str, ...]:
-    """A line of the table."""
+    """A line of the table; "decode" counts instructions for an element of a 4-bit weight."""
     more = f" (+{len(record.cases) - 1})" if len(record.cases) > 1 else ""
     arch = ARCHITECTURES[record.arch]
     start = (arch.name, record.kernel, record.launch, tile_of(record))
     end = ("FAIL" if record.faults else "ok", record.cases[0] + more)
     if record.code is None:
-        return (*start, *["-"] * 6, *end)
+        return (*start, *["-"] * 7, *end)
     code = record.code
     numbers = (code.registers, code.spills, code.stack, code.shared)
     loads = "not checked" if arch.vendor == "amd" else _counts(code.asynchronous)
@@ -58,7 +72,8 @@ def row(record: Record) -> tuple[str, ...]:
         and expected_matrix_instruction(record.arch, record.dots, record.num_warps) == "HMMA"
     ):
         matrix += " (small tile)"
-    return (*start, *map(str, numbers), matrix, loads, *end)
+    decode = "-" if code.decode is None else f"{code.decode.per_element:.1f}"
+    return (*start, *map(str, numbers), matrix, loads, decode, *end)
 
 
 def _counts(counts: Mapping[str, int]) -> str:
@@ -83,16 +98,19 @@ def failures(records: Sequence[Record]) -> str:
 
 
 def summary(records: Sequence[Record]) -> str:
-    """How many compilations passed on each architecture, with the most registers and shared memory of each."""
+    """How many compilations passed on each architecture, with the most registers, bytes of shared memory, and
+    instructions for an element decoded beside a matrix instruction."""
     rows = []
     for number, arch in ARCHITECTURES.items():
         mine = [record for record in records if record.arch == number]
         codes = [record.code for record in mine if record.code is not None]
+        decodes = [code.decode.per_element for code in codes if code.decode is not None and code.matrix]
         if mine:
             good = sum(not record.faults for record in mine)
             most = [str(max((getattr(code, name) for code in codes), default=0)) for name in ("registers", "shared")]
-            rows.append((arch.name, str(len(mine)), str(good), str(len(mine) - good), *most))
-    return table(("arch", "compiled", "ok", "failed", "most registers", "most shared"), rows)
+            decode = f"{max(decodes):.1f}" if decodes else "-"
+            rows.append((arch.name, str(len(mine)), str(good), str(len(mine) - good), *most, decode))
+    return table(("arch", "compiled", "ok", "failed", "most registers", "most shared", "most to decode"), rows)
 
 
 def write_json(path: Path, records: Sequence[Record], conditions: Mapping[str, Any]) -> None:

@@ -1,12 +1,13 @@
 """Tries launch parameters for each kernel on this GPU, and prints rows for the tables.
 
-    python -m bench.tune [--minutes 10] [--kernels shrink ...] [--problems S1 ...] [--out DIR]
+    python -m bench.tune [--weights 4bit] [--minutes 10] [--kernels shrink ...] [--problems S1 ...] [--out DIR]
     python -m bench.tune --dry-run [--arch 90]      # lists the candidates; needs no GPU
     python -m bench.tune --smoke --out DIR          # two candidates on tiny sizes; in the interpreter without a GPU
 
 Each candidate is checked against float64 before it is timed: tiles first, then numbers of splits with the best tile.
-The result, bench/results/<device>/tune.json, holds every candidate. The rows that are printed name it; they go into
-kernels/peftkern_kernels/gemm_tables.py and reduction_tables.py by hand, for those are keyed by buckets, not by shapes.
+The result, bench/results/<device>/tune.json (tune-4bit.json), holds every candidate. The rows that are printed name it;
+they go into kernels/peftkern_kernels/gemm_tables.py and reduction_tables.py (gemm_tables_4bit.py and tables_4bit.py) by
+hand, for those are keyed by buckets, not by shapes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,9 +37,26 @@ def problems(dtype: torch.dtype) -> list[Problem]:
     return [Problem(n, M, K, N, R, p, dtype) for n, M, K, N in shapes for R in (16, 64) for p in (0.0, 0.1)]
 
 
-def smoke_problems(dtype: torch.dtype) -> list[Problem]:
+def problems_4bit(dtype: torch.dtype) -> list[Problem]:
+    """What the tables' buckets over a 4-bit weight stand for."""
+    tokens, kinds = (1, 16, 32, 64, 128, 512, 1024), ((0.0, 16), (0.0, 64), (0.1, 16))
+    return [Problem(f"8B {n} M{M}", M, K, N, R, p, dtype) for M in tokens for n, K, N in LLAMA_8B for p, R in kinds]
+
+
+def smoke_problems(dtype: torch.dtype, weights: str) -> list[Problem]:
     """Tiny ones."""
+    if weights == "4bit":
+        return [Problem(f"tiny M{M}", M, 128, 64, 8, p, dtype) for M, p in ((1, 0.0), (20, 0.1))]
     return [Problem("tiny", 40, 48, 64, 8, p, dtype) for p in (0.0, 0.1)]
+
+
+def all_tunables(weights: str, p: Problem, device: torch.device, arch: int) -> Iterator[Tunable]:
+    """The kernels of a problem over dense or 4-bit weights."""
+    if weights == "4bit":
+        from bench.tune_kernels_4bit import tunables_4bit as made
+    else:
+        from bench.tune_kernels import tunables as made
+    yield from made(p, device, arch)
 
 
 def try_one(tunable: Tunable, truth: list[torch.Tensor], tile: Tile, splits: int | None) -> str:
@@ -108,6 +126,7 @@ def tune(tunable: Tunable, quick: bool) -> dict[str, Any]:
         "R": p.R,
         "dtype": str(p.dtype).removeprefix("torch."),
         "dropout": p.dropout,
+        "type": type(tunable.table).__name__,
         "table": tried[0],
         "best": best,
         "candidates": tried,
@@ -124,16 +143,14 @@ def row_text(row: dict[str, Any], source: str) -> str:
     us, was = best["us"]["median"], "the table's does not run"
     if table["us"]:
         was = f"the table's {table['us']['median']:.1f} us"
-    return f"Tile({arguments}),  # {row['kernel']}, {row['problem']}{splits}: {us:.1f} us, {was}; {source}"
+    return f"{row['type']}({arguments}),  # {row['kernel']}, {row['problem']}{splits}: {us:.1f} us, {was}; {source}"
 
 
-def dry_run(arch: int, dtype: torch.dtype, chosen: list[Problem], kernels: list[str] | None) -> int:
+def dry_run(weights: str, arch: int, dtype: torch.dtype, chosen: list[Problem], kernels: list[str] | None) -> int:
     """List every candidate, having built its launches on the meta device."""
-    from bench.tune_kernels import tunables
-
     total = 0
     for p in chosen:
-        for tunable in tunables(p, torch.device("meta"), arch):
+        for tunable in all_tunables(weights, p, torch.device("meta"), arch):
             if kernels and tunable.kernel not in kernels:
                 continue
             print(
@@ -151,6 +168,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="stop before the next kernel after so long")
+    parser.add_argument("--weights", choices=("dense", "4bit"), default="dense", help="whose kernels")
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only these, such as shrink or 'dY pass'")
     parser.add_argument("--problems", nargs="+", metavar="NAME", help="only these shapes, such as S1")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
@@ -166,27 +184,30 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
     has_gpu = torch.cuda.is_available()
-    # The interpreter gets bfloat16 wrong, so tiny sizes are tried in fp32 there.
-    dtype = torch.float32 if options.smoke and not has_gpu else getattr(torch, options.dtype)
-    chosen = smoke_problems(dtype) if options.smoke else problems(dtype)
+    dtype = getattr(torch, options.dtype)
+    if options.smoke and not has_gpu:
+        # The interpreter gets bfloat16 wrong; fused 4-bit kernels take 16 bits only.
+        dtype = torch.float16 if options.weights == "4bit" else torch.float32
+    grid = problems_4bit if options.weights == "4bit" else problems
+    chosen = smoke_problems(dtype, options.weights) if options.smoke else grid(dtype)
     if options.problems:
         chosen = [p for p in chosen if p.name in options.problems]
     if options.dry_run:
-        return dry_run(options.arch, dtype, chosen, options.kernels)
+        return dry_run(options.weights, options.arch, dtype, chosen, options.kernels)
     if not (has_gpu or options.smoke) or (options.smoke and options.out is None):
         print("tuning needs a GPU; --dry-run and --smoke --out DIR do not", file=sys.stderr)
         return 2
     if not has_gpu:
         interpret_kernels("bench.tune")
-    from bench.tune_kernels import tunables
     from peftkern.backend import device_info
 
+    name = "tune.json" if options.weights == "dense" else "tune-4bit.json"
     started = time.monotonic()
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
     folder = options.out or environment.results_folder(device)
     rows, missing = [], []
     for p in chosen:
-        for tunable in tunables(p, device, device_info(device).arch):
+        for tunable in all_tunables(options.weights, p, device, device_info(device).arch):
             if options.kernels and tunable.kernel not in options.kernels:
                 continue
             if time.monotonic() - started > 60 * options.minutes:
@@ -195,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
                 continue
             rows.append(tune(tunable, quick=options.smoke))
-            print(row_text(rows[-1], f"{folder.name}/tune.json"), flush=True)
+            print(row_text(rows[-1], f"{folder.name}/{name}"), flush=True)
     result = {
         "schema": records.SCHEMA,
         "kind": "tune",
@@ -203,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": rows,
         "missing": missing,
     }
-    print(f"{len(rows)} kernels tuned, {len(missing)} missing: {save(result, folder, 'tune.json')}")
+    print(f"{len(rows)} kernels tuned, {len(missing)} missing: {save(result, folder, name)}")
     return 0 if all(row["best"] for row in rows) else 1
 
 

@@ -26,11 +26,12 @@ from peftkern_kernels.lora_linear_tma import tma_calls
 from peftkern_kernels.lora_shrink import shrink_calls
 from peftkern_kernels.reduction_tables import Tile as ReductionTile
 from peftkern_kernels.reduction_tables import dy_pass_tile, rank_block, shrink_tile, vectorizes, weight_gradient_tile
+from peftkern_kernels.tables_4bit import DequantizeLaunch
 from peftkern_kernels.weight_gradient import weight_gradient_calls
 
 SCALING = 2.0
 SPLITS = (1, 2, 4, 8, 16, 32)
-Tile = GemmTile | ReductionTile
+Tile = GemmTile | ReductionTile | DequantizeLaunch
 
 
 @dataclass

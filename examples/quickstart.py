@@ -13,7 +13,6 @@ import argparse
 import importlib.util
 import json
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -23,14 +22,10 @@ from _language import (
     TokenizerTokens,
     bits_per_byte,
     continuation,
-    cosine_schedule,
-    evaluating,
-    next_token_loss,
-    random_batch,
     tokens_of,
 )
-from _progress import progress
 from _text import python_sources
+from _training import agreement, device_name, logits, peak_memory, plot_loss, report_checks, report_sample, train
 from transformers import AutoModelForCausalLM
 
 import peftkern
@@ -96,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         "losses": losses,
     }
     report(result, sample_before, sample_after)
-    plot(result, args.output)
+    title = f"LoRA r {args.r}: held-out bits per byte {bits_before:.2f} -> {bits_after:.2f}"
+    plot_loss(losses, title, args.output)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0 if all(check["ok"] for check in checks.values()) else 1
@@ -127,40 +123,8 @@ def load_base(args: argparse.Namespace) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
 
 
-def train(model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace) -> tuple[list[float], float]:
-    """An ordinary training loop. Returns every step's loss, and tokens a second (the first step, a warm-up, aside)."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
-    schedule = cosine_schedule(optimizer, args.steps, warmup=min(20, args.steps // 10 + 1))
-    generator = torch.Generator().manual_seed(args.seed)
-    if ids.is_cuda:
-        torch.cuda.reset_peak_memory_stats(ids.device)
-    losses: list[torch.Tensor] = []  # on the device: reading each would make the host wait for the step
-    start = time.perf_counter()
-    model.train()
-    bar = progress(args.steps, "train")
-    for step in bar:
-        loss = next_token_loss(model, random_batch(ids, args.batch, args.seq + 1, generator))
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-        if step % 10 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.3f}")
-        if step == 0:
-            start = time.perf_counter()
-    read = torch.stack(losses).tolist()
-    seconds = time.perf_counter() - start
-    return read, (args.steps - 1) * args.batch * args.seq / seconds
-
-
 def compare(model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace) -> dict[str, dict]:
-    """The trained model's outputs against the adapter loaded again and against the merged model.
-
-    Two outputs agree if the root mean square of their difference is within 8 roundings of the dtype, relative to the
-    outputs' own: a float32 model of many layers collects that much from another order of additions. The adapter's own
-    effect is listed beside, so that an adapter that loads as nothing cannot pass for agreement.
-    """
+    """`agreement` of the trained model with the adapter loaded again and with the merged model."""
     adapter = args.output / "adapter"
     expected = logits(model, ids)
     with model.disable_adapter():
@@ -174,92 +138,21 @@ def compare(model: torch.nn.Module, ids: torch.Tensor, args: argparse.Namespace)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 reads a name that transformers 5 deprecates
             others["reloaded by PEFT"] = logits(peft.PeftModel.from_pretrained(load_base(args), adapter), ids)
-    bound = 8 * torch.finfo(getattr(torch, args.dtype)).eps
-    checks = {}
-    for name, got in others.items():
-        relative = ((got - expected).square().mean() / expected.square().mean()).sqrt().item()
-        checks[name] = {
-            "max_abs_diff": (got - expected).abs().max().item(),
-            "relative_rms_diff": relative,
-            "bound": bound,
-            "adapter_effect": effect,
-            "ok": relative <= bound,
-        }
-    return checks
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """fp64 on the CPU, [batch, seq, vocabulary]."""
-    with evaluating(model):
-        return model(input_ids=ids).logits.double().cpu()
+    return {name: agreement(got, expected, effect, args.dtype) for name, got in others.items()}
 
 
 def sample(model: torch.nn.Module, tokens: ByteTokens | TokenizerTokens, args: argparse.Namespace) -> str:
     return continuation(model, tokens, PROMPT, length=200, seed=args.seed)
 
 
-def peak_memory(device: str) -> float:
-    """Megabytes: what the GPU's allocator held at most, or on a CPU what the whole process did."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    try:
-        import resource
-    except ImportError:  # Windows
-        return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # bytes on macOS, KiB elsewhere
-
-
-def device_name(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device}, {torch.get_num_threads()} threads"
-
-
 def report(result: dict, sample_before: str, sample_after: str) -> None:
-    for title, text in (("before", sample_before), ("after", sample_after)):
-        print(f"\n--- a sample {title}")
-        print("\n".join(f"  | {line}" for line in text.splitlines()[:10]))
-    print("\n--- the adapter, saved and loaded again")
-    for name, check in result["checks"].items():
-        verdict = "equal" if check["ok"] else "DIFFERENT"
-        print(
-            f"  {name:<21} {verdict}: logits differ by at most {check['max_abs_diff']:.1e} "
-            f"(the adapter moves them by up to {check['adapter_effect']:.1f})"
-        )
+    report_sample("before", sample_before)
+    report_sample("after", sample_after)
+    report_checks(result["checks"])
     print("\n--- result")
     print(f"  held-out bits per byte  {result['bits_per_byte_before']:.3f} -> {result['bits_per_byte_after']:.3f}")
     print(f"  tokens a second         {result['tokens_a_second']:,.0f}  ({result['device']}, {result['dtype']})")
     print(f"  peak memory             {result['peak_megabytes']:,.0f} MB")
-
-
-def plot(result: dict, output: Path) -> None:
-    """Draw the loss curve to `output/loss.png`, where matplotlib is installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("  loss curve              not drawn: matplotlib is not installed")
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
-    losses = result["losses"]
-    means = [sum(losses[max(0, i - 19) : i + 1]) / len(losses[max(0, i - 19) : i + 1]) for i in range(len(losses))]
-    axes.plot(losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="each step")
-    axes.plot(means, color="tab:blue", label="mean of 20 steps")
-    axes.legend()
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss (nats a token)")
-    axes.set_title(
-        f"LoRA r {result['r']}: held-out bits per byte "
-        f"{result['bits_per_byte_before']:.2f} -> {result['bits_per_byte_after']:.2f}"
-    )
-    figure.tight_layout()
-    figure.savefig(output / "loss.png", dpi=120)
-    plt.close(figure)
-    print(f"  loss curve              {output / 'loss.png'}")
 
 
 if __name__ == "__main__":

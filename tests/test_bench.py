@@ -217,6 +217,21 @@ def test_the_headline_runs_end_to_end_in_the_interpreter(tmp_path):
     assert not result["missing"]
 
 
+def test_pairs_of_a_step_are_split_and_pooled():
+    """Catches pairs lost or measured twice, and a median of medians in place of that of all pairs."""
+    split = cpu_step.shares(8, 90.0, 3)
+    assert [s.pairs for s in split] == [3, 3, 2] and [s.check for s in split] == [True, False, False]
+    assert sum(s.seconds for s in split) == 90.0 and sum(s.least for s in split) == 3
+    assert [s.pairs for s in cpu_step.shares(2, 1.0, 3)] == [1, 1]
+    times = [
+        {"peftkern": [1.0, 1.0, 1.0], "peft": [2.0, 2.0, 2.0], "frozen": [0.8, 0.8, 0.8]},
+        {"peftkern": [9.0], "peft": [10.0], "frozen": [4.0]},
+    ]
+    row = cpu_step.row_of(cpu_step.MODES[0], times, {"errors": {}})
+    assert (row["ratio"], row["pairs"], row["frozen_ratio"]) == (0.5, 4, 0.4)
+    assert row["ratio_by_process"] == [0.5, 0.9] and row["peftkern_ms"] == 1000.0
+
+
 def test_the_cpu_step_runs_end_to_end(tmp_path):
     """Catches a step whose loss or gradients differ from PEFT's: it compares them before it times."""
     pytest.importorskip("peft")
@@ -227,6 +242,7 @@ def test_the_cpu_step_runs_end_to_end(tmp_path):
         torch.set_num_threads(threads)
     result = records.read(tmp_path / "step.json")
     assert all(row["ratio"] > 0 and row["saved_bytes"]["peft"] > 0 for row in result["rows"])
+    assert all(row["frozen_ms"] > 0 and row["frozen_ratio"] > 0 for row in result["rows"])
     assert report.main([str(tmp_path)]) == 0 and (tmp_path / "step.png").exists()
 
 

@@ -275,7 +275,7 @@ def test_a_loaded_4bit_model_is_adapted_in_place_and_trains_as_with_peft(tmp_pat
 
 @pytest.mark.parametrize("how", ["transformers", "peftkern"])
 def test_trainer_trains_and_saves_an_adapter_over_a_4bit_model(how, tmp_path):
-    """Would catch a model that Trainer refuses as quantized, checkpointing that loses gradients, a saved dense model."""
+    """Would catch a model that Trainer refuses as quantized, checkpointing that loses gradients, a dense save."""
     pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 

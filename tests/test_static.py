@@ -20,10 +20,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import static, static_report
 from bench.static_cases import LLAMA_8B, S1, S2, LoraLinear, all_cases
+from bench.static_cases_4bit import DEQUANTIZED, Dequantize4bit, LoraLinear4bit, quick_cases_4bit
 from bench.static_compile import Compilation, compilations, rows_are_aligned, specialise
+from bench.static_decode import Turn, read_decode, turn_of
 from bench.static_judge import (
     ARCHITECTURES,
     Code,
+    Decode,
     Dot,
     Instruction,
     Loop,
@@ -153,6 +156,111 @@ PASSES = [
 def test_judge_passes_what_is_right(record):
     """Catches a check that cries wolf."""
     assert judge(record) == []
+
+
+DECODES = but(
+    signature={"packed_ptr": "*u8"},
+    arch=89,
+    loops=[Loop(5, 3)],
+    decode=Decode(per_element=6.8, elements=32, scales=1, asynchronous=5, wide_loads=0, narrow_loads=3),
+)
+
+
+def but_decode(record: Record = DECODES, **changes: object) -> Record:
+    """The record of a 4-bit kernel with some fields of its loop, or of itself, changed."""
+    names = {field.name for field in dataclasses.fields(Decode)}
+    loop = {name: changes.pop(name) for name in list(changes) if name in names}
+    return but(record, decode=dataclasses.replace(record.code.decode, **loop), **changes)
+
+
+FAULTS_4BIT = [
+    ("12 instructions", but_decode(per_element=12.1), "decoding: 12.1 instructions an element, at most 12"),
+    ("on sm_90", but_decode(per_element=20.0, arch=90, matrix={"HGMMA": 1}), "decoding: 20.0 instructions"),
+    ("no loop found", but(DECODES, decode=None), "found no loop"),
+    ("nothing ahead", but_decode(asynchronous=0), "no asynchronous load in the loop that decodes"),
+    ("codes that are waited for", but_decode(wide_loads=1), "1 wide and 3 narrow, for 1 scales a thread"),
+    ("codes word by word", but_decode(narrow_loads=12), "0 wide and 12 narrow"),
+]
+
+
+@pytest.mark.parametrize("record, fault", [f[1:] for f in FAULTS_4BIT], ids=[f[0] for f in FAULTS_4BIT])
+def test_judge_finds_the_fault_of_a_kernel_that_decodes(record, fault):
+    """Catches a 4-bit kernel whose decoding or loads are no longer looked at."""
+    found = judge(record)
+    assert len(found) == 1 and fault in found[0], found
+
+
+PASSES_4BIT = [
+    ("scales loaded synchronously, on purpose", DECODES),
+    ("four loads for each of two scales", but_decode(scales=2, narrow_loads=8)),
+    ("no limit was worked out for sm_80", but_decode(arch=80, per_element=13.0)),
+    ("fp32 products are counted with the rest", but_decode(per_element=30.0, dots=[Dot(64, 16, 32, "f32")], matrix={})),
+    ("rows of W that no wide copy can read", but_decode(aligned=False, narrow_loads=12)),
+    ("dequantization: one load, no product", but_decode(dots=[], wide_loads=1, asynchronous=0, **{"matrix": {}})),
+    ("AMD is not read", but(DECODES, arch=942, decode=None, matrix={"v_mfma": 2}, shared=0)),
+]
+
+
+@pytest.mark.parametrize("record", [p[1] for p in PASSES_4BIT], ids=[p[0] for p in PASSES_4BIT])
+def test_judge_passes_a_kernel_that_decodes_well(record):
+    """Catches scales that are taken for codes, and limits asked where they were not worked out."""
+    assert judge(record) == []
+
+
+# Four elements a thread: a short loop of another kind, then the one that decodes, with a scale's multiplication in it.
+SASS_4BIT = """
+        /*0000*/                   LDG.E.128 R2, desc[UR4][R4.64] ;
+        /*0010*/                   HMMA.16816.F32.BF16 R24, R8, R2, R24 ;
+        /*0020*/               @P1 BRA 0x0 ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R2], desc[UR4][R4.64] ;
+        /*0040*/                   LDG.E.U8 R3, desc[UR4][R4.64] ;
+        /*0050*/                   LDG.E.64 R3, desc[UR4][R4.64] ;
+        /*0060*/                   LDG.E R3, desc[UR4][R4.64] ;
+        /*0070*/                   FMUL R3, R3, R5 ;
+        /*0080*/                   FMUL R3, R3, R5 ;
+        /*0090*/                   FMUL R3, R3, R5 ;
+        /*00a0*/                   FMUL R3, R3, R5 ;
+        /*00b0*/                   FMUL R3, R3, R5 ;
+        /*00c0*/                   HMMA.16816.F32.BF16 R24, R8, R2, R24 ;
+        /*00d0*/                   WARPGROUP.ARRIVE ;
+        /*00e0*/                   NOP ;
+        /*00f0*/               @P1 BRA 0x30 ;
+"""
+FOUR = Turn(elements=128, scales=8, products=16 * 8 * 16, threads=32)
+
+
+def test_the_loop_that_decodes_is_read():
+    """Catches matrix instructions counted as decoding, another loop's loads, and a wide load taken for a scale's."""
+    found = read_decode(parse_sass(SASS_4BIT), FOUR)
+    assert found == Decode(per_element=10 / 4, elements=4, scales=1, asynchronous=1, wide_loads=1, narrow_loads=2)
+    assert read_decode(parse_sass(SASS_4BIT), dataclasses.replace(FOUR, elements=256)) is None
+    whole = read_decode(parse_sass(SASS_4BIT), dataclasses.replace(FOUR, loop=False))
+    assert whole is not None and whole.per_element == 12 / 4, "of the whole program"
+
+
+def test_turns_that_the_compiler_joined_are_told_apart():
+    """Catches an unrolled loop that seems to take twice the instructions, and doubled products taken for one."""
+    joined = SASS_4BIT.replace("FMUL R3, R3, R5 ;", "FMUL R3, R3, R5 ;\n        /*00b1*/ FMUL R3, R3, R5 ;")
+    one = read_decode(parse_sass(joined), FOUR)
+    assert one is not None and one.elements == 4, "twice the multiplications alone are one turn"
+    twice = joined.replace(
+        "HMMA.16816.F32.BF16 R24, R8, R2, R24 ;", "HMMA.16816.F32 R2 ;\n  /*00c1*/ HMMA.16816.F32 R2 ;"
+    )
+    two = read_decode(parse_sass(twice), FOUR)
+    assert two is not None and two.elements == 8 and two.per_element == pytest.approx(15 / 8, abs=0.01)
+
+
+def test_every_4bit_kernel_has_a_turn_and_the_right_one():
+    """Catches a kernel or a constant that was renamed, after which nothing would be counted."""
+    for arch in (89, 90):
+        for case in quick_cases_4bit():
+            for call in case.launches(arch):
+                constants = {name: str(value) for name, value in call.constants.items()}
+                turn = turn_of(call.kernel.__name__, constants, call.num_warps)
+                assert (turn is not None) == ("packed_ptr" in call.args), call.name
+                if turn is not None and turn.loop:
+                    assert turn.elements % turn.threads == 0 and turn.products % turn.elements == 0
+                    assert turn.elements == 64 * turn.scales or call.kernel.__name__.startswith("_decode")
 
 
 def test_every_architecture_expects_its_own_instruction():
@@ -357,7 +465,7 @@ def test_report_names_each_failure(tmp_path):
     assert len(bad.faults) == 2
     lines = static_report.failures([GOOD, bad]).splitlines()
     assert len(lines) == 2 and all("sm_90 _kernel [M128 w8 s4] M8192" in line for line in lines)
-    assert [line[10] for line in map(static_report.row, [GOOD, bad])] == ["ok", "FAIL"]
+    assert [line[11] for line in map(static_report.row, [GOOD, bad])] == ["ok", "FAIL"]
     assert "sm_80" in static_report.summary([GOOD, bad]) and static_report.failures([GOOD]) == ""
     static_report.write_json(tmp_path / "a" / "b.json", [GOOD, bad], {"triton": "0"})
     written = json.loads((tmp_path / "a" / "b.json").read_text())
@@ -376,6 +484,35 @@ def test_the_grid_covers_what_it_must():
         assert {getattr(case, name) for case in linear} == {False, True}, name
     paths = {case.plan(90) if case.path == "auto" else case.path for case in linear}
     assert paths == {"triton", "cublas", "decode"}
+
+
+def test_the_grid_over_4bit_weights_covers_what_it_must():
+    """Catches a size, dtype, option or path over 4-bit weights that is dropped from the grid."""
+    cases = all_cases()
+    dense = [case for case in cases if isinstance(case, Dequantize4bit)]
+    assert {(case.N, case.K) for case in dense} == set(DEQUANTIZED) and any(case.K % 2 for case in dense)
+    linear = [case for case in cases if isinstance(case, LoraLinear4bit)]
+    assert {case.M for case in linear} >= {1, 16, 64, 128, 512} and {case.R for case in linear} == {16, 64}
+    assert {(case.K, case.N) for case in linear} >= set(LLAMA_8B)
+    for found in (dense, linear):
+        assert {case.dtype for case in found} == {torch.float32, torch.float16, torch.bfloat16}
+        assert {case.nested for case in found} == {False, True}
+    for name in ("masters", "dropout", "bias", "aligned"):
+        assert {getattr(case, name) for case in linear} == {False, True}, name
+    paths = {case.plan(arch).partition(":")[0] for case in linear for arch in (89, 90)}
+    assert paths == {"decode_4bit", "fused_4bit", "dequantize"}
+    assert set(quick_cases_4bit()) <= set(cases)
+
+
+@pytest.mark.parametrize("M, kernels", [(1, ["_decode_4bit", "_base_4bit_t"]), (64, ["_base_4bit_k", "_base_4bit_t"])])
+def test_4bit_launches_are_forward_and_backward(M, kernels):
+    """Catches a case whose backward is left out, or whose weight is dense after all."""
+    names = [
+        call.kernel.__name__ for call in LoraLinear4bit(M, 4096, 4096, 16).launches(89) if "packed_ptr" in call.args
+    ]
+    assert len(names) == 2 and all(name.startswith(start) for name, start in zip(names, kernels, strict=True)), names
+    large = LoraLinear4bit(8192, 4096, 4096, 16)
+    assert [c.name for c in large.launches(90)][0] == "dequantize" and large.plan(90).startswith("dequantize:")
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90])
@@ -410,3 +547,22 @@ def test_quick_check_passes_on_real_targets(tmp_path):
     assert seen >= {(80, "HMMA"), (90, "HGMMA"), (942, "v_mfma")}
     gemm = next(r for r in records if r["arch"] == 90 and r["launch"] == "base + expand")
     assert gemm["constants"]["BLOCK_N"] == "256" and gemm["code"]["matrix"]["HGMMA"] > 0
+
+
+@pytest.mark.slow
+def test_quick_check_of_4bit_kernels_passes_on_a_real_target(tmp_path):
+    """Catches a figure that is no longer read off real code, and loads of scales taken for those of codes."""
+    command = [sys.executable, "-m", "bench.static", "--quick", "--arch", "90", "--kernel", "_base_4bit", "_dequantize"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [*command, "--json", tmp_path / "out.json"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = json.loads((tmp_path / "out.json").read_text())["records"]
+    assert {r["kernel"] for r in records} == {
+        "_base_4bit_kernel",
+        "_base_4bit_transposed_kernel",
+        "_dequantize_4bit_kernel",
+    }
+    for record in records:
+        assert 4 < record["code"]["decode"]["per_element"] <= 12, record

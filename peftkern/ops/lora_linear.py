@@ -100,7 +100,7 @@ def lora_linear(
         products_alone = common and path == "torch" and seed is None and not base_learns and x.dim() == 2
         if products_alone and (lora_A.dtype is x.dtype or multiplies_masters(x, lora_A)):
             return apply_directly(_Products, x, weight, lora_A, lora_B, bias, scaling)
-        return apply_directly(_LoraLinear, x, weight, lora_A, lora_B, bias, seed, (scaling, dropout_p, path))
+        return apply_directly(_LoraLinear, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
     return _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)[0]
 
 
@@ -200,8 +200,8 @@ class _LoraLinear(torch.autograd.Function):
     """The eager door."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, lora_A, lora_B, bias, seed, numbers):
-        y, s, mask = _forward(x, weight, lora_A, lora_B, bias, seed, *numbers)
+    def forward(ctx: Any, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path):
+        y, s, mask = _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
         needs: Needs = ctx.needs_input_grad[:5]
         _, needs_w, needs_a, needs_b, _ = needs
         # Only x, S and the mask are activations: weight and adapters exist anyway and are kept by reference.
@@ -214,13 +214,13 @@ class _LoraLinear(torch.autograd.Function):
             mask,
             seed if mask is None else None,
         )
-        ctx.numbers = (*numbers, needs, None if bias is None else bias.dtype)
+        ctx.numbers = (scaling, dropout_p, path, needs, None if bias is None else bias.dtype)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_linear")
-        return (*_backward(dy, *ctx.saved_tensors, *ctx.numbers), None, None)
+        return (*_backward(dy, *ctx.saved_tensors, *ctx.numbers), None, None, None, None)
 
 
 class _Products(torch.autograd.Function):

@@ -139,9 +139,7 @@ class LoraLayer(BaseTunerLayer):
         for name in self._active_here():
             self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
 
-    def merge(
-        self, safe_merge: bool = False, adapter_names: list[str] | None = None, requantize: bool = False
-    ) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, requantize: bool = False) -> None:
         """Adds adapters to the base weight, in place; to a quantized one by putting a dense layer in its place.
 
         Args:

@@ -1,0 +1,305 @@
+"""A whole QLoRA training step of an 8B Llama: tokens a second and peak memory, peftkern beside PEFT on bitsandbytes.
+
+    python -m bench.qlora_step [--vram 16 24] [--seq 2048 ...] [--rivals] [--steps 5] [--smoke] [--out DIR]
+
+The model has Llama 3 8B's shapes and random 4-bit weights (bench/qlora_model.py): speed and memory only. LoRA of rank
+16 on all linear layers with fp32 adapters under bfloat16 autocast, gradient checkpointing, embeddings and lm_head in
+bfloat16, chunked loss (`peftkern.use_chunked_loss`), 8-bit AdamW from bitsandbytes where it imports, else torch's;
+forward + loss + backward + optimizer step. Each implementation runs in a process of its own:
+
+- *peftkern*;
+- *peft, same settings*: PEFT over bitsandbytes' layers, all else the same, the chunked loss too;
+- *peft, its own settings*: with PEFT's `prepare_model_for_kbit_training`, which widens embeddings and lm_head to
+  float32, and transformers' loss over all logits.
+
+Loss and the gradients' norm of the first step are compared before anything is timed: with PEFT's they must agree within
+2 % and 5 %. `--vram 16 24` runs everything again with the allocator capped at what a card of so many GiB leaves beside
+the CUDA context: labelled as this device under a cap, for its speed is not that card's. The result goes to
+bench/results/<device>/qlora.json, or to DIR; `--smoke` runs a model of two layers, on a CPU too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench import environment, records
+from bench.measure import Micros, synchronize
+from bench.qlora_model import TINY, Shape, make_model, set_adapters
+from bench.run import save
+
+RANK, ALPHA = 16, 32
+IMPLEMENTATIONS = ("peftkern", "peft, same settings", "peft, its own settings")
+LOSS_AGREES, GRADIENT_AGREES = 0.02, 0.05
+WARMUP = 2
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.qlora_step", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--vram", nargs="+", type=float, default=[], metavar="GB", help="run under these caps too")
+    parser.add_argument("--seq", nargs="+", type=int, default=[2048], metavar="TOKENS", help="of the one sequence")
+    parser.add_argument("--rivals", action="store_true", help="PEFT on bitsandbytes too")
+    parser.add_argument("--steps", type=int, default=5, help="that are timed")
+    parser.add_argument("--smoke", action="store_true", help="a model of two layers: does the program run? (CPU too)")
+    parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/<device>)")
+    parser.add_argument("--one", metavar="JSON", help=argparse.SUPPRESS)  # what a process of its own is told
+    return parser.parse_args(argv)
+
+
+# -- one implementation, in this process --------------------------------------------------------------------------
+
+
+def build(implementation: str, shape: Shape, device: torch.device) -> nn.Module:
+    """The adapted model, ready to be trained."""
+    import peftkern
+
+    ours = implementation == "peftkern"
+    model: Any = make_model(shape, device, torch.bfloat16, "peftkern" if ours else "bitsandbytes")
+    library: Any = peftkern if ours else importlib.import_module("peft")
+    if implementation == "peft, its own settings":
+        model = library.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        peftkern.use_chunked_loss(model)
+    config = library.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    return library.get_peft_model(model, config).train()
+
+
+def optimizer_of(parameters: list[nn.Parameter], device: torch.device) -> tuple[torch.optim.Optimizer, str]:
+    """AdamW in 8 bits where bitsandbytes has it for the device, else torch's; with its name."""
+    from bench.quantized_rivals import bitsandbytes
+
+    module, why_not = bitsandbytes()
+    if device.type == "cuda" and not why_not:
+        return module.optim.AdamW8bit(parameters, lr=1e-4), "bitsandbytes AdamW8bit"
+    return torch.optim.AdamW(parameters, lr=1e-4), "torch AdamW"
+
+
+def measure_one(told: dict[str, Any]) -> dict[str, Any]:
+    """Build, check and time what `told` says; out of memory is a result, not an error."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    if told["cap_bytes"] is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, told["cap_bytes"] / total), device)
+    try:
+        return _measure(told, device)
+    except torch.OutOfMemoryError as error:
+        return {"status": "out of memory", "reason": str(error).splitlines()[0][:300]}
+
+
+def _measure(told: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    on_gpu = device.type == "cuda"
+    model = build(told["implementation"], Shape(**told["shape"]), device)
+    parameters = set_adapters(model)
+    optimizer, optimizer_name = optimizer_of(parameters, device)
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(told["shape"]["vocabulary"], (1, told["seq"]), generator=generator).to(device)
+    gc.collect()
+    at_rest = torch.cuda.memory_allocated(device) if on_gpu else None
+
+    def loss_and_gradients() -> torch.Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.detach()
+
+    first = loss_and_gradients().item()
+    norm = math.sqrt(sum(p.grad.float().square().sum().item() for p in parameters if p.grad is not None))
+    optimizer.zero_grad()
+
+    def step() -> None:
+        loss_and_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds, peak, reserved = _timed(step, told["steps"], device)
+    taken = Micros.of([1e6 * s for s in seconds])
+    return {
+        "status": "ok",
+        "reason": "",
+        "loss": first,
+        "gradient_norm": norm,
+        "trained": sum(p.numel() for p in parameters),
+        "optimizer": optimizer_name,
+        "step_us": taken.as_dict(),
+        "tokens_per_second": told["seq"] / (taken.median * 1e-6),
+        "at_rest_bytes": at_rest,
+        "peak_bytes": peak,
+        "reserved_bytes": reserved,
+    }
+
+
+def _timed(step: Callable[[], None], steps: int, device: torch.device) -> tuple[list[float], int | None, int | None]:
+    """(seconds of each step, peak bytes allocated, peak bytes reserved; None on a CPU)."""
+    on_gpu = device.type == "cuda"
+    for _ in range(WARMUP):
+        step()
+    synchronize(device)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    if not on_gpu:
+        return seconds, None, None
+    return seconds, torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+
+
+# -- all of them --------------------------------------------------------------------------------------------------
+
+MEASURED = (
+    "loss",
+    "gradient_norm",
+    "trained",
+    "optimizer",
+    "step_us",
+    "tokens_per_second",
+    "at_rest_bytes",
+    "peak_bytes",
+    "reserved_bytes",
+    "estimated_bytes",
+)
+
+
+def in_own_process(told: dict[str, Any]) -> dict[str, Any]:
+    """`measure_one` in a process that begins with an empty GPU; a crash is a result with its last words."""
+    command = [sys.executable, "-m", "bench.qlora_step", "--one", json.dumps(told)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        words = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        return {"status": "failed", "reason": words[:300]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def label(device: str, cap: float | None) -> str:
+    """Which machine a row stands for."""
+    return device if cap is None else f"{device} under a cap of {cap:g} GB"
+
+
+def cap_bytes(cap: float | None) -> int | None:
+    """What a card of `cap` GiB leaves to torch's allocator."""
+    if cap is None:
+        return None
+    from peftkern.estimate import CONTEXT
+
+    return int(cap * 2**30) - CONTEXT
+
+
+def estimated_bytes(shape: Shape, seq: int, optimizer: str) -> int:
+    """What `peftkern.estimate` says that torch's allocator will hold at the peak: all but the CUDA context."""
+    from peftkern.estimate import CONTEXT, estimate_memory
+
+    optim = "adamw8bit" if "8bit" in optimizer else "adamw"
+    return estimate_memory(shape.config(), r=RANK, seq=seq, optim=optim).total - CONTEXT
+
+
+def disagreement(row: dict[str, Any], ours: dict[str, Any]) -> str:
+    """How a peer's first loss or gradients differ from peftkern's by more than rounding, or ""."""
+    for field, most in (("loss", LOSS_AGREES), ("gradient_norm", GRADIENT_AGREES)):
+        apart = abs(row[field] / ours[field] - 1)
+        if not apart <= most:
+            both = f"{field} {row[field]:.5g}, peftkern's {ours[field]:.5g}"
+            return f"{both}: {apart:.1%} apart, at most {most:.0%} is right"
+    return ""
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """All rows: sequence by sequence, without a cap and under each."""
+    from bench.quantized_rivals import bitsandbytes
+
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+    described = environment.describe(device)
+    shape = TINY if options.smoke else Shape()
+    names = IMPLEMENTATIONS if options.rivals else IMPLEMENTATIONS[:1]
+    rows: list[dict[str, Any]] = []
+    for seq in [min(s, 32) for s in options.seq] if options.smoke else options.seq:
+        for cap in (None, *options.vram):
+            ours: dict[str, Any] | None = None
+            for name in names:
+                told = {"implementation": name, "shape": asdict(shape), "seq": seq, "steps": options.steps}
+                told["cap_bytes"] = cap_bytes(cap)
+                row = {"implementation": name, "label": label(described["device"], cap), "seq": seq, "batch": 1}
+                row |= {"cap_gb": cap, "cap_bytes": told["cap_bytes"], **dict.fromkeys(MEASURED)}
+                why_not = why_not_run(name, bitsandbytes()[1])
+                if why_not:
+                    row |= {"status": "not run", "reason": why_not}
+                else:
+                    row |= in_own_process(told) if has_gpu else measure_one(told)
+                if row["status"] == "ok" and ours is not None:
+                    row["reason"] = disagreement(row, ours)
+                    row["status"] = "wrong" if row["reason"] else "ok"
+                if name == "peftkern" and row["status"] == "ok":
+                    ours = row
+                    if has_gpu:  # beside a peak that was measured
+                        row["estimated_bytes"] = estimated_bytes(shape, seq, row["optimizer"])
+                rows.append(row)
+                print(line_of(row), flush=True)
+    described["clocks_after"] = environment.clocks()
+    return {
+        "schema": records.SCHEMA,
+        "kind": "qlora",
+        "environment": described,
+        "shape": asdict(shape),
+        "rank": RANK,
+        "rows": rows,
+        "missing": [],
+    }
+
+
+def why_not_run(implementation: str, bitsandbytes_missing: str) -> str:
+    """Why an implementation cannot run here, or ""."""
+    if implementation == "peftkern":
+        return ""
+    return bitsandbytes_missing or ("" if environment.version_of("peft") else "peft is not installed")
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row in words."""
+    start = f"{row['label']}, {row['seq']} tokens, {row['implementation']}:"
+    if row["status"] != "ok":
+        return f"{start} {row['status']}: {row['reason']}"
+    memory = "" if row["peak_bytes"] is None else f", peak {row['peak_bytes'] / 1e9:.2f} GB"
+    return f"{start} {row['tokens_per_second']:.0f} tokens/s{memory} ({row['optimizer']})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if options.one:
+        print(json.dumps(measure_one(json.loads(options.one))))
+        return 0
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu and (options.vram or not options.smoke):
+        print("no GPU here: a CPU runs --smoke alone, without --vram", file=sys.stderr)
+        return 2
+    if options.smoke and options.out is None:
+        print("--smoke: nothing worth keeping is measured, so --out says where the result goes", file=sys.stderr)
+        return 2
+    result = run(options)
+    device = torch.device("cuda" if has_gpu else "cpu")
+    path = save(result, options.out or environment.results_folder(device), "qlora.json")
+    print(f"{len(result['rows'])} rows: {path}")
+    bad = [r for r in result["rows"] if r["status"] in ("wrong", "failed")]
+    return 1 if any(r["implementation"] == "peftkern" or r["status"] == "wrong" for r in bad) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
