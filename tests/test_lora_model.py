@@ -468,29 +468,3 @@ def test_a_failed_injection_changes_nothing():
         with pytest.raises(ValueError, match="adapter_name"):
             LoraModel(model, LoraConfig(), "not.a.name")
         assert fingerprint(model) == before
-
-
-def test_a_quantized_base_runs_but_does_not_merge():
-    """Catches packed weights taken for a matrix, in forward or in merging."""
-    bnb = pytest.importorskip("bitsandbytes")
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.q(x)
-
-    model = Model().to("cpu")
-    with torch.no_grad():
-        model.q.weight = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4").to("cpu")
-    x = torch.randn(3, 64)
-    base = model(x)
-    made = LoraModel(model, LoraConfig(target_modules=["q"], init_lora_weights=False), "default")
-    layer = made.model.q
-    assert not layer.explain_row().fused and "Linear4bit" in layer.explain_row().reason
-    delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
-    torch.testing.assert_close(made(x), base + x @ delta.T, rtol=1e-4, atol=1e-4)
-    with pytest.raises(TypeError, match="Linear4bit"):
-        made.merge_adapter()

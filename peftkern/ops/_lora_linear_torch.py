@@ -7,6 +7,7 @@ dropout, a mask of one byte an element.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,6 +20,22 @@ from peftkern.ops._common import adapters_for
 # Beyond, S and dS are multiplied by it: some BLAS libraries take twice as long for a product with `alpha`.
 FEW_ROWS = 32
 Kept = Any  # a tensor that forward kept, or None where no gradient asks for it
+
+
+@functools.cache
+def _reads_past_rows() -> bool:
+    return torch.cpu._is_amx_tile_supported()
+
+
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """x [M, K] as a product's left operand: itself, or a copy without gaps between rows where a CPU's kernels need one.
+
+    oneDNN's bfloat16 kernels for AMX read a left operand to the end of a tile, past a row's own, and multiply what is
+    there by 0: NaN where the gap holds a NaN or an infinity.
+    """
+    if x.dtype is torch.bfloat16 and x.stride(0) > x.shape[1] and x.stride(1) == 1 and x.is_cpu and _reads_past_rows():
+        return x.contiguous()
+    return x
 
 
 def keep_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:
@@ -78,7 +95,7 @@ def forward(
     S is (keep * x) A^T, times scaling / (1 - p) where there are more than `FEW_ROWS`.
     """
     mask = None
-    dropped = x
+    dropped = x = dense_rows(x)
     if seed is not None:
         mask = keep_mask(seed, x.shape[0], x.shape[1], dropout_p)
         dropped = apply_mask(x, mask)
@@ -113,6 +130,7 @@ def backward(
     dx = da = db = None
     if mask is not None:
         scaling = scaling / (1.0 - dropout_p)
+    dy = dense_rows(dy)
     masters = lora_A.dtype is not dy.dtype
     wide = dy.to(lora_A.dtype) if masters else dy
     alpha = scaling if dy.shape[0] <= FEW_ROWS else 1.0

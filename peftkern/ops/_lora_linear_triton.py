@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from peftkern.ops._lora_linear_torch import dense_rows
 from peftkern.weights import Weight4bit
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.format_4bit import Packed4bit
@@ -39,9 +40,9 @@ def dropout(seed: torch.Tensor | None, p: float) -> Dropout | None:
 
 
 def _add_base(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> TorchCall:
-    """`out += x weight^T` by cuBLAS, in place."""
+    """`out += x weight^T` by cuBLAS (in tests by oneDNN), in place."""
     moved = nbytes(x, weight, out, out)
-    return TorchCall("base (cuBLAS)", out.addmm_, (x, weight.t()), moved, 2 * x.shape[0] * weight.numel())
+    return TorchCall("base (cuBLAS)", out.addmm_, (dense_rows(x), weight.t()), moved, 2 * x.shape[0] * weight.numel())
 
 
 def packed(weight: Weight4bit) -> Packed4bit:
