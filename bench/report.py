@@ -86,9 +86,15 @@ def step_table(result: dict[str, Any]) -> str:
         us = {name: f"{m['median']:.0f}" for name, m in row["microseconds"].items()}
         kind = f"{row['dtype']}, {row['adapter_dtype']} adapters"
         calls.append(
-            [kind, us["frozen"], us["peftkern"], us["peft"], f"{row['ratio']:.2f}", f"{row['targets']['overhead']:.2f}"]
+            [
+                kind,
+                *(us.get(name, "") for name in ("frozen", "peftkern", "peft", "composed")),
+                f"{row['ratio']:.2f}",
+                f"{row['targets']['overhead']:.2f}",
+            ]
         )
-    head = ["call at 1 x 64 x 64", "frozen us", "peftkern us", "PEFT us", "overhead over PEFT's", "target"]
+    names = ["frozen us", "peftkern us", "PEFT us", "products alone us"]
+    head = ["call at 1 x 64 x 64", *names, "overhead over PEFT's", "target"]
     return markdown_table(header, lines) + "\n\n" + markdown_table(head, calls)
 
 
