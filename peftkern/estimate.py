@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-GB = 1e9
+GB, MB = 1e9, 1e6
 CONTEXT = int(0.6 * GB)  # CUDA's context, cuBLAS's workspace and loaded kernels: 0.4 to 0.7 GB by driver and GPU
 SLACK = 0.05  # of activations: what the caching allocator cannot hand out again
 OPTIMIZER_BLOCK = 256  # values that share a scale in bitsandbytes' 8-bit optimizers
@@ -129,11 +129,13 @@ class Estimate:
         ]
         width = max(len(part.name) for part in self.parts)
         lesser = min(("in a layer", "in the loss"), key=self.of)
+        # Without the context, which every step has: a small model's rows would all read 0.00 GB beside it.
+        unit, name = (GB, "GB") if self.total - CONTEXT >= GB else (MB, "MB")
         for part in self.parts:
-            size = f"({part.bytes / GB:.2f})" if part.when == lesser else f"{part.bytes / GB:.2f} "
-            lines.append(f"  {part.name:<{width}}  {size:>8} GB  {part.when:<11}  {part.note}".rstrip())
+            size = f"({part.bytes / unit:.2f})" if part.when == lesser else f"{part.bytes / unit:.2f} "
+            lines.append(f"  {part.name:<{width}}  {size:>8} {name}  {part.when:<11}  {part.note}".rstrip())
         lines += [
-            f"  {'total':<{width}}  {self.total / GB:7.2f}  GB  (a row in brackets: not at the time of the peak)",
+            f"  {'total':<{width}}  {self.total / unit:7.2f}  {name}  (a row in brackets: not at the time of the peak)",
             "",
         ]
         lines += self._verdict() + [f"- {line}" for line in self.advice]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -288,6 +289,13 @@ def test_the_command(tmp_path, capsys):
     options = ["--no-checkpointing", "--no-chunked-loss", "--quant", "none", "--dtype", "fp32", "--target", "q_proj"]
     assert main([str(file), *options]) == 0
     assert "none, 1 x 2048 tokens, adamw, no checkpointing, whole loss" in capsys.readouterr().out
+
+
+def test_a_small_model_is_shown_in_megabytes(llama_8b):
+    """Would catch: a table of 0.00 GB in every row, for the model that the examples train."""
+    small = str(estimate_memory(str(Path(__file__).resolve().parent.parent / "examples" / "base"), seq=64))
+    assert re.search(r"adapters +0\.47  MB  always +118,272 parameters in fp32", small) and " GB  always" not in small
+    assert " MB  always" not in str(estimate_memory(llama_8b, seq=64))
 
 
 def test_the_command_runs_as_a_module(tmp_path):

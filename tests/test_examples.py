@@ -147,6 +147,94 @@ def test_quickstart_fails_when_the_reloaded_adapter_differs(example, tmp_path, m
     assert "reloaded by peftkern  DIFFERENT" in capsys.readouterr().out
 
 
+def test_qlora(tmp_path):
+    """Bug: a 4-bit base that learns nothing, an adapter that fits only the base in memory, a merge that loses it, or an
+    estimate that is not of the step that runs."""
+    results = tmp_path / "results.json"
+    printed = run_example(
+        EXAMPLES / "qlora.py", "--steps", "30", "--windows", "32", "--json", str(results), cwd=tmp_path
+    )
+    result = json.loads(results.read_text())
+    assert result["bits_per_byte_after"] < result["bits_per_byte_before"] - 0.3
+    # In 4 bits the base is a little worse than the record of its dense self on Python text, not another model.
+    assert 2.5 < result["bits_per_byte_before"] < 3.8
+    assert set(result["checks"]) == {"reloaded", "on the saved base", "merged, dense"}
+    assert all(check["ok"] and check["adapter_effect"] > 1.0 for check in result["checks"].values())
+    assert result["checks"]["reloaded"]["max_abs_diff"] == 0.0
+    assert result["checks"]["on the saved base"]["max_abs_diff"] == 0.0
+    assert result["checks"]["merged, dense"]["max_abs_diff"] > 0.0, "another order of additions: it is dense"
+    assert result["trainable_parameters"] == 3 * 16 * (4 * (128 + 128) + 3 * (128 + 352))
+    assert sum(result["paths"].values()) == 3 * 7 and all("dequantize" in path for path in result["paths"])
+    # The estimate knows no operator's inner buffers, and an attention of the GPU's kind.
+    assert result["measured_bytes"] == pytest.approx(result["estimated_bytes"], rel=0.1)
+    assert result["tokens_a_second"] > 0 and result["process_megabytes"] > 0
+    for line in ("4-bit linear layers", "trainable params: 118,272", "held-out bits per byte", "peak memory, measured"):
+        assert line in printed
+    files = {file.relative_to(tmp_path / "outputs" / "qlora").as_posix() for file in tmp_path.rglob("*.safetensors")}
+    assert files == {"adapter/adapter_model.safetensors", "base-4bit/model.safetensors"}
+    dense, four_bits = BASE / "model.safetensors", tmp_path / "outputs" / "qlora" / "base-4bit" / "model.safetensors"
+    assert four_bits.stat().st_size < 0.3 * dense.stat().st_size, "what was saved is in 4 bits"
+
+
+def test_qlora_makes_random_weights_a_layer_at_a_time(example, tmp_path, monkeypatch, capsys):
+    """Bug: a dense 8B model on the way to the 4-bit one (16 GB that the card does not have), or layers left out."""
+    qlora = example("qlora")
+    shapes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "vocab_size": 320}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    monkeypatch.setattr(qlora, "LLAMA_8B", shapes | heads)
+    given, dense_at_once = [], []
+    give_values, quantize = qlora.give_values, qlora.peftkern.quantize_model
+
+    def counted(block, *args, **kwargs):
+        dense_at_once.append(sum(type(m) is torch.nn.Linear for module in given for m in module.modules()))
+        return quantize(block, *args, **kwargs)
+
+    monkeypatch.setattr(qlora, "give_values", lambda module, *args: (given.append(module), give_values(module, *args)))
+    monkeypatch.setattr(qlora.peftkern, "quantize_model", counted)
+    results, output = tmp_path / "results.json", tmp_path / "output"
+    settings = ["--random-8b", "--steps", "3", "--seq", "16", "--dropout", "0.1", "--output", str(output)]
+    assert qlora.main([*settings, "--json", str(results)]) == 0
+    assert dense_at_once == [7, 7, 7], "q, k, v, o, gate, up, down of one layer"
+    result = json.loads(results.read_text())
+    assert result["bits_per_byte_before"] is None and result["bits_per_byte_after"] is None
+    assert set(result["checks"]) == {"reloaded"} and result["checks"]["reloaded"]["adapter_effect"] > 0
+    assert sum(result["paths"].values()) == 3 * 7
+    assert result["losses"][0] == pytest.approx(math.log(320), rel=0.05), "random weights know nothing"
+    assert capsys.readouterr().out.count("speed and memory only") == 2
+
+
+def test_qlora_does_not_begin_what_does_not_fit(example, monkeypatch, capsys):
+    """Bug: an 8B model downloaded for a step that runs out of memory, or an exit code that says nothing of it."""
+    qlora = example("qlora")
+    monkeypatch.setattr(qlora, "load_base", lambda args: pytest.fail("loaded all the same"))
+    assert qlora.main(["--vram", "0.5"]) == 2
+    assert "Over 0.5 GiB" in capsys.readouterr().out
+    assert qlora.main(["--vram", "0.7", "--seq", "100000"]) == 2
+    assert "not begun: it does not fit. Try --seq " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("vram, fraction", [(16.0, (16 * 2**30 - 6e8) / (80 * 2**30)), (0.1, 0.0), (200.0, 1.0)])
+def test_qlora_holds_the_allocator_to_a_smaller_card(example, monkeypatch, vram, fraction):
+    """Bug: a cap that forgets the CUDA context, is outside of what torch takes, or is set on another GPU."""
+    qlora = example("qlora")
+    calls = []
+    card = type("Card", (), {"total_memory": 80 * 2**30})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *args: calls.append(args))
+    args = qlora.arguments(["--device", "cuda", "--vram", str(vram)])
+    assert qlora.gpu_and_its_memory(args) == ("cuda:1", vram)
+    assert calls == [(pytest.approx(fraction), 1)]
+    assert qlora.gpu_and_its_memory(qlora.arguments(["--device", "cuda:0"])) == ("cuda:0", 80.0) and len(calls) == 1
+
+
+def test_qlora_fails_when_nothing_was_learned(example, tmp_path, capsys):
+    """Bug: an exit code that is 0 whatever came out: at a learning rate of almost zero nothing gets better."""
+    settings = ["--steps", "2", "--windows", "4", "--batch", "2", "--seq", "64", "--lr", "1e-30"]
+    assert example("qlora").main([*settings, "--output", str(tmp_path)]) == 1
+    assert "held-out bits per byte" in capsys.readouterr().out
+
+
 def test_custom_loop_is_five_lines_from_full_fine_tuning(tmp_path):
     """Bug: the file that claims "five lines" needs more: without the marked lines it must fine-tune every weight."""
     source = (EXAMPLES / "custom_loop.py").read_text()

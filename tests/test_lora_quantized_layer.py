@@ -135,6 +135,24 @@ def test_merge_and_unload_leaves_a_dense_layer(base):
     assert torch.equal(plain.bias, base.bias.to(plain.weight.dtype))
 
 
+@pytest.mark.parametrize("kind", ["peftkern 4-bit", "bitsandbytes 4-bit"])
+def test_requantizing_keeps_how_the_bytes_are_stored(kind):
+    """Would catch bytes stored as another dtype than other layers', which FSDP refuses; a lost compute dtype."""
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 80)
+    if kind == "peftkern 4-bit":
+        base = Linear4bit.from_linear(linear, compute_dtype=torch.bfloat16, quant_storage=torch.bfloat16)
+    else:
+        base = bnb.nn.Linear4bit(96, 80, True, torch.bfloat16, True, "nf4", quant_storage=torch.bfloat16)
+        base.load_state_dict(linear.state_dict())
+        base = base.to("cpu")
+    model, _ = adapted(base.requires_grad_(False))
+    with pytest.warns(UserWarning, match="requantizing"):
+        merged = model.merge_and_unload(requantize=True)["up"]
+    assert merged.weight.dtype == base.weight.dtype == torch.bfloat16
+    assert merged.compute_dtype == torch.bfloat16
+
+
 def test_requantizing_merge_says_what_it_lost(base):
     """Would catch a silent loss: the merged weight lies nearer to the old codes than to itself."""
     model, layer = adapted(base)

@@ -7,21 +7,34 @@ from pathlib import Path
 
 import pytest
 
+import peftkern
+
 ROOT = Path(__file__).parents[1]
 
 
-def test_python_block_runs(tmp_path, monkeypatch, capsys):
-    """Would catch an example on the first screen that no longer works."""
+def test_python_blocks_run(tmp_path, monkeypatch, capsys):
+    """Would catch an example that no longer works: on the first screen, and the one of QLoRA, which goes on from it."""
     pytest.importorskip("transformers")
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    first, qlora = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
-    exec(compile(block, "README.md", "exec"), namespace)
+    exec(compile(first, "README.md", "exec"), namespace)
     printed = capsys.readouterr().out
     assert "trainable params: " in printed and " layers: " in printed
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert namespace["loss"].item() < 1.0
+    gradients: list = []
+    merge = peftkern.tuners.lora.LoraModel.merge_and_unload
+    monkeypatch.setattr(
+        peftkern.tuners.lora.LoraModel,
+        "merge_and_unload",
+        lambda model: (gradients.extend(p.grad for p in model.parameters() if p.requires_grad), merge(model))[1],
+    )
+    exec(compile(qlora, "README.md", "exec"), namespace)
+    assert (tmp_path / "base-4bit" / "model.safetensors").stat().st_size < 1e6
+    assert len(gradients) == 2 * 21 and all(g is not None for g in gradients)
+    assert not any("4bit" in type(module).__name__ for module in namespace["merged"].modules())
 
 
 def test_every_relative_link_leads_somewhere():

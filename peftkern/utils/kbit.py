@@ -95,8 +95,8 @@ def _bridge_dtypes(model: Any) -> None:
     head = output_embeddings(model)
     for module in _embeddings(model):
         if module is head:
-            if _to_own_dtype not in module._forward_pre_hooks.values():
-                module.register_forward_pre_hook(_to_own_dtype)
+            if to_own_dtype not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(to_own_dtype)
         elif _widened not in module._forward_hooks.values():
             module.register_forward_hook(_widened)
 
@@ -111,8 +111,8 @@ def _widened(module: nn.Module, inputs: Any, output: Any) -> Any:
     return output.to(torch.float32) if is_half and not _under_autocast(output) else output
 
 
-def _to_own_dtype(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Hook: lm_head's input in lm_head's dtype."""
+def to_own_dtype(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Hook: a linear layer's input in its weight's dtype; under autocast as it is."""
     x, *rest = inputs if inputs else (None,)
     weight = getattr(module, "weight", None)
     if not isinstance(x, torch.Tensor) or weight is None or not x.is_floating_point() or _under_autocast(x):

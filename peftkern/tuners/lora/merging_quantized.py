@@ -5,6 +5,8 @@ makes a dense layer, in the dtype that the weight was quantized from, and puts i
 
     W = round(dequantize(W_q) + sum of scaling * B A)        in float32, rounded once
 
+When a whole model is unloaded, such layers take the dtype of the rest (`peftkern.tuners.merged_models`).
+
 The quantized layer is kept beside it (an eighth to a quarter of the dense one) and comes back when adapters are taken
 out again, to the bit. On request the sum is quantized anew, with the settings of the old weight, and a warning says
 what that cost.
@@ -112,10 +114,11 @@ def _requantized(
     made: Any
     if isinstance(weight, Weight4bit):
         again: Any = quantize_4bit(total.to(weight.dtype), weight.quant_type, weight.blocksize, weight.nested)
-        made = Linear4bit.from_weight(again, bias, compute_dtype=base.compute_dtype)
+        storage = base.weight.dtype  # FSDP wants its parameters in one dtype
+        made = Linear4bit.from_weight(again, bias, compute_dtype=base.compute_dtype, quant_storage=storage)
     else:
         again = quantize_8bit(total.to(weight.dtype))
-        made = Linear8bit.from_weight(again, bias)
+        made = Linear8bit.from_weight(again, bias, compute_dtype=getattr(base, "compute_dtype", None))
     error = (dequantize(again, torch.float32) - total).norm().item()
     change = (total - dequantize(weight, torch.float32)).norm().item()
     warnings.warn(

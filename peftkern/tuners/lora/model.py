@@ -10,6 +10,8 @@ from torch import nn
 from peftkern.tuners.lora.embedding import Embedding
 from peftkern.tuners.lora.layer import Linear, LoraLayer, check_adapter_name
 from peftkern.tuners.lora.merging import check_mergeable, checked_merge
+from peftkern.tuners.lora.merging_quantized import is_merged_into_dense
+from peftkern.tuners.merged_models import settle_merged
 from peftkern.tuners.targets import check_mamba_target, get_pattern_key, is_conv1d, is_linear
 from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.tuners.tuners_utils import BaseTuner
@@ -80,3 +82,10 @@ class LoraModel(BaseTuner):
                 check_mergeable(layer, names)
                 if safe_merge:
                     checked_merge(layer, names)
+
+    def _unload(self) -> nn.Module:
+        merged = [layer.get_base_layer() for layer in self._layers() if is_merged_into_dense(layer)]
+        model = super()._unload()
+        if merged:
+            settle_merged(model, merged)
+        return model
