@@ -106,8 +106,8 @@ class LoraEmbedding:
 
     @property
     def aligned(self) -> bool:
-        """Whether every row of the table and of y starts at a multiple of 16 elements."""
-        return self.E % 16 == 0
+        """Whether every row that its loop loads, which runs over the rank, starts at a multiple of 16 elements."""
+        return self.E % 16 == 0 and self.R % 16 == 0
 
     def label(self) -> str:
         """The case in a few words."""

@@ -10,6 +10,8 @@ it, the one on tensor descriptors (lora_linear_tma.py) and the one that splits K
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,7 @@ from .launch import Call, cdiv, compile_options, is_aligned, nbytes, strides
 from .lora_expand import expand_arguments, expand_tile
 from .lora_linear_split import split_calls
 from .lora_linear_tma import tma_calls
+from .reduction_tables import vectorizes
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -98,6 +101,10 @@ def pointer_calls(
     ]
 
 
+def _operands_are(aligned: Callable[[torch.Tensor], bool], x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return aligned(x) and (aligned(weight) or aligned(weight.t()))
+
+
 def base_plus_expand_calls(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -122,8 +129,12 @@ def base_plus_expand_calls(
     (M, N), K = out.shape, x.shape[1]
     if M == 0:
         return []
-    aligned = is_aligned(x) and (is_aligned(weight) or is_aligned(weight.t()))
-    tile = choose_tile(arch, x.dtype, M=M, N=N, K=K, aligned=aligned)
+    sizes = {"M": M, "N": N, "K": K}
+    tile = choose_tile(arch, x.dtype, **sizes, aligned=_operands_are(is_aligned, x, weight))
+    on_descriptors = tile.tma and tile.split_k == 1
+    if not on_descriptors and not _operands_are(vectorizes, x, weight):
+        # Rows at 16 bytes are enough for descriptors; behind plain pointers Triton knows multiples of 16 elements only.
+        tile = choose_tile(arch, x.dtype, **sizes, aligned=False)
     build = split_calls if tile.split_k > 1 else tma_calls if tile.tma else pointer_calls
     calls = build(x, weight, s, b, out, bias=bias, dropout=dropout, precision=precision, tile=tile)
     for call in calls:
