@@ -55,6 +55,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny problems: does the program run? (CPU too)")
     parser.add_argument("--minutes", type=float, default=10.0, help="stop before the next problem after so long")
     parser.add_argument("--tokens", nargs="+", type=int, metavar="M", help=f"default: {' '.join(map(str, TOKENS))}")
+    parser.add_argument("--quick", action="store_true", help="once each: fills the compilers' caches, measures nothing")
     parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/<device>)")
     return parser.parse_args(argv)
 
@@ -213,15 +214,16 @@ def print_dequantization(found: dict[str, Any]) -> None:
 def run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Measure, within the time allowed, and return the result."""
     started, on_gpu = time.monotonic(), device.type == "cuda"
+    quick = options.smoke or options.quick
     chosen = problems(options, on_gpu)
     described = environment.describe(device)
     sizes = {"n": 256, "copied": 1 << 20} if options.smoke else {} if on_gpu else {"n": 1024, "copied": 1 << 26}
     ceilings = limits.measure_ceilings(device, {p.dtype for p in chosen}, **sizes)
     shapes = [(96, 128)] if options.smoke else DEQUANTIZED if on_gpu else [(1024, 1024)]
-    dequantized = [measure_dequantization(N, K, chosen[0].dtype, device, options.smoke) for N, K in shapes]
+    dequantized = [measure_dequantization(N, K, chosen[0].dtype, device, quick) for N, K in shapes]
     for found in dequantized:
         print_dequantization(found)
-    bench, missing, slowest = QuantizedBench(device, ceilings, quick=options.smoke), [], 0.0
+    bench, missing, slowest = QuantizedBench(device, ceilings, quick=quick), [], 0.0
     for problem in chosen:
         left = 60 * options.minutes - (time.monotonic() - started)
         if left < slowest:
@@ -262,8 +264,8 @@ def faults_of(result: dict[str, Any]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
     has_gpu = torch.cuda.is_available()
-    if options.out is None and options.smoke:
-        print("--smoke: nothing worth keeping is measured, so --out says where the result goes", file=sys.stderr)
+    if options.out is None and (options.smoke or options.quick):
+        print("--smoke, --quick: nothing worth keeping is measured, so --out says where it goes", file=sys.stderr)
         return 2
     if options.out is None and not has_gpu and not environment.is_quiet():
         load = os.getloadavg()[0]

@@ -2,6 +2,7 @@
 
     python -m bench.tune [--weights 4bit] [--minutes 10] [--kernels shrink ...] [--problems S1 ...] [--out DIR]
     python -m bench.tune --dry-run [--arch 90]      # lists the candidates; needs no GPU
+    python -m bench.tune --compile-only --jobs 16   # fills Triton's cache by so many processes, before a timed run
     python -m bench.tune --smoke --out DIR          # two candidates on tiny sizes; in the interpreter without a GPU
 
 Each candidate is checked against float64 before it is timed: tiles first, then numbers of splits with the best tile.
@@ -13,6 +14,8 @@ hand, for those are keyed by buckets, not by shapes.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -133,6 +136,28 @@ def tune(tunable: Tunable, quick: bool) -> dict[str, Any]:
     }
 
 
+def compile_all(options: argparse.Namespace, argv: Sequence[str], chosen: list[Problem]) -> int:
+    """Launch every candidate once, shared out among `--jobs` processes: compilers are slow, and use one core each."""
+    if options.share is None:
+        command = [sys.executable, "-m", "bench.tune", *argv, "--share"]
+        jobs = [subprocess.Popen([*command, str(i)]) for i in range(options.jobs)]
+        return max([job.wait() for job in jobs])
+    from peftkern.backend import device_info
+
+    device, turn = torch.device("cuda", torch.cuda.current_device()), 0
+    for p in chosen:
+        for tunable in all_tunables(options.weights, p, device, device_info(device).arch):
+            if options.kernels and tunable.kernel not in options.kernels:
+                continue
+            for tile in tunable.candidates:
+                turn += 1
+                if turn % options.jobs == options.share:
+                    with contextlib.suppress(Exception):  # one that cannot be had says so in the timed run
+                        for call in tunable.build(tile, None):
+                            call.run()
+    return 0
+
+
 def row_text(row: dict[str, Any], source: str) -> str:
     """A best candidate as a line for a table, with what it gained."""
     best, table = row["best"], row["table"]
@@ -170,9 +195,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10.0, help="stop before the next kernel after so long")
     parser.add_argument("--weights", choices=("dense", "4bit"), default="dense", help="whose kernels")
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only these, such as shrink or 'dY pass'")
-    parser.add_argument("--problems", nargs="+", metavar="NAME", help="only these shapes, such as S1")
+    parser.add_argument(
+        "--problems", nargs="+", metavar="NAME", help="only these shapes or keys: S1, 'S1 r16 bfloat16'"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--dry-run", action="store_true", help="list the candidates")
+    parser.add_argument("--compile-only", action="store_true", help="launch each candidate once and time none")
+    parser.add_argument("--jobs", type=int, default=8, help="processes of --compile-only")
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
         "--arch", type=int, default=90, help="architecture of a dry run: 80, 86, 89, 90, 100, 120, 942, 1100"
     )
@@ -191,12 +221,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     grid = problems_4bit if options.weights == "4bit" else problems
     chosen = smoke_problems(dtype, options.weights) if options.smoke else grid(dtype)
     if options.problems:
-        chosen = [p for p in chosen if p.name in options.problems]
+        chosen = [p for p in chosen if p.name in options.problems or p.key in options.problems]
     if options.dry_run:
         return dry_run(options.weights, options.arch, dtype, chosen, options.kernels)
     if not (has_gpu or options.smoke) or (options.smoke and options.out is None):
         print("tuning needs a GPU; --dry-run and --smoke --out DIR do not", file=sys.stderr)
         return 2
+    if options.compile_only:
+        return compile_all(options, sys.argv[1:] if argv is None else argv, chosen)
     if not has_gpu:
         interpret_kernels("bench.tune")
     from peftkern.backend import device_info

@@ -12,6 +12,7 @@ from peftkern import reference
 from peftkern.backend import device_info
 from peftkern.ops import lora_embedding, lora_linear
 from peftkern.ops.plan import Plan
+from peftkern_kernels import replay
 
 pytestmark = pytest.mark.gpu
 MODULE = importlib.import_module("peftkern.ops.lora_linear")
@@ -121,6 +122,40 @@ def test_backward_keeps_no_copy_of_x():
     y = lora_linear(x, weight, a, b, SCALING, bias, dropout_p=0.1)
     held = torch.cuda.memory_allocated() - before
     assert held <= y.numel() * 2 + 4096 * 16 * 2 + (1 << 16)
+
+
+@pytest.mark.parametrize("path", ["triton", "cublas", "decode"])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_replayed_launches_give_the_bits_of_new_ones(path, p, monkeypatch):
+    """Would catch a replay with a stale address, scratch that is too small, or another stream's."""
+    monkeypatch.setattr(MODULE, "plan_for", lambda *_: Plan(path, "forced by a test"))
+    M = 16 if path == "decode" else 512
+    seed = torch.tensor([5], device="cuda")
+    for K in (1024, 1032):
+        for _ in range(3):
+            tensors = make(M, 768, K, 16, torch.bfloat16, torch.float32)
+            dy = torch.randn(M, 768, device="cuda").bfloat16()
+            wanted = [tensors[i] for i in (0, 2, 3)]
+
+            def step(tensors=tensors, wanted=wanted, dy=dy):
+                y = lora_linear(*tensors[:4], SCALING, tensors[4], dropout_p=p, seed=seed)
+                return y.detach(), *torch.autograd.grad(y, wanted, dy)
+
+            replayed = step()
+            with monkeypatch.context() as m:
+                m.setattr(replay, "_kept", {})
+                anew = step()
+            assert all(torch.equal(a, b) for a, b in zip(replayed, anew, strict=True))
+
+
+def test_a_step_is_replayed():
+    """Would catch launches that are never kept, so that every step pays for building them."""
+    tensors = make(512, 768, 1024, 16, torch.bfloat16, torch.bfloat16)
+    for _ in range(2):
+        before = len(replay._kept)
+        lora_linear(*tensors[:4], SCALING).backward(torch.ones(512, 768, device="cuda").bfloat16())
+        kept = len(replay._kept) - before
+    assert kept == 0 and len(replay._kept) >= 2
 
 
 def test_embedding_matches_fp64():

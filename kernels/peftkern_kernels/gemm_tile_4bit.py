@@ -22,7 +22,7 @@ import triton.language as tl
 from .dropout import Dropout
 from .format_4bit import Packed4bit
 from .gemm_tables import rank_block
-from .launch import Call, cdiv, nbytes, strides
+from .launch import Call, cdiv, nbytes, scratch, strides
 from .lora_expand import expand_arguments, triton_dtype
 from .lora_linear_split import _sum_planes_kernel
 
@@ -121,7 +121,7 @@ def base_calls(
     if split == 1:
         return [call_of(out, expand, steps, 1)]
     (M, N), R = out.shape, b.shape[1]
-    planes = torch.empty(split, M, N, dtype=torch.float32, device=out.device)
+    planes = scratch(split, M, N, dtype=torch.float32, device=out.device)
     base = call_of(planes, {**expand, **dict.fromkeys(("s_ptr", "b_ptr", "bias_ptr", "seed_ptr"))}, part, split)
     block_m, block_n = 64, 32  # as in lora_linear_split.py
     total = Call(

@@ -7,8 +7,9 @@ benchmark adds up its bytes and operations. So what is checked without a GPU is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,9 +43,9 @@ class Call:
     flops: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
-    def run(self) -> None:
-        """Launch on the current stream of the tensors' device."""
-        self.kernel[self.grid](
+    def run(self) -> Any:
+        """Launch on the current stream of the tensors' device; returns the compiled kernel (interpreted: None)."""
+        return self.kernel[self.grid](
             **self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages, **self.options
         )
 
@@ -61,6 +62,29 @@ class TorchCall:
 
     def run(self) -> None:
         self.function(*self.args)
+
+
+_recorder = threading.local()
+
+
+def scratch(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory that a list of launches uses between them, uninitialised; replays take it anew (see replay.py)."""
+    taken = torch.empty(shape, dtype=dtype, device=device)
+    record = getattr(_recorder, "taken", None)
+    if record is not None:
+        record.append(taken)
+    return taken
+
+
+@contextmanager
+def recorded_scratch() -> Iterator[list[torch.Tensor]]:
+    """Collect what `scratch` hands out to this thread within the block."""
+    before = getattr(_recorder, "taken", None)
+    _recorder.taken = taken = []
+    try:
+        yield taken
+    finally:
+        _recorder.taken = before
 
 
 def run_all(calls: Iterable[Call | TorchCall], device: torch.device | None = None) -> None:

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .dropout import Dropout, keep_tile
 from .gemm_tables import choose_decode_tile, rank_block
-from .launch import Call, cdiv, compile_options, is_aligned, nbytes, strides
+from .launch import Call, cdiv, compile_options, is_aligned, nbytes, scratch, strides
 from .lora_expand import triton_dtype
 
 MAX_ROWS = 16
@@ -149,8 +149,8 @@ def decode_calls(
     tile = choose_decode_tile(arch, x.dtype, N=N, K=K, R=R, aligned=aligned)
     k_part = cdiv(cdiv(K, tile.block_k), tile.split_k) * tile.block_k
     split = cdiv(K, k_part)
-    y_planes = torch.empty(split, M, N, dtype=torch.float32, device=x.device)
-    s_planes = torch.empty(split, M, R, dtype=torch.float32, device=x.device)
+    y_planes = scratch(split, M, N, dtype=torch.float32, device=x.device)
+    s_planes = scratch(split, M, R, dtype=torch.float32, device=x.device)
     planes = Call(
         name="decode: planes",
         kernel=_decode_planes_kernel,

@@ -16,7 +16,7 @@ import triton.language as tl
 from .dropout import Dropout
 from .format_4bit import NO_FUSION, Packed4bit, load_codes
 from .gemm_tile_4bit import decode_tile, start_scales, step_scales
-from .launch import Call, cdiv, compile_options, is_aligned, nbytes, strides
+from .launch import Call, cdiv, compile_options, is_aligned, nbytes, scratch, strides
 from .lora_decode import MAX_ROWS, finish_call, rows_times_tokens
 from .tables_4bit import choose_decode_4bit
 
@@ -146,8 +146,8 @@ def decode_4bit_calls(
     group = min(K & -K, weight.blocksize, tile.block_k)
     k_part = cdiv(cdiv(K, tile.block_k), tile.split_k) * tile.block_k
     split = cdiv(K, k_part)
-    y_planes = torch.empty(split, M, N, dtype=torch.float32, device=x.device)
-    s_planes = torch.empty(split, M, R, dtype=torch.float32, device=x.device)
+    y_planes = scratch(split, M, N, dtype=torch.float32, device=x.device)
+    s_planes = scratch(split, M, R, dtype=torch.float32, device=x.device)
     planes = Call(
         name="decode 4-bit: planes",
         kernel=_decode_4bit_planes_kernel,

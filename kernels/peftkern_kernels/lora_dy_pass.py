@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Call, cdiv, compile_options, nbytes, strides
+from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import Tile, best_splits, dy_pass_tile, vectorizes
 
@@ -123,8 +123,8 @@ def dy_pass_calls(
         )
     m_chunk = cdiv(steps, shares) * tile.block_m
     shares = max(1, cdiv(M, m_chunk))
-    ds_planes = torch.empty((blocks_n, M, R), dtype=torch.float32, device=dy.device)
-    db_planes = torch.empty((shares, N, R), dtype=torch.float32, device=dy.device)
+    ds_planes = scratch(blocks_n, M, R, dtype=torch.float32, device=dy.device)
+    db_planes = scratch(shares, N, R, dtype=torch.float32, device=dy.device)
     call = Call(
         name="dY pass",
         kernel=_lora_dy_pass_kernel,

@@ -14,7 +14,7 @@ import triton.language as tl
 from .dropout import Dropout
 from .gemm_tables import Tile, rank_block
 from .gemm_tile import accumulate_base, tile_of_program
-from .launch import Call, cdiv, nbytes, strides
+from .launch import Call, cdiv, nbytes, scratch, strides
 from .lora_expand import expand_arguments, expand_tile, triton_dtype
 
 
@@ -77,7 +77,7 @@ def split_calls(
     (M, N), K, R = out.shape, x.shape[1], b.shape[1]
     k_part = cdiv(cdiv(K, tile.block_k), tile.split_k) * tile.block_k
     split = cdiv(K, k_part)
-    planes = torch.empty(split, M, N, dtype=torch.float32, device=x.device)
+    planes = scratch(split, M, N, dtype=torch.float32, device=x.device)
     base = Call(
         name="base, K split",
         kernel=_base_planes_kernel,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .dropout import Dropout, keep_tile
-from .launch import Call, cdiv, compile_options, nbytes, strides
+from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import Tile, best_splits, shrink_tile, vectorizes
 
@@ -112,7 +112,7 @@ def shrink_calls(
     scale = scaling * (1.0 if dropout is None else dropout.keep_scale)
     target, stride_os = out, 0
     if splits > 1:
-        target = torch.empty((splits, M, R), dtype=torch.float32, device=x.device)
+        target = scratch(splits, M, R, dtype=torch.float32, device=x.device)
         stride_os = M * R
     call = Call(
         name="shrink",

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .dropout import Dropout, keep_tile
-from .launch import Call, cdiv, compile_options, nbytes, strides
+from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import Tile, best_splits, vectorizes, weight_gradient_tile
 
@@ -176,7 +176,7 @@ def weight_gradient_calls(
     db = db_out
     sums = []
     if splits > 1:
-        planes = torch.empty((splits * (K + N) * R,), dtype=torch.float32, device=device)
+        planes = scratch(splits * (K + N) * R, dtype=torch.float32, device=device)
         if da is not None:
             sums.append(PlaneSum(planes[: splits * K * R].view(splits, K, R), da, scale))
         if db is not None:

@@ -1,7 +1,8 @@
 """`lora_linear` as a list of kernel launches, forward and backward.
 
-Each function allocates its outputs and returns them with the `Call`s that fill them; nothing runs here. The operation
-runs the list; the static check compiles it from meta tensors for every architecture; a benchmark adds up its bytes.
+`forward_calls` and `backward_calls` allocate outputs and return them with the `Call`s that fill them; nothing runs
+there: the static check compiles the list from meta tensors for every architecture, a benchmark adds up its bytes.
+`forward` and `backward`, which the operation calls, run the list, from a recording once a situation has been met.
 The weight is dense on the paths "triton", "cublas" and "decode", and a `Weight4bit` on "fused_4bit" and "decode_4bit".
 """
 
@@ -14,9 +15,10 @@ import torch
 
 from peftkern.ops._lora_linear_torch import dense_rows
 from peftkern.weights import Weight4bit
+from peftkern_kernels import replay
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.format_4bit import Packed4bit
-from peftkern_kernels.launch import Call, TorchCall, nbytes, run_all
+from peftkern_kernels.launch import Call, TorchCall, nbytes, scratch
 from peftkern_kernels.lora_decode import decode_calls
 from peftkern_kernels.lora_decode_4bit import decode_4bit_calls
 from peftkern_kernels.lora_dy_pass import ONE_PASS_RANK, dy_pass_calls
@@ -28,10 +30,8 @@ from peftkern_kernels.weight_gradient import weight_gradient_calls
 
 FUSED_4BIT_PATHS = ("fused_4bit", "decode_4bit")
 Calls = list[Call | TorchCall]
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]  # of x, lora_A, lora_B
 Kept = Any  # a tensor that forward kept, or None where no gradient asks for it
-
-
-__all__ = ["backward_calls", "dropout", "forward_calls", "run_all"]
 
 
 def dropout(seed: torch.Tensor | None, p: float) -> Dropout | None:
@@ -42,7 +42,8 @@ def dropout(seed: torch.Tensor | None, p: float) -> Dropout | None:
 def _add_base(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> TorchCall:
     """`out += x weight^T` by cuBLAS (in tests by oneDNN), in place."""
     moved = nbytes(x, weight, out, out)
-    return TorchCall("base (cuBLAS)", out.addmm_, (dense_rows(x), weight.t()), moved, 2 * x.shape[0] * weight.numel())
+    operands = (out, dense_rows(x), weight.t())
+    return TorchCall("base (cuBLAS)", torch.Tensor.addmm_, operands, moved, 2 * x.shape[0] * weight.numel())
 
 
 def packed(weight: Weight4bit) -> Packed4bit:
@@ -57,6 +58,81 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def _outputs(x: torch.Tensor, weight: Any, lora_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [M, N] and S [M, R], uninitialised."""
+    M = x.shape[0]
+    return x.new_empty(M, weight.shape[0]), x.new_empty(M, lora_A.shape[0])
+
+
+def _gradients(
+    dy: torch.Tensor, weight: Any, lora_A: torch.Tensor, lora_B: torch.Tensor, needs: tuple[bool, bool, bool]
+) -> Gradients:
+    """dX [M, K], dA [R, K] and dB [N, R], uninitialised, None where not asked for."""
+    needs_x, needs_a, needs_b = needs
+    dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs_x else None
+    da = torch.empty_like(lora_A, memory_format=torch.contiguous_format) if needs_a else None
+    db = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if needs_b else None
+    return dx, da, db
+
+
+def _parts(weight: Any) -> tuple[Any, ...]:
+    """(blocksize, tensors) of a 4-bit weight, (0, itself) of a dense one."""
+    if isinstance(weight, torch.Tensor):
+        return 0, weight
+    named = (getattr(weight, f.name) for f in fields(Packed4bit) if f.name not in ("N", "K", "blocksize"))
+    return weight.blocksize, *named
+
+
+def forward(
+    x: torch.Tensor,
+    weight: Any,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None,
+    dropout: Dropout | None,
+    path: str,
+    arch: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the launches of `forward_calls`; y [M, N] and S [M, R]."""
+    out = _outputs(x, weight, lora_A)
+    blocksize, *held = _parts(weight)
+    seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
+    replay.run(
+        ("lora_linear", scaling, p, path, precision(), blocksize),
+        (x, *held, lora_A, lora_B, bias, seed, *out),
+        lambda: forward_calls(x, weight, lora_A, lora_B, scaling, bias, dropout, path, arch, out)[2],
+        x.device,
+    )
+    return out
+
+
+def backward(
+    dy: torch.Tensor,
+    x: Kept,
+    weight: Any,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    s: Kept,
+    scaling: float,
+    dropout: Dropout | None,
+    path: str,
+    arch: int,
+    needs: tuple[bool, bool, bool],
+) -> Gradients:
+    """Run the launches of `backward_calls`; dX [M, K], dA [R, K] and dB [N, R], None where not asked for."""
+    out = _gradients(dy, weight, lora_A, lora_B, needs)
+    blocksize, *held = _parts(weight)
+    seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
+    replay.run(
+        ("lora_linear backward", scaling, p, path, precision(), blocksize),
+        (dy, x, *held, lora_A, lora_B, s, seed, *out),
+        lambda: backward_calls(dy, x, weight, lora_A, lora_B, s, scaling, dropout, path, arch, needs, out)[3],
+        dy.device,
+    )
+    return out
+
+
 def forward_calls(
     x: torch.Tensor,
     weight: Any,
@@ -67,10 +143,11 @@ def forward_calls(
     dropout: Dropout | None,
     path: str,
     arch: int,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Calls]:
-    """x [M, K] -> y [M, N], S [M, R] (scaling applied in fp32, then rounded to x's dtype), and the launches."""
-    M, N, R = x.shape[0], weight.shape[0], lora_A.shape[0]
-    y, s = x.new_empty(M, N), x.new_empty(M, R)
+    """x [M, K] -> y [M, N], S [M, R] (scaling applied in fp32, then rounded to x's dtype; both `out` if it is given),
+    and the launches."""
+    y, s = _outputs(x, weight, lora_A) if out is None else out
     common: dict[str, Any] = {"arch": arch, "precision": precision()}
     if path == "decode":
         calls: Calls = [*decode_calls(x, weight, lora_A, lora_B, scaling, y, s, bias=bias, dropout=dropout, **common)]
@@ -101,18 +178,18 @@ def backward_calls(
     path: str,
     arch: int,
     needs: tuple[bool, bool, bool],
+    out: Gradients | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Calls]:
     """dy [M, N] -> (dX [M, K], dA [R, K], dB [N, R], launches), each gradient only if `needs` asks for it.
 
     `x` may be None if dA is not asked for, `s` if dB is not. dA and dB are in the adapters' own dtypes.
     """
-    needs_x, needs_a, needs_b = needs
-    M, K, R = dy.shape[0], weight.shape[1], lora_A.shape[0]
+    dx, da, db = _gradients(dy, weight, lora_A, lora_B, needs) if out is None else out
+    R = lora_A.shape[0]
     common: dict[str, Any] = {"arch": arch, "precision": precision()}
-    dx = dy.new_empty(M, K) if needs_x else None
-    da = torch.empty_like(lora_A, memory_format=torch.contiguous_format) if needs_a else None
-    db = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if needs_b else None
-    ds: Kept = dy.new_empty(M, R) if needs_x or needs_a else None
+    ds: Kept = None
+    if dx is not None or da is not None:
+        ds = scratch(dy.shape[0], R, dtype=dy.dtype, device=dy.device)
     calls: Calls = []
     db_done = False
     if path == "decode" and dx is not None and dropout is None:

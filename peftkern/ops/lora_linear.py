@@ -144,8 +144,7 @@ def _forward(
         from peftkern.ops import _lora_linear_triton as kernels
 
         dropout, arch = kernels.dropout(seed, dropout_p), device_info(x.device).arch
-        y, s, calls = kernels.forward_calls(rows, weight, lora_A, lora_B, scaling, bias, dropout, path, arch)
-        kernels.run_all(calls, x.device)
+        y, s = kernels.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout, path, arch)
     return (y if flat else y.view(*x.shape[:-1], y.shape[1])), s, mask
 
 
@@ -181,10 +180,7 @@ def _backward(
         from peftkern.ops import _lora_linear_triton as kernels
 
         dropout, arch = kernels.dropout(seed, dropout_p), device_info(dy.device).arch
-        dx, da, db, calls = kernels.backward_calls(
-            grad, rows, base, lora_A, lora_B, s, scaling, dropout, path, arch, wanted
-        )
-        kernels.run_all(calls, dy.device)
+        dx, da, db = kernels.backward(grad, rows, base, lora_A, lora_B, s, scaling, dropout, path, arch, wanted)
     if da is not None and da.dtype != lora_A.dtype:
         da = da.to(lora_A.dtype)
     if db is not None and db.dtype != lora_B.dtype:

@@ -179,8 +179,7 @@ def _fused_forward(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     dropout, arch = kernels.dropout(seed, dropout_p), device_info(x.device).arch
-    y, s, calls = kernels.forward_calls(rows, weight, lora_A, lora_B, scaling, bias, dropout, path, arch)
-    kernels.run_all(calls, x.device)
+    y, s = kernels.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout, path, arch)
     return y.view(*x.shape[:-1], y.shape[1]), s, None
 
 
@@ -205,10 +204,7 @@ def _fused_backward(
     grad = dy.reshape(-1, N)
     rows = None if x is None else x.reshape(-1, K)
     dropout, arch = kernels.dropout(seed, dropout_p), device_info(dy.device).arch
-    dx, da, db, calls = kernels.backward_calls(
-        grad, rows, weight, lora_A, lora_B, s, scaling, dropout, path, arch, needs[:3]
-    )
-    kernels.run_all(calls, dy.device)
+    dx, da, db = kernels.backward(grad, rows, weight, lora_A, lora_B, s, scaling, dropout, path, arch, needs[:3])
     dbias = grad.sum(0, dtype=torch.float32).to(bias_dtype) if needs[3] else None
     return None if dx is None else dx.view(*dy.shape[:-1], K), da, db, dbias
 

@@ -240,13 +240,18 @@ def write_4bit(
     if path == "torch":
         _quantize_torch.dequantize_4bit(packed, absmax, code, nested_absmax, nested_code, offset, blocksize, out)
         return
+    from peftkern_kernels import replay
     from peftkern_kernels.dequantize_4bit import dequantize_4bit_calls
     from peftkern_kernels.format_4bit import Packed4bit
-    from peftkern_kernels.launch import run_all
+    from peftkern_kernels.launch import Call
 
     N, K = out.shape
-    weight = Packed4bit(packed, absmax, code, nested_absmax, nested_code, offset, N, K, blocksize)
-    run_all(dequantize_4bit_calls(weight, out, arch=device_info(out.device).arch), out.device)
+    tensors = (packed, absmax, code, nested_absmax, nested_code, offset)
+
+    def build() -> list[Call]:
+        return dequantize_4bit_calls(Packed4bit(*tensors, N, K, blocksize), out, arch=device_info(out.device).arch)
+
+    replay.run(("dequantize_4bit", blocksize), (*tensors, out), build, out.device)
 
 
 # -- the operators ------------------------------------------------------------------------------------------------

@@ -1,0 +1,213 @@
+"""Launches that are recorded once and replayed with other tensors. Compiled kernels are stood in for by `Double`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from peftkern_kernels import replay
+from peftkern_kernels.launch import Call, TorchCall, scratch
+
+CPU = torch.device("cpu")
+
+
+class Double:
+    """A "kernel" that writes 2 x source + shift: like a compiled one it takes positions, and addresses as numbers."""
+
+    arg_names = ("source_ptr", "out_ptr", "count", "shift")
+
+    def __init__(self):
+        self.compilations = 0
+
+    def __getitem__(self, grid):
+        def launch(**arguments):
+            self.compilations += 1
+            values = [arguments[name] for name in self.arg_names]
+            self._write(*(v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values))
+            return self
+
+        return _Both(launch, self._positional)
+
+    def _positional(self, *arguments, stream):
+        self._write(*(a.base.data_ptr() if hasattr(a, "block_shape") else a for a in arguments))
+
+    def _write(self, source, out, count, shift):
+        source = source.base.data_ptr() if hasattr(source, "block_shape") else source
+        values = (ctypes.c_float * count).from_address(source)
+        target = (ctypes.c_float * count).from_address(out)
+        for i in range(count):
+            target[i] = 2 * values[i] + shift
+
+
+class _Both:
+    """kernel[grid](**named) before it is compiled, compiled[grid](*arguments, stream=...) after."""
+
+    def __init__(self, named, positional):
+        self.named, self.positional = named, positional
+
+    def __call__(self, *arguments, **named):
+        return self.positional(*arguments, **named) if arguments else self.named(**named)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A kernel, with recordings kept on a CPU as they would be on a GPU."""
+    kernel = Double()
+    monkeypatch.setattr(replay, "_kept", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch, "empty", _empty_on_cpu(torch.empty))
+    return kernel
+
+
+def _empty_on_cpu(empty):
+    return lambda *shape, device=None, **options: empty(*shape, **options)
+
+
+GPU = torch.device("cuda", 0)
+
+
+def double(kernel, source, out, shift=0.0):
+    args = {"source_ptr": source, "out_ptr": out, "count": out.numel(), "shift": shift}
+    # num_warps and num_stages are options of a launch and no arguments of the kernel.
+    return _NoOptions("double", kernel, (1, 1, 1), args, {}, 4, 1)
+
+
+class _NoOptions(Call):
+    def run(self):
+        return self.kernel[self.grid](**self.args)
+
+
+def test_a_second_call_uses_its_own_tensors(kernel):
+    """Would catch a recording that launches on the tensors it was made with."""
+    for i in range(3):
+        source, out = torch.full((4,), float(i)), torch.empty(4)
+        replay.run("double", (source, out), lambda s=source, o=out: [double(kernel, s, o)], GPU)
+        assert out.tolist() == [2.0 * i] * 4
+    assert kernel.compilations == 1, "replays go past the binding of arguments by name"
+
+
+@pytest.mark.parametrize("change", ["shape", "stride", "dtype", "alignment", "key", "absent"])
+def test_another_situation_is_built_anew(kernel, change):
+    """Would catch a recording that is replayed where a builder would have chosen otherwise."""
+    built = []
+
+    def run(key, tensors):
+        replay.run(key, tensors, lambda: built.append(1) or [], GPU)
+
+    memory = torch.zeros(64)
+    run("a", (memory[:16].view(4, 4), None))
+    run("a", (memory[16:32].view(4, 4), None))
+    assert len(built) == 1
+    other = {
+        "shape": memory[:8].view(2, 4),
+        "stride": memory[:16].view(4, 4).t(),
+        "dtype": memory[:16].view(4, 4).view(torch.int32),
+        "alignment": memory[1:17].view(4, 4),
+    }.get(change, memory[:16].view(4, 4))
+    run("b" if change == "key" else "a", (other, memory if change == "absent" else None))
+    assert len(built) == 2
+
+
+def test_views_and_offsets_are_kept(kernel):
+    """Would catch an address that loses its distance from the start of the tensor that it lies in."""
+    for i in range(3):
+        source, out = torch.arange(8.0) + i, torch.full((8,), -1.0)
+        replay.run("half", (source, out), lambda s=source, o=out: [double(kernel, s[4:], o[2:6], 1.0)], GPU)
+        assert out.tolist() == [-1.0] * 2 + [2 * (v + i) + 1 for v in (4, 5, 6, 7)] + [-1.0] * 2
+
+
+def test_scratch_is_taken_anew(kernel):
+    """Would catch scratch memory that two replays share, or whose parts overlap."""
+    outs = []
+    for i in range(3):
+        source, out = torch.full((5,), float(i)), torch.empty(5)
+
+        def build(source=source, out=out):
+            first = scratch(5, dtype=torch.float32, device=CPU)
+            second = scratch(5, dtype=torch.float32, device=CPU)
+            return [double(kernel, source, first), double(kernel, first, second, 1.0), double(kernel, second, out)]
+
+        replay.run("chain", (source, out), build, GPU)
+        outs.append(out)
+    assert [out.tolist() for out in outs] == [[8.0 * i + 2] * 5 for i in range(3)]
+    assert kernel.compilations == 3
+    (recording,) = replay._kept.values()
+    assert recording.scratch_starts == (0, 256)
+
+
+def test_descriptors_move_to_the_new_tensor(kernel):
+    """Would catch a descriptor that still points at the tensors of the first call."""
+    for i in range(3):
+        source, out = torch.full((4,), float(i)), torch.empty(4)
+        described = SimpleNamespace(base=source, block_shape=[4], shape=[4], strides=[1])
+        replay.run("tma", (source, out), lambda d=described, o=out: [double(kernel, d, o)], GPU)
+        assert out.tolist() == [2.0 * i] * 4
+        assert described.base is source, "the caller's own descriptor is left alone"
+    assert kernel.compilations == 1
+
+
+def test_library_calls_get_views_of_the_new_tensors(kernel):
+    """Would catch cuBLAS's call on a stale or untransposed operand."""
+    for _ in range(3):
+        x, w, out = torch.randn(3, 4), torch.randn(5, 4), torch.ones(3, 5)
+        want = out + x @ w.t()
+        call = TorchCall("base", torch.Tensor.addmm_, (out, x, w.t()))
+        replay.run("addmm", (x, w, out), lambda call=call: [call], GPU)
+        torch.testing.assert_close(out, want)
+    assert len(replay._kept) == 1
+
+
+def test_parameters_cut_from_one_storage_are_told_apart(kernel):
+    """Would catch A taken for an offset into B where both are cut from one flat storage at changing distances."""
+    for distance in (8, 16, 24):
+        flat = torch.arange(64.0)
+        a, b, out = flat[:4], flat[distance : distance + 4], torch.empty(4)
+        replay.run("flat", (a, b, out), lambda b=b, out=out: [double(kernel, b, out)], GPU)
+        assert out.tolist() == [2.0 * (distance + i) for i in range(4)]
+    assert kernel.compilations == 1
+
+
+def test_what_cannot_be_accounted_for_is_never_kept(kernel):
+    """Would catch a replay that reads memory nobody named: a constant table, or one tensor given twice."""
+    for i in range(2):
+        hidden, out = torch.full((4,), float(i)), torch.empty(4)
+        replay.run("hidden", (out,), lambda h=hidden, o=out: [double(kernel, h, o)], GPU)
+        assert out.tolist() == [2.0 * i] * 4
+    same, out = torch.ones(4), torch.empty(4)
+    replay.run("twice", (same, same, out), lambda: [double(kernel, same, out)], GPU)
+    assert not replay._kept and kernel.compilations == 3
+
+
+def test_nothing_kept_holds_a_tensor(kernel):
+    """Would catch a recording that keeps a model's weights or activations alive."""
+    source, out = torch.ones(4), torch.empty(4)
+    described = SimpleNamespace(base=source, block_shape=[4])
+    call = TorchCall("add", torch.Tensor.add_, (out, source))
+    replay.run("held", (source, out), lambda: [double(kernel, described, out), call], GPU)
+    ((_, recording),) = replay._kept.items()
+    for step in recording.steps:
+        held = [*step.arguments, *(getattr(hole.descriptor, "base", None) for hole in step.holes)]
+        assert not any(isinstance(value, torch.Tensor) for value in held)
+
+
+def test_kept_situations_are_bounded(kernel, monkeypatch):
+    """Would catch a program with ever new lengths that fills the memory."""
+    monkeypatch.setattr(replay, "MOST_KEPT", 3)
+    for n in range(1, 9):
+        source, out = torch.ones(n), torch.empty(n)
+        replay.run("n", (source, out), lambda s=source, o=out: [double(kernel, s, o)], GPU)
+        assert out.tolist() == [2.0] * n
+        assert len(replay._kept) <= 3
+
+
+def test_interpreted_kernels_are_not_kept():
+    """Would catch a recording where nothing was compiled."""
+    out = torch.ones(2)
+    replay.run("cpu", (out,), lambda: [TorchCall("zero", torch.Tensor.zero_, (out,))], CPU)
+    assert out.tolist() == [0.0, 0.0] and not replay._kept
