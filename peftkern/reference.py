@@ -62,15 +62,16 @@ def _philox_4x32(counter: list[torch.Tensor], key: tuple[torch.Tensor, torch.Ten
 
 
 def dropout_threshold(p: float) -> int:
-    """The 31-bit number below which a random word drops its element: `round(p * 2^31)`, at most 2^31 - 1."""
-    return min(round(p * 2**31), 2**31 - 1)
+    """The number below which 16 random bits drop their element: `round(p * 2^16)`."""
+    return round(p * 2**16)
 
 
 def dropout_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:
     """The mask that every kernel draws: a pure function of (seed, row, column), True where the element is kept.
 
-    Word `k % 4` of `philox_4x32_7(key = seed, counter = (k // 4, m, 0, 0))`, shifted right by one, is compared with
-    `round(p * 2^31)`. Kernels with different tiles therefore agree, and nothing but the seed need be stored.
+    Bits 16 (k % 8) and up, 16 of them, of the 128 of `philox_4x32_7(key = seed, counter = (k // 8, m, 0, 0))` are
+    compared with `round(p * 2^16)`. Kernels with different tiles therefore agree, and nothing but the seed need be
+    stored. p counts in steps of 2^-16.
 
     Args:
         seed: int64 tensor of one element.
@@ -81,13 +82,13 @@ def dropout_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:
         bool [M, K] on the seed's device.
     """
     seed = seed.reshape(()).to(torch.int64)
-    groups = -(-K // 4)
+    groups = -(-K // 8)
     columns = torch.arange(groups, device=seed.device).expand(M, groups)
     rows = torch.arange(M, device=seed.device)[:, None].expand(M, groups)
     zero = torch.zeros_like(columns)
     words = _philox_4x32([columns, rows, zero, zero], (seed & _MASK32, (seed >> 32) & _MASK32))
-    bits = torch.stack(words, dim=-1).reshape(M, groups * 4)[:, :K]
-    return (bits >> 1) >= dropout_threshold(p)
+    bits = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    return bits.reshape(M, groups * 8)[:, :K] >= dropout_threshold(p)
 
 
 def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:

@@ -103,7 +103,9 @@ def trained(config: Any, s: Settings, device: str = "cpu") -> tuple[nn.Module, A
     if s.chunked_loss:
         peftkern.use_chunked_loss(adapted, implementation="torch")
     if s.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        # The second name is that of transformers before 5.20 or so.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad])
     tokens = torch.randint(0, config.vocab_size, (s.batch, s.seq), device=device)
 

@@ -35,7 +35,7 @@ def mask_of_weight_gradient(dropout, M, K, device, tile):
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, -1, -(2**63), 2**40 + 3])
 def test_kernels_agree_with_each_other_and_the_reference(seed, device):
-    """Bugs: mask tied to a tile's shape, seed cut to 32 bits or read as signed, a group of four in the wrong order."""
+    """Bugs: mask tied to a tile's shape, seed cut to 32 bits or read as signed, a group of eight in the wrong order."""
     M, K = 37, 70
     dropout = Dropout(torch.tensor([seed], device=device), 0.4)
     expected = reference.dropout_mask(dropout.seed, M, K, dropout.p)
@@ -55,12 +55,14 @@ def test_frequency(p, device):
 
 
 def test_boundaries(device):
-    """Bugs: p = 0 drops the words that are 0; a p next to 1 overflows the threshold and keeps all."""
+    """Bugs: p = 0 drops the words that are 0; with a p next to 1 a few are kept, and scaled by 2^40."""
     tile = Tile(16, 32, 64, 4, 2)
     seed = torch.tensor([3], device=device)
     assert mask_of_shrink(Dropout(seed, 0.0), 16, 64, device, tile).all()
+    assert reference.dropout_mask(seed, 64, 4096, 0.0).all()
+    assert not reference.dropout_mask(seed, 64, 4096, 1 - 2.0**-40).any()
     nearly_one = Dropout(seed, 1 - 2.0**-40)
-    assert nearly_one.threshold == 2**31 - 1
+    assert nearly_one.threshold == 2**16
     assert not mask_of_weight_gradient(nearly_one, 16, 64, device, Tile(16, 64, 16, 4, 2)).any()
 
 

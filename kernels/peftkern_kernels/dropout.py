@@ -1,9 +1,10 @@
 """Dropout without a stored mask: each tile draws its own part of one mask.
 
-`keep[m, k]` is a pure function of (seed, m, k): word `k % 4` of Philox-4x32 with 7 rounds, key = seed, counter =
-(k // 4, m, 0, 0), shifted right by one and compared with `round(p * 2^31)`. Four neighbours cost one Philox call, and
-kernels with different tiles agree. The seed is read from device memory, so that a captured graph draws anew when its
-owner writes a new seed. `peftkern.reference.dropout_mask` is the same function in plain PyTorch.
+`keep[m, k]` is a pure function of (seed, m, k): 16 of the 128 bits of Philox-4x32 with 7 rounds (Salmon et al. 2011),
+key = seed, counter = (k // 8, m, 0, 0): bits 16 (k % 8) and up. They are compared with `round(p * 2^16)`, so p counts
+in steps of 2^-16. Eight neighbours cost one Philox call, and kernels with different tiles agree. The seed is read from
+device memory, so that a captured graph draws anew when its owner writes a new seed. `peftkern.reference.dropout_mask`
+is the same function in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Dropout:
 
     @property
     def threshold(self) -> int:
-        """The 31-bit word below which an element is dropped."""
-        return min(round(self.p * 2**31), 2**31 - 1)
+        """The 16-bit number below which an element is dropped; 2^16 drops all."""
+        return round(self.p * 2**16)
 
     @property
     def keep_scale(self) -> float:
@@ -34,15 +35,37 @@ class Dropout:
 
 
 @triton.jit
+def _philox_4x32_7(seed, c0, c1):
+    """Four uint32 words for the counter (c0, c1, 0, 0). As `tl.philox`, in 64-bit products: half the instructions."""
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    c0 = c0.to(tl.uint32)
+    c1 = c1.to(tl.uint32)
+    c2 = tl.zeros_like(c0)
+    c3 = tl.zeros_like(c0)
+    for _ in tl.static_range(7):
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product2 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product2 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = product2.to(tl.uint32)
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = product0.to(tl.uint32)
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def keep_tile(seed, offs_m, k_start, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """keep[BLOCK_M, BLOCK_K] as int1, for rows offs_m [BLOCK_M] and columns k_start + arange(BLOCK_K).
 
-    `k_start` must be a multiple of 4, `threshold` is `Dropout.threshold`. Rows and columns count modulo 2^32.
+    `k_start` and BLOCK_K must be multiples of 8, `threshold` is `Dropout.threshold`. Rows and columns count modulo 2^32.
     """
-    groups = (k_start // 4).to(tl.int32) + tl.arange(0, BLOCK_K // 4)  # [BLOCK_K / 4]
-    rows = offs_m.to(tl.int32)[:, None] + tl.zeros((BLOCK_M, BLOCK_K // 4), tl.int32)
-    columns = groups[None, :] + tl.zeros((BLOCK_M, BLOCK_K // 4), tl.int32)
-    w0, w1, w2, w3 = tl.philox(seed, columns, rows, 0, 0, 7)  # each [BLOCK_M, BLOCK_K / 4]
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_M, BLOCK_K / 4, 2, 2], last axes flatten to word 0..3
-    words = tl.reshape(words, (BLOCK_M, BLOCK_K))
-    return (words >> 1).to(tl.int32) >= threshold
+    groups = (k_start // 8).to(tl.int32) + tl.arange(0, BLOCK_K // 8)  # [BLOCK_K / 8]
+    rows = offs_m.to(tl.int32)[:, None] + tl.zeros((BLOCK_M, BLOCK_K // 8), tl.int32)
+    columns = groups[None, :] + tl.zeros((BLOCK_M, BLOCK_K // 8), tl.int32)
+    w0, w1, w2, w3 = _philox_4x32_7(seed, columns, rows)  # each [BLOCK_M, BLOCK_K / 8]
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_M, BLOCK_K / 8, 2, 2], last axes flatten to word 0..3
+    words = tl.reshape(words, (BLOCK_M, BLOCK_K // 2))
+    numbers = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK_M, BLOCK_K))
+    return numbers.to(tl.int32) >= threshold
