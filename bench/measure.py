@@ -58,12 +58,14 @@ def _in_rounds(names: Iterable[str], rounds: int) -> Iterable[str]:
 def gpu_microseconds(functions: Functions, device: torch.device, *, reps: int, rounds: int) -> dict[str, Micros]:
     """GPU time of one call of each function, by CUDA events, from a cold L2 cache and with a full queue.
 
-    Before every call a buffer twice the size of the L2 cache is overwritten, so that operands come from memory. The GPU
+    Before every call a buffer twice the size of the L2 cache is overwritten and another one read, so that operands come
+    from memory, and nothing that the first left in the cache is written back at the call's expense. The GPU
     is made to wait before that until the host has queued the whole call: the events then stand around the kernels and
     not around the host's work between them, which the wall time shows.
     """
     l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
     flush = torch.empty(max(2 * l2, 64 << 20), dtype=torch.int8, device=device)
+    other = torch.zeros(flush.numel() // 4, dtype=torch.float32, device=device)
     waits = {}
     for name, function in functions.items():
         function()
@@ -81,6 +83,7 @@ def gpu_microseconds(functions: Functions, device: torch.device, *, reps: int, r
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda._sleep(waits[name])
             flush.zero_()
+            other.sum()
             begin.record()
             function()
             end.record()

@@ -27,7 +27,7 @@ from peftkern import __version__ as peftkern_version
 from peftkern.ops.plan import DECODE_TOKENS
 
 FOLDER = ROOT / ".rivals"
-PEFTKERN_PATHS = ("triton", "cublas", "torch", "decode")
+PEFTKERN_PATHS = ("triton", "cublas", "mixed", "torch", "decode")
 
 
 def frozen() -> Rival:

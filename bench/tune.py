@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 def problems(dtype: torch.dtype) -> list[Problem]:
     """What the tables' buckets stand for: many tokens first."""
-    shapes = [*HEADLINE_SHAPES, *((f"8B {n} M{M}", M, K, N) for M in (128, 2048) for n, K, N in LLAMA_8B)]
+    shapes = [*HEADLINE_SHAPES, *((f"8B {n} M{M}", M, K, N) for M in (1, 16, 128, 2048) for n, K, N in LLAMA_8B)]
     return [Problem(n, M, K, N, R, p, dtype) for n, M, K, N in shapes for R in (16, 64) for p in (0.0, 0.1)]
 
 

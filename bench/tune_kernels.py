@@ -6,6 +6,7 @@ would need more shared memory than the architecture has are left out before anyt
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -15,8 +16,9 @@ import torch
 
 from bench.cases import Problem
 from peftkern import reference
+from peftkern_kernels import lora_decode as decode_kernel
 from peftkern_kernels.dropout import Dropout
-from peftkern_kernels.gemm_tables import SHARED_MEMORY, choose_tile
+from peftkern_kernels.gemm_tables import SHARED_MEMORY, choose_decode_tile, choose_tile
 from peftkern_kernels.gemm_tables import Tile as GemmTile
 from peftkern_kernels.launch import Call
 from peftkern_kernels.lora_dy_pass import ONE_PASS_RANK, dy_pass_calls
@@ -84,6 +86,17 @@ class Operands:
         if not p.dropout:
             return torch.ones(p.M, p.K, dtype=torch.float64, device=self.x.device)
         return reference.dropout_mask(self.seed, p.M, p.K, p.dropout).double() / (1 - p.dropout)
+
+
+@contextlib.contextmanager
+def held(module: Any, choose: str, chosen: Any) -> Iterator[None]:
+    """Within the block `module` is given `chosen` by its table: these launchers take no tile of their own."""
+    table = getattr(module, choose)
+    setattr(module, choose, lambda *_, **__: chosen)
+    try:
+        yield
+    finally:
+        setattr(module, choose, table)
 
 
 def fits(arch: int, shared: int) -> bool:
@@ -196,9 +209,34 @@ def _weight_gradient(o: Operands, arch: int) -> Tunable:
     return Tunable("weight gradient", p, table, candidates, build, SPLITS, outputs, truth)
 
 
+def _decode(o: Operands, arch: int) -> Tunable:
+    p = o.problem
+    out, s = torch.empty(p.M, p.N, dtype=p.dtype, device=o.x.device), torch.empty_like(o.s)
+    table = choose_decode_tile(arch, p.dtype, N=p.N, K=p.K, R=p.R, aligned=vectorizes(o.x))
+
+    def build(tile: GemmTile, splits: int | None) -> list[Call]:
+        tile = tile if splits is None else replace(tile, split_k=splits)
+        with held(decode_kernel, "choose_decode_tile", tile):
+            return decode_kernel.decode_calls(o.x, o.weight, o.a, o.b, SCALING, out, s, arch=arch)
+
+    def truth() -> list[torch.Tensor]:
+        exact = SCALING * o.x.double() @ o.a.double().T
+        return [o.x.double() @ o.weight.double().T + exact @ o.b.double().T, exact]
+
+    candidates: list[Tile] = [table]
+    for block_n, block_k, warps, stages in product((32, 64, 128), (64, 128, 256), (4, 8), (2, 4, 6)):
+        if fits(arch, (block_n + 16) * block_k * p.dtype.itemsize * stages):
+            found = replace(table, block_n=block_n, block_k=block_k, num_warps=warps, num_stages=stages)
+            candidates.append(found)
+    return Tunable("decode", p, table, list(dict.fromkeys(candidates)), build, SPLITS[:5], [out, s], truth)
+
+
 def tunables(p: Problem, device: torch.device, arch: int) -> Iterator[Tunable]:
     """Every kernel that a step of this problem launches, on operands made once."""
     operands = Operands(p, device)
+    if p.M <= decode_kernel.MAX_ROWS:
+        yield _decode(operands, arch)
+        return
     yield _shrink(operands, arch)
     if not p.dropout:  # the forward's GEMM never drops
         yield _gemm("base + expand, forward", operands, arch, backward=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
@@ -12,7 +11,7 @@ import torch
 
 from bench.cases import Problem
 from bench.static_cases_4bit import weight_on_meta
-from bench.tune_kernels import SCALING, SPLITS, Operands, Tunable, fits
+from bench.tune_kernels import SCALING, SPLITS, Operands, Tunable, fits, held
 from bench.tune_kernels import Tile as AnyTile
 from peftkern import reference
 from peftkern.ops import quantize_4bit
@@ -43,23 +42,12 @@ class Operands4bit(Operands):
         self.weight = reference.dequantize_4bit(weight, p.dtype)  # not by the kernel that is tuned
 
 
-@contextlib.contextmanager
-def _held(module: Any, choose: str, chosen: Any) -> Iterator[None]:
-    """Within the block `module` is given `chosen` by its table: these launchers take no tile of their own."""
-    table = getattr(module, choose)
-    setattr(module, choose, lambda *_, **__: chosen)
-    try:
-        yield
-    finally:
-        setattr(module, choose, table)
-
-
 def _dequantize(o: Operands4bit, arch: int) -> Tunable:
     p = o.problem
     out, table = torch.empty_like(o.weight), choose_dequantize(arch, p.dtype)
 
     def build(launch: DequantizeLaunch, splits: int | None) -> list[Call]:
-        with _held(dequantize_kernel, "choose_dequantize", launch):
+        with held(dequantize_kernel, "choose_dequantize", launch):
             return dequantize_kernel.dequantize_4bit_calls(o.packed, out, arch=arch)
 
     grid = product((256, 512, 1024, 2048), (2, 4, 8))
@@ -75,7 +63,7 @@ def _decode(o: Operands4bit, arch: int) -> Tunable:
 
     def build(tile: Tile, splits: int | None) -> list[Call]:
         tile = tile if splits is None else replace(tile, split_k=splits)
-        with _held(decode_kernel, "choose_decode_4bit", tile):
+        with held(decode_kernel, "choose_decode_4bit", tile):
             return decode_kernel.decode_4bit_calls(o.x, o.packed, o.a, o.b, SCALING, out, s, arch=arch)
 
     def truth() -> list[torch.Tensor]:

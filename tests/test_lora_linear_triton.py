@@ -21,14 +21,14 @@ MODULE = importlib.import_module("peftkern.ops.lora_linear")
 SHAPES = [(65, 70, 40, 12), (33, 17, 130, 40), (5, 33, 70, 3), (1, 64, 64, 16)]
 
 
-@pytest.fixture(params=["triton", "cublas"])
+@pytest.fixture(params=["triton", "cublas", "mixed"])
 def path(request, monkeypatch):
     """The path of sizes above a decode step's; the plan's own choice between the two needs a GPU's measurements."""
     choose = plans.plan_lora_linear.__wrapped__
 
     def forced(*arguments):
         plan = choose(*arguments)
-        return plans.Plan(request.param, "forced by a test") if plan.path in ("triton", "cublas") else plan
+        return plans.Plan(request.param, "forced by a test") if plan.path in ("triton", "cublas", "mixed") else plan
 
     forced.__wrapped__ = forced
     monkeypatch.setattr(MODULE, "plan_lora_linear", forced)
@@ -71,9 +71,10 @@ def test_output_and_gradients_match_fp64(M, N, K, R, dtype, masters, dropout_p, 
     # Rounded on the way: S, its base product on cuBLAS; dS, likewise; dS; S. Masters are rounded to x's dtype as well,
     # and their gradients, though fp32, carry the 16-bit roundings.
     eps = torch.finfo(dtype).eps
-    base = 1 if path == "cublas" else 0
+    base = int(path == "cublas")
+    base_in_dx = int(path in ("cublas", "mixed"))
     casts = 2 if masters else 0
-    for index, rounded in ((0, 1 + base + casts), (1, 1 + base + casts), (3, 1 + casts), (4, 1 + casts), (5, 0)):
+    for index, rounded in ((0, 1 + base + casts), (1, 1 + base_in_dx + casts), (3, 1 + casts), (4, 1 + casts), (5, 0)):
         out, truth, magnitude = outputs[index], results[0][index], results[1][index]
         factor = eps / torch.finfo(out.dtype).eps
         assert_rounded(out, truth, magnitude, terms=M + N + K + R, rounded=rounded * factor)

@@ -59,7 +59,7 @@ def _philox_4x32_7(seed, c0, c1):
 def keep_tile(seed, offs_m, k_start, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """keep[BLOCK_M, BLOCK_K] as int1, for rows offs_m [BLOCK_M] and columns k_start + arange(BLOCK_K).
 
-    `k_start` and BLOCK_K must be multiples of 8, `threshold` is `Dropout.threshold`. Rows and columns count modulo 2^32.
+    `k_start` and BLOCK_K must be multiples of 8, `threshold` is `Dropout.threshold`. Both count modulo 2^32.
     """
     groups = (k_start // 8).to(tl.int32) + tl.arange(0, BLOCK_K // 8)  # [BLOCK_K / 8]
     rows = offs_m.to(tl.int32)[:, None] + tl.zeros((BLOCK_M, BLOCK_K // 8), tl.int32)

@@ -13,7 +13,7 @@ import torch
 
 from .launch import cdiv
 
-SOURCE = "predicted"
+SOURCE = "predicted, but for Hopper's large tile: bench/results/nvidia-h200/tune.json"
 
 # Streaming multiprocessors (AMD: compute units) of the architecture's usual part: how many programs fill it once.
 MULTIPROCESSORS = {0: 4, 80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170, 942: 304, 1100: 96}
@@ -59,7 +59,7 @@ def _family(arch: int) -> str:
 # rows; "small" is up to 64 rows, "tiny" up to 16 (Hopper's and Blackwell's matrix instructions take 64 rows or more).
 _TILES: dict[tuple[str, int, bool], dict[str, Tile]] = {
     ("hopper", 16, True): {
-        "large": Tile(128, 256, 64, 8, 4, tma=True),
+        "large": Tile(128, 256, 64, 8, 4, group_m=16, tma=True),
         "medium": Tile(128, 128, 64, 8, 4, tma=True),
         "small": Tile(64, 128, 64, 4, 4, tma=True),
         "tiny": Tile(64, 128, 64, 4, 4),

@@ -80,7 +80,8 @@ def scratch(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tens
 def recorded_scratch() -> Iterator[list[torch.Tensor]]:
     """Collect what `scratch` hands out to this thread within the block."""
     before = getattr(_recorder, "taken", None)
-    _recorder.taken = taken = []
+    taken: list[torch.Tensor] = []
+    _recorder.taken = taken
     try:
         yield taken
     finally:

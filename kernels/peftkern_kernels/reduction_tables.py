@@ -1,7 +1,7 @@
 """Launch parameters of the reduction kernels (shrink, dY pass, weight gradient, plane sums) as pure functions.
 
 Keyed by (architecture, dtype, size bucket, R bucket, aligned, dropout), with a default that is right everywhere. Every
-row here is predicted: chosen by counting bytes, registers and shared memory on compiled kernels, not yet timed.
+row without a source is predicted: chosen by counting bytes, registers and shared memory on compiled kernels, not timed.
 
 Shared memory that one program may use: 101,376 bytes on sm_86, 89 and 120, 166,912 on sm_80, 232,448 on sm_90 and 100,
 65,536 on AMD; the tiles stay below it with every supported rank.
@@ -32,6 +32,9 @@ OTHER_DEVICE = (128, 1_000_000)
 MAX_SPLITS = 64
 LAUNCH_US = 2  # what a second, dependent launch costs
 REACH = 1.25  # how far a multiprocessor can exceed its even share of the memory's bandwidth while others are idle
+
+
+MEASURED = "bench/results/nvidia-h200/tune.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,8 @@ def shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool,
     roomy = arch in (80, 90, 100)
     if R <= 32:
         return Tile(rows, 128, rank_block(R, 32), 4, 4 if roomy else 3)
+    if arch == 90 and R <= 64:
+        return Tile(rows, 128, 64, 4, 4, MEASURED)
     if M > 64 and R > 32 and roomy:
         rows = 128
     return Tile(rows, 64, rank_block(R, 128), 8 if rows == 128 else 4, 4 if roomy else 3)
@@ -127,6 +132,8 @@ def weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, align
         return Tile(16, 64, rank_block(R, 64), 4, 3) if aligned else Tile(16, 32, rank_block(R, 32), 4, 2)
     if not aligned:
         return Tile(min(rows, 32), 128, rank_block(R, 64), 4 if R <= 32 else 8, 2)
+    if arch == 90 and R <= 64:
+        return Tile(rows, 128 if R <= 32 else 64, rank_block(R, 64), 4, 4, MEASURED)
     # Sums held in registers: 64 to 128 a thread. Hopper's and Blackwell's operands stay in shared memory meanwhile.
     few_warps = R <= 64 if arch in (90, 100) else R <= 32
     return Tile(rows, 128, rank_block(R, 128), 4 if few_warps else 8, 3)
@@ -143,6 +150,8 @@ def dy_pass_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool
         return Tile(16, 128, block_r, 8, 2)
     if not aligned:
         return Tile(32, 128, block_r, 8, 2)
+    if arch == 90 and block_r == 16:
+        return Tile(64, 256, 16, 8, 4, MEASURED)
     if arch in (90, 100):  # one copy of the tile serves both products; Blackwell's masked rows take more registers
         return Tile(64, 256, block_r, 4 if arch == 90 else 8, 3)
     return Tile(32, 256, block_r, 8, 3)  # two copies: 90 KB of shared memory

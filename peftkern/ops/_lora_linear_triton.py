@@ -3,7 +3,8 @@
 `forward_calls` and `backward_calls` allocate outputs and return them with the `Call`s that fill them; nothing runs
 there: the static check compiles the list from meta tensors for every architecture, a benchmark adds up its bytes.
 `forward` and `backward`, which the operation calls, run the list, from a recording once a situation has been met.
-The weight is dense on the paths "triton", "cublas" and "decode", and a `Weight4bit` on "fused_4bit" and "decode_4bit".
+The weight is dense on the paths "triton", "cublas", "mixed" and "decode", a `Weight4bit` on "fused_4bit" and
+"decode_4bit".
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ def backward_calls(
             db_done = True
         elif ds is not None:
             calls += shrink_calls(dy, lora_B.t(), ds, scaling=scaling, **common)
-        if dx is not None and path == "cublas":
+        if dx is not None and path in ("cublas", "mixed"):
             calls += expand_calls(ds, lora_A.t(), dx, dropout=dropout, **common)
             calls.append(_add_base(dy, weight.t(), dx))
         elif dx is not None and path in FUSED_4BIT_PATHS:
