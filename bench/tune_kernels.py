@@ -23,6 +23,7 @@ from peftkern_kernels.gemm_tables import Tile as GemmTile
 from peftkern_kernels.launch import Call
 from peftkern_kernels.lora_dy_pass import ONE_PASS_RANK, dy_pass_calls
 from peftkern_kernels.lora_linear import pointer_calls
+from peftkern_kernels.lora_linear_persistent import persistent_calls
 from peftkern_kernels.lora_linear_split import split_calls
 from peftkern_kernels.lora_linear_tma import tma_calls
 from peftkern_kernels.lora_shrink import shrink_calls
@@ -108,7 +109,7 @@ def gemm_candidates(arch: int, p: Problem, table: GemmTile) -> list[GemmTile]:
     """Tiles of the GEMM, through descriptors where the table's tile is."""
     size = p.dtype.itemsize
     rows = (16, 32) if p.M <= 32 else (64, 128) if p.M <= 512 else (128, 256)
-    grid = product(rows, (128, 256), (32, 64), (4, 8), (3, 4), (8, 16))
+    grid = product(rows, (128, 256), (32, 64), (4, 8), (3, 4), (4, 8, 16))
     found = [table]
     for block_m, block_n, block_k, warps, stages, group in grid:
         tile = replace(
@@ -118,7 +119,7 @@ def gemm_candidates(arch: int, p: Problem, table: GemmTile) -> list[GemmTile]:
         if (
             fits(arch, (block_m + block_n) * block_k * size * stages)
             and 1024 <= work <= 4096
-            and (group == 8 or stages == 4)
+            and (table.persistent or (group > 4 and (group == 8 or stages == 4)))
         ):
             found.append(tile)
     return list(dict.fromkeys(found))
@@ -141,10 +142,13 @@ def _gemm(name: str, o: Operands, arch: int, backward: bool) -> Tunable:
     x, weight, s, b = (o.dy, o.weight.t(), o.ds, o.a.t()) if backward else (o.x, o.weight, o.s, o.b)
     dropout = o.dropout if backward else None
     out = torch.empty(p.M, weight.shape[0], dtype=p.dtype, device=x.device)
-    table = choose_tile(arch, p.dtype, M=p.M, N=weight.shape[0], K=weight.shape[1], aligned=vectorizes(x))
+    sizes: dict[str, Any] = {"M": p.M, "N": weight.shape[0], "K": weight.shape[1], "weight_is_kn": backward}
+    table = choose_tile(arch, p.dtype, **sizes, aligned=vectorizes(x), persistent=dropout is None)
 
     def build(tile: GemmTile, splits: int | None) -> list[Call]:
         tile = tile if splits is None else replace(tile, split_k=splits)
+        if tile.persistent:
+            return persistent_calls(x, weight, s, b, out, bias=None, precision="ieee", tile=tile, arch=arch)
         builder = split_calls if tile.split_k > 1 else tma_calls if tile.tma else pointer_calls
         return builder(x, weight, s, b, out, bias=None, dropout=dropout, precision="ieee", tile=tile)
 

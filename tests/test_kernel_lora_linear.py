@@ -18,6 +18,7 @@ from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.gemm_tables import SHARED_MEMORY, Tile, choose_tile
 from peftkern_kernels.launch import run_all
 from peftkern_kernels.lora_linear import base_plus_expand_calls, pointer_calls
+from peftkern_kernels.lora_linear_persistent import persistent_calls
 from peftkern_kernels.lora_linear_split import split_calls
 from peftkern_kernels.lora_linear_tma import tma_calls
 
@@ -159,6 +160,47 @@ def test_descriptors_with_bias_dropout_masters_and_an_unaligned_output(device):
     assert_rounded(out, truth, magnitude, terms=64 + 5 + 2)
 
 
+def by_staying(tile):
+    """Programs that walk several tiles each: 4 of them in the interpreter's table of multiprocessors."""
+
+    def calls(*tensors, dropout=None, **options):
+        assert dropout is None
+        return persistent_calls(*tensors, **options, precision="ieee", tile=tile, arch=0)
+
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "M, N, K, R", [(1, 16, 32, 1), (17, 136, 200, 12), (65, 24, 40, 70), (130, 72, 32, 16), (33, 264, 24, 3)]
+)
+def test_programs_that_stay_match_fp64(M, N, K, R, transposed, dtype, device):
+    """1 to 27 tiles for at most 4 programs, one or many steps of K: catches an accumulator that keeps the last tile's
+    sum, a tile that is skipped, a step of the next tile at this one's coordinates, and a store over the edge."""
+    check(by_staying(small()), M, N, K, R, dtype, device, transposed=transposed, pad=8)
+
+
+def test_programs_that_stay_with_bias_and_masters(device):
+    """Catches a bias of the wrong columns, and fp32 factors multiplied beside 16-bit ones."""
+    options = {"bias": True, "adapter_dtype": torch.float32}
+    check(by_staying(small(64, 32)), 130, 136, 40, 40, torch.bfloat16, device, **options, pad=8)
+
+
+def test_programs_that_stay_only_without_dropout_and_with_an_aligned_output():
+    """Catches a launch whose mask is lost, and a descriptor of rows that are not 16-byte aligned."""
+    tensors = on_meta(8192, 4096, 4096, 16, torch.bfloat16)
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    unaligned = torch.empty(8192, 4097, dtype=torch.bfloat16, device="meta")[:, :4096]
+    kernels = [
+        base_plus_expand_calls(*tensors, arch=90),
+        base_plus_expand_calls(*tensors, arch=90, dropout=Dropout(seed, 0.1)),
+        base_plus_expand_calls(*tensors[:4], unaligned, arch=90),
+    ]
+    names = [calls[0].kernel.__name__ for calls in kernels]
+    assert names == ["_lora_linear_persistent_kernel", "_lora_linear_tma_kernel", "_lora_linear_tma_kernel"]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("split, M, N, K, R", [(2, 1, 17, 65, 1), (4, 17, 130, 200, 12), (8, 33, 20, 100, 70)])
@@ -247,6 +289,7 @@ import re, sys, torch, triton
 from bench.static_compile import specialise, target_of
 from peftkern_kernels.gemm_tables import Tile
 from peftkern_kernels.lora_linear import pointer_calls
+from peftkern_kernels.lora_linear_persistent import persistent_calls
 from peftkern_kernels.lora_linear_split import split_calls
 from peftkern_kernels.lora_decode import decode_calls
 

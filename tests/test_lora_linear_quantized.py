@@ -258,14 +258,14 @@ def test_plan_of_what_fused_kernels_cannot_take():
     """Would catch an odd row (whose bytes hold two rows) given to kernels that read whole bytes of a row."""
     assert path(128, K=4095).startswith("dequantize:")
     assert path(1, blocksize=0) == "dequantize:decode"  # 8 bits
-    assert path(128, blocksize=0) == "dequantize:triton"
+    assert path(128, blocksize=0) == "dequantize:mixed"
     assert path(128, backend="torch") == "dequantize:torch"
 
 
 def test_plan_fuses_longer_on_a_card_with_little_bandwidth():
     """Would catch one threshold for all: at 512 tokens they differ."""
     assert path(512, 89) == "fused_4bit"
-    assert path(512, 90) == "dequantize:triton"
+    assert path(512, 90) == "dequantize:mixed"
 
 
 @pytest.mark.parametrize("format", FORMATS)

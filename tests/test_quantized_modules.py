@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from numerics import EPS32, assert_rounded
+from peftkern.backend import use_backend
 from peftkern.ops import dequantize, quantize_4bit, quantize_8bit
 from peftkern.ops.linear_quantized import linear_quantized
 from peftkern.utils.quantized_files import read_quantized
@@ -73,6 +74,24 @@ def test_linear_quantized_matches_fp64(kind, dtype):
     assert_rounded(y.detach(), x64 @ w64.t() + b64, x64.abs() @ w64.abs().t() + b64.abs(), terms=K + 1, **sums)
     assert_rounded(x.grad, dy64 @ w64, dy64.abs() @ w64.abs(), terms=N, **sums)
     assert_rounded(bias.grad, dy64.sum((0, 1)), dy64.abs().sum((0, 1)), terms=15, **sums)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("M, N, K", [(1, 24, 64), (5, 17, 96), (16, 40, 160)])
+def test_few_rows_are_decoded_in_the_kernel(M, N, K, dtype, device, monkeypatch):
+    """Catches a frozen layer that writes its weight out for one token, and an adapter of rank 0 that adds something."""
+    pytest.importorskip("triton")
+    weight = quantized("nf4", N, K, dtype).to(device)
+    x, bias = torch.randn(M, K, device=device).to(dtype).requires_grad_(), torch.randn(N, device=device).to(dtype)
+    home = sys.modules["peftkern.ops.linear_quantized"]
+    with monkeypatch.context() as m, use_backend("triton"):
+        m.setattr(home, "dequantize", lambda *_: pytest.fail("the weight was written out"))
+        y = linear_quantized(x, weight, bias)
+    w64, x64, dy = dequantize(weight, dtype).double(), x.detach().double(), torch.randn(M, N, device=device).to(dtype)
+    assert_rounded(y.detach(), x64 @ w64.T + bias.double(), x64.abs() @ w64.abs().T + bias.double().abs(), terms=K + 1)
+    y.backward(dy)
+    sums = {"accumulate_eps": EPS32, "rounded": 4}
+    assert_rounded(x.grad, dy.double() @ w64, dy.double().abs() @ w64.abs(), terms=N, **sums)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -184,6 +184,23 @@ def test_what_cannot_be_accounted_for_is_never_kept(kernel):
     assert not replay._kept and kernel.compilations == 3
 
 
+def test_empty_operands_are_no_obstacle(kernel):
+    """Would catch an adapter of rank 0, whose two factors have no address, that is bound by name at every call."""
+    for i in range(2):
+        source, out = torch.full((4,), float(i)), torch.empty(4)
+        nothing = torch.empty(0, 4), torch.empty(4, 0)
+
+        def build(source=source, out=out, nothing=nothing):
+            return [double(kernel, source, out), _NoOptions("nothing", kernel, (1, 1, 1), empty(nothing[0]), {}, 4, 1)]
+
+        def empty(t):
+            return {"source_ptr": t, "out_ptr": t, "count": 0, "shift": 0.0}
+
+        replay.run("empty", (source, *nothing, out), build, GPU)
+        assert out.tolist() == [2.0 * i] * 4
+    assert kernel.compilations == 2
+
+
 def test_nothing_kept_holds_a_tensor(kernel):
     """Would catch a recording that keeps a model's weights or activations alive."""
     source, out = torch.ones(4), torch.empty(4)

@@ -32,6 +32,7 @@ class Tile:
         group_m: row tiles that are walked together, so that the weight's tile is found in L2.
         split_k: programs that share one output tile; above 1 their fp32 planes are summed by a second launch.
         tma: whether x and the weight are loaded through tensor descriptors.
+        persistent: whether a program walks many tiles (lora_linear_persistent.py), if out is aligned as well.
     """
 
     block_m: int
@@ -42,6 +43,7 @@ class Tile:
     group_m: int = 8
     split_k: int = 1
     tma: bool = False
+    persistent: bool = False
 
 
 def _family(arch: int) -> str:
@@ -57,10 +59,14 @@ def _family(arch: int) -> str:
 
 # (family, bits, aligned) -> tile by size: "large" fills the device with large tiles; "medium" is the rest above 64
 # rows; "small" is up to 64 rows, "tiny" up to 16 (Hopper's and Blackwell's matrix instructions take 64 rows or more).
+# Where they are there: "large kn" is for a weight stored as [K, N], which is backward's orientation, and "masked" takes
+# the place of all above 64 rows for what a persistent tile cannot do (dropout, an unaligned output).
 _TILES: dict[tuple[str, int, bool], dict[str, Tile]] = {
     ("hopper", 16, True): {
-        "large": Tile(128, 256, 64, 8, 4, group_m=16, tma=True),
-        "medium": Tile(128, 128, 64, 8, 4, tma=True),
+        "large": Tile(128, 256, 64, 8, 3, group_m=16, tma=True, persistent=True),
+        "large kn": Tile(128, 256, 64, 8, 3, group_m=4, tma=True, persistent=True),
+        "medium": Tile(128, 128, 64, 4, 3, tma=True),
+        "masked": Tile(128, 128, 64, 8, 4, tma=True),
         "small": Tile(64, 128, 64, 4, 4, tma=True),
         "tiny": Tile(64, 128, 64, 4, 4),
     },
@@ -127,7 +133,17 @@ def _rows(arch: int, bits: int, aligned: bool) -> dict[str, Tile]:
     return _TILES[family, 16, True]
 
 
-def choose_tile(arch: int, dtype: torch.dtype, *, M: int, N: int, K: int, aligned: bool) -> Tile:
+def choose_tile(
+    arch: int,
+    dtype: torch.dtype,
+    *,
+    M: int,
+    N: int,
+    K: int,
+    aligned: bool,
+    weight_is_kn: bool = False,
+    persistent: bool = True,
+) -> Tile:
     """The tile of `out[M, N] = x[M, K] weight[N, K]^T`, with `split_k` set so that few rows still fill the device.
 
     Args:
@@ -135,10 +151,14 @@ def choose_tile(arch: int, dtype: torch.dtype, *, M: int, N: int, K: int, aligne
         dtype: of x and weight.
         M, N, K: sizes.
         aligned: every row of both operands starts on a 16-byte boundary and one stride of each is 1.
+        weight_is_kn: the weight's unit stride is along N.
+        persistent: whether a persistent tile will do (no dropout, `out` aligned).
     """
     rows = _rows(arch, 16 if dtype.itemsize == 2 else 32, aligned)
     processors = MULTIPROCESSORS.get(arch, 64)
-    large = rows["large"]
+    if not persistent and "masked" in rows:
+        rows = {**rows, **dict.fromkeys(("large", "large kn", "medium"), rows["masked"])}
+    large = rows.get("large kn", rows["large"]) if weight_is_kn else rows["large"]
     if M <= 16:
         tile = rows["tiny"]
     elif M <= 64:
@@ -169,6 +189,8 @@ def choose_decode_tile(arch: int, dtype: torch.dtype, *, N: int, K: int, R: int,
         tile = Tile(16, 64, 32, 4, 2)
     elif arch >= 900:
         tile = Tile(16, 64, 64, 4, 2)
+    elif arch == 90:  # bench/results/nvidia-h200/tune-decode.json
+        tile = Tile(16, 64, 256, 8, 2)
     else:
         tile = Tile(16, 64, 64, 4, 4)
     # Two programs on each multiprocessor keep enough loads under way to reach the memory's bandwidth.

@@ -5,12 +5,14 @@ layer at 8192 x 4096 x 4096, r 16, against 20 to 60 % for a separate pass. The s
 `dX = dY W + keep / (1 - p) * (dS A)` with x := dY, weight := W.t(), s := dS, b := A.t().
 
 This file holds the kernel on plain pointers, which takes any strides, and `base_plus_expand_calls`, which picks between
-it, the one on tensor descriptors (lora_linear_tma.py) and the one that splits K (lora_linear_split.py).
+it, those on tensor descriptors (lora_linear_persistent.py, lora_linear_tma.py) and the one that splits K
+(lora_linear_split.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -21,6 +23,7 @@ from .gemm_tables import Tile, choose_tile, rank_block
 from .gemm_tile import accumulate_base, tile_of_program
 from .launch import Call, cdiv, compile_options, is_aligned, nbytes, strides
 from .lora_expand import expand_arguments, expand_tile
+from .lora_linear_persistent import persistent_calls
 from .lora_linear_split import split_calls
 from .lora_linear_tma import tma_calls
 from .reduction_tables import vectorizes
@@ -129,14 +132,19 @@ def base_plus_expand_calls(
     (M, N), K = out.shape, x.shape[1]
     if M == 0:
         return []
-    sizes = {"M": M, "N": N, "K": K}
+    can_stay = dropout is None and is_aligned(out) and out.dtype == x.dtype
+    sizes: dict[str, Any] = {"M": M, "N": N, "K": K, "weight_is_kn": not is_aligned(weight), "persistent": can_stay}
     tile = choose_tile(arch, x.dtype, **sizes, aligned=_operands_are(is_aligned, x, weight))
     on_descriptors = tile.tma and tile.split_k == 1
     if not on_descriptors and not _operands_are(vectorizes, x, weight):
         # Rows at 16 bytes are enough for descriptors; behind plain pointers Triton knows multiples of 16 elements only.
         tile = choose_tile(arch, x.dtype, **sizes, aligned=False)
-    build = split_calls if tile.split_k > 1 else tma_calls if tile.tma else pointer_calls
-    calls = build(x, weight, s, b, out, bias=bias, dropout=dropout, precision=precision, tile=tile)
+    options: dict[str, Any] = {"bias": bias, "precision": precision, "tile": tile}
+    if tile.persistent:
+        calls = persistent_calls(x, weight, s, b, out, arch=arch, **options)
+    else:
+        build = split_calls if tile.split_k > 1 else tma_calls if tile.tma else pointer_calls
+        calls = build(x, weight, s, b, out, dropout=dropout, **options)
     for call in calls:
         call.options |= compile_options(arch)
     return calls

@@ -34,7 +34,7 @@ LAUNCH_US = 2  # what a second, dependent launch costs
 REACH = 1.25  # how far a multiprocessor can exceed its even share of the memory's bandwidth while others are idle
 
 
-MEASURED = "bench/results/nvidia-h200/tune.json"
+MEASURED = "bench/results/nvidia-h200/tune.json, tune-dropout.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,8 @@ def shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool,
     if not aligned:  # no asynchronous loads: the tile passes through registers
         return Tile(min(rows, 32), 64, rank_block(R, 64), 4, 2)
     roomy = arch in (80, 90, 100)
+    if arch == 90 and R <= 32 and dropout:  # bound by drawing the mask: more programs on each multiprocessor
+        return Tile(min(rows, 32), 128, rank_block(R, 32), 4, 4, MEASURED)
     if R <= 32:
         return Tile(rows, 128, rank_block(R, 32), 4, 4 if roomy else 3)
     if arch == 90 and R <= 64:
@@ -132,6 +134,8 @@ def weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, align
         return Tile(16, 64, rank_block(R, 64), 4, 3) if aligned else Tile(16, 32, rank_block(R, 32), 4, 2)
     if not aligned:
         return Tile(min(rows, 32), 128, rank_block(R, 64), 4 if R <= 32 else 8, 2)
+    if arch == 90 and R <= 32 and dropout:
+        return Tile(rows, 128, rank_block(R, 32), 8, 4, MEASURED)
     if arch == 90 and R <= 64:
         return Tile(rows, 128 if R <= 32 else 64, rank_block(R, 64), 4, 4, MEASURED)
     # Sums held in registers: 64 to 128 a thread. Hopper's and Blackwell's operands stay in shared memory meanwhile.

@@ -152,6 +152,9 @@ def _kernel_step(call: Call, compiled: Any, sources: Sequence[torch.Tensor | Non
         is_tensor = isinstance(value, torch.Tensor)
         if not is_tensor and not hasattr(value, "block_shape"):
             continue
+        if is_tensor and value.numel() == 0:  # nothing there is read, and no address tells it from another
+            arguments[position] = 0
+            continue
         found = _source_of(value if is_tensor else value.base, sources)
         if found is None:
             return None

@@ -202,7 +202,7 @@ def backward_calls(
             db_done = True
         elif ds is not None:
             calls += shrink_calls(dy, lora_B.t(), ds, scaling=scaling, **common)
-        if dx is not None and path in ("cublas", "mixed"):
+        if dx is not None and (path == "cublas" or (path == "mixed" and dropout is not None)):
             calls += expand_calls(ds, lora_A.t(), dx, dropout=dropout, **common)
             calls.append(_add_base(dy, weight.t(), dx))
         elif dx is not None and path in FUSED_4BIT_PATHS:

@@ -1,7 +1,8 @@
 """`linear_quantized`: a frozen linear layer whose weight is 4- or 8-bit, by itself, without an adapter.
 
-Forward and backward each make the weight dense for as long as one product takes. Nothing of x and no dense weight is
-kept between them: backward is dX = dY W, and W is decoded again. Two doors lead to the same code: see `lora_linear`.
+Forward and backward each make the weight dense for as long as one product takes, but that few rows on a GPU are
+multiplied by kernels that decode the weight themselves. Nothing of x and no dense weight is kept between them: backward
+is dX = dY W, and W is decoded again. Two doors lead to the same code: see `lora_linear`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from peftkern.backend import backend_in_force, device_info
 from peftkern.ops._common import autocast_dtype, needs_operator, refuse_double_backward
-from peftkern.ops.lora_linear_quantized import flatten, unflatten
+from peftkern.ops.lora_linear_quantized import flatten, plan_for, unflatten
 from peftkern.ops.quantize import dequantize
 from peftkern.weights import DENSE_DTYPES, Weight4bit, Weight8bit
 
@@ -49,6 +51,21 @@ def linear_quantized(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | No
         return _operator(x, *flatten(weight), bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _LinearQuantized.apply(x, bias, weight)
+    return _product(x, weight, bias)
+
+
+def _product(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None) -> torch.Tensor:
+    """y [..., N]; nothing is checked."""
+    if isinstance(weight, Weight4bit) and plan_for(x, weight, 1, backend_in_force()).path == "decode_4bit":
+        from peftkern.ops import _lora_linear_triton as kernels
+
+        # An adapter of rank 0: its programs and products fall away.
+        N, K = weight.shape
+        rows, nothing = x.reshape(-1, K), x.new_empty(0)
+        arch = device_info(x.device).arch
+        adapter = (nothing.view(0, K), nothing.view(N, 0))
+        y, _ = kernels.forward(rows, weight, *adapter, 1.0, bias, None, "decode_4bit", arch)
+        return y.view(*x.shape[:-1], N)
     return linear(x, dequantize(weight, x.dtype), bias)
 
 
@@ -87,7 +104,7 @@ class _LinearQuantized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, weight: Quantized) -> torch.Tensor:
         ctx.weight = weight  # frozen, no activation, and here anyway
-        return linear(x, dequantize(weight, x.dtype), bias)
+        return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
@@ -102,7 +119,7 @@ class _LinearQuantized(torch.autograd.Function):
 def _operator(
     x: torch.Tensor, tensors: Sequence[torch.Tensor], numbers: Sequence[int], bias: torch.Tensor | None
 ) -> torch.Tensor:
-    return linear(x, dequantize(unflatten(tensors, numbers), x.dtype), bias)
+    return _product(x, unflatten(tensors, numbers), bias)
 
 
 @_operator.register_fake
