@@ -15,7 +15,7 @@ from peftkern.ops import dequantize
 from peftkern.peft_model_base import PeftModel
 from peftkern.tuners.lora.layer import LoraLayer
 from peftkern.tuners.lora.loftq import low_rank_factors, write_factors
-from peftkern.tuners.lora.merging_quantized import is_merged_into_dense
+from peftkern.tuners.merging_quantized import is_merged_into_dense
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.adapter_files import PathLike
 from peftkern.utils.checkpoint_files import WEIGHTS, Checkpoint

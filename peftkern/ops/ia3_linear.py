@@ -43,9 +43,10 @@ def ia3_linear(
 ) -> torch.Tensor:
     """`y = (x W^T + bias) * scale`, or `y = (x * scale) W^T + bias` (IA3, Liu et al. 2022, arXiv:2205.05638).
 
-    Gradients flow to whichever of x, weight, scale and bias require them; only those are computed, in a fixed order, and
-    are right where scale is 0. Kept for backward if scale learns: x W^T + bias [M, out_features], or x by reference for
-    a feed-forward layer. Under autocast, x, weight and bias are cast to its dtype. Double backward is not supported.
+    Gradients flow to whichever of x, weight, scale and bias require them; only those are computed, in a fixed order,
+    and are right where scale is 0. Kept for backward if scale learns: x W^T + bias [M, out_features], or x by reference
+    for a feed-forward layer. Under autocast, x, weight and bias are cast to its dtype. Double backward is not
+    supported.
 
     Args:
         x: [..., in_features], float32, float16 or bfloat16 (float64 on the plain path); any strides.
@@ -178,7 +179,9 @@ def _check(
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{operation}: ids: expected int32 or int64, got {ids.dtype}")
         if ids.shape != x.shape[:-1]:
-            raise ValueError(f"{operation}: ids: expected shape {list(x.shape[:-1])} as x's rows, got {list(ids.shape)}")
+            raise ValueError(
+                f"{operation}: ids: expected shape {list(x.shape[:-1])} as x's rows, got {list(ids.shape)}"
+            )
     for what, t in (("weight", weight), (name, scale), ("bias", bias), ("ids", ids)):
         if t is not None and t.device != x.device:
             raise ValueError(f"{operation}: {what}: expected device {x.device} as x, got {t.device}")
@@ -199,9 +202,7 @@ def _sizes(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> tuple[Any
     return N, K
 
 
-def plan_for(
-    x: torch.Tensor, weight: Weight, is_feedforward: bool, backend: str, *, gathers: bool = False
-) -> Plan:
+def plan_for(x: torch.Tensor, weight: Weight, is_feedforward: bool, backend: str, *, gathers: bool = False) -> Plan:
     """The plan for x [..., K] and weight [N, K]; `gathers` for a vector for each row."""
     N, K = weight.shape
     dense = isinstance(weight, torch.Tensor)
@@ -330,13 +331,14 @@ def _backward_rows(
         stand_in = dy.new_empty(()).expand(weight.shape)
         return _backward_rows(dy, x, stand_in, scale, z, ids, is_feedforward, dense_path, needs)
     parts: list[Any] = []
+    total: Any = None
     for rows, dense in dense_blocks(weight, dy.dtype, dense_path):
         l_rows, z_rows = (scale, None) if is_feedforward else (scale[..., rows], None if z is None else z[:, rows])
         saved: Any = (dy[:, rows], x, dense, l_rows, z_rows, ids, is_feedforward, dense_path, needs)
         dx, _, dscale, dbias = _backward_rows(*saved)
         parts.append((dscale, dbias))
         # The sum of h over blocks of W's rows, times l or not, is the sum of what each block gives.
-        total = dx if len(parts) == 1 or dx is None else total + dx
+        total = dx if total is None else total + dx
     scales, biases = zip(*parts, strict=True)
     dscale = None
     if needs_scale:
