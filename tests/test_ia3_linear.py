@@ -183,6 +183,13 @@ def test_autocast(is_feedforward):
     assert ((y.double() - truth).abs() <= 5 * torch.finfo(torch.bfloat16).eps / 2 * magnitude).all()
 
 
+def kept(tensors, is_feedforward):
+    """y, and the tensors that it kept for backward."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        return ia3_linear(*tensors, is_feedforward=is_feedforward), saved
+
+
 @BOTH
 def test_every_combination_of_gradients_and_what_is_kept(is_feedforward):
     """Would catch work done, or activations kept, for gradients that nobody wants."""
@@ -192,20 +199,17 @@ def test_every_combination_of_gradients_and_what_is_kept(is_feedforward):
         if not any(wanted):
             continue
         tensors = [t.detach().requires_grad_(want) for t, want in zip(everything, wanted, strict=True)]
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
-            y = ia3_linear(*tensors, is_feedforward=is_feedforward)
+        y, saved = kept(tensors, is_feedforward)
         y.square().sum().backward()
         for t, full, want in zip(tensors, everything, wanted, strict=True):
             assert (t.grad is not None) == want and (not want or torch.equal(t.grad, full.grad))
         _, weight_learns, scale_learns, _ = wanted
         parameters = {t.data_ptr() for t in tensors[1:]}
-        # The last is y, kept by square().
-        kept = [t for t in saved if t.data_ptr() not in parameters and t.data_ptr() != y.data_ptr()]
+        activations = [t for t in saved if t.data_ptr() not in parameters]
         x_kept = weight_learns or (is_feedforward and scale_learns)
         z_kept = scale_learns and not is_feedforward
-        assert sum(t.numel() for t in kept) == x_kept * 8 * 7 + z_kept * 8 * 5
-        assert any(t.data_ptr() == tensors[0].data_ptr() for t in kept) == x_kept, "x is kept by reference"
+        assert sum(t.numel() for t in activations) == x_kept * 8 * 7 + z_kept * 8 * 5
+        assert any(t.data_ptr() == tensors[0].data_ptr() for t in activations) == x_kept, "x is kept by reference"
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

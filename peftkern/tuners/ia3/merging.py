@@ -38,7 +38,7 @@ class _Undo:
     def apply(self, t: torch.Tensor) -> None:
         """Undo it in place."""
         t.copy_(t / self.factor.to(t.device))
-        t.view(-1)[self.where.to(t.device)] = self.kept.to(t.device, t.dtype)
+        t[torch.unravel_index(self.where.to(t.device), t.shape)] = self.kept.to(t.device, t.dtype)
 
 
 def _multiply(t: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, _Undo]:
