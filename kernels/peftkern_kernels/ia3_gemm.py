@@ -23,7 +23,7 @@ import triton.language as tl
 from .gemm_tables import Tile
 from .gemm_tile import accumulate_base, tile_of_program
 from .ia3_tables import gemm_tile
-from .launch import Call, cdiv, compile_options, is_aligned, nbytes, strides
+from .launch import Call, cdiv, compile_options, nbytes, strides
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import vectorizes
 
@@ -161,10 +161,6 @@ def pointer_calls(
     ]
 
 
-def _operands_are(aligned: Any, a: torch.Tensor, weight: torch.Tensor) -> bool:
-    return aligned(a) and (aligned(weight) or aligned(weight.t()))
-
-
 def ia3_gemm_calls(
     a: torch.Tensor,
     weight: torch.Tensor,
@@ -197,10 +193,9 @@ def ia3_gemm_calls(
     if M == 0:
         return []
     if tile is None:
-        sizes: dict[str, Any] = {"M": M, "N": N, "K": K, "reads_x": x is not None}
-        tile = gemm_tile(arch=arch, dtype=a.dtype, **sizes, aligned=_operands_are(is_aligned, a, weight))
-        if not tile.tma and not _operands_are(vectorizes, a, weight):
-            tile = gemm_tile(arch=arch, dtype=a.dtype, **sizes, aligned=False)
+        by_elements = [t for t in (out, z, x) if t is not None and not vectorizes(t)]
+        aligned = not by_elements and vectorizes(a) and (vectorizes(weight) or vectorizes(weight.t()))
+        tile = gemm_tile(arch=arch, dtype=a.dtype, M=M, N=N, K=K, aligned=aligned)
     planes = None
     if sums is not None:
         planes = torch.empty(cdiv(M, tile.block_m), 1, N, dtype=torch.float32, device=a.device)

@@ -20,6 +20,7 @@ import triton.language as tl
 from .ia3_tables import scale_sum_splits, scale_sum_tile
 from .launch import Call, cdiv, nbytes, strides
 from .reduce import PlaneSum, reduce_calls
+from .reduction_tables import vectorizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def scale_sum_calls(
     table, total = (t.view(-1, C) if t.dim() == 1 else t for t in (scale, sums))
     slots = table.shape[0]
     groups = slots if by_slot is None else slots + 1
-    tile = scale_sum_tile(arch=arch, dtype=a.dtype)
+    tile = scale_sum_tile(arch=arch, dtype=a.dtype, aligned=all(vectorizes(t) for t in (a, b)))
     blocks_c = cdiv(C, tile.block_c)
     splits = scale_sum_splits(blocks=blocks_c * groups, steps=max(1, cdiv(M, tile.block_m)), arch=arch)
     planes = torch.empty(splits, slots, C, dtype=torch.float32, device=a.device)

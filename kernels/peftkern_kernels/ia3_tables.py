@@ -31,10 +31,12 @@ def scale_tile(*, arch: int, dtype: torch.dtype) -> ElementTile:
     return ElementTile(8, 256 if dtype.itemsize == 2 else 128, 4)
 
 
-def scale_sum_tile(*, arch: int, dtype: torch.dtype) -> ElementTile:
+def scale_sum_tile(*, arch: int, dtype: torch.dtype, aligned: bool) -> ElementTile:
     """Tile of `out = a * l` with the column sums of a * b: 32 rows at a time, summed in registers on the way down."""
     if arch == 0:
         return ElementTile(16, 64, 4)
+    if not aligned:  # a mask and an address for each element: fewer of them
+        return ElementTile(8, 128, 4)
     return ElementTile(32 if dtype.itemsize == 2 else 16, 128, 4)
 
 
@@ -45,9 +47,13 @@ def scale_sum_splits(*, blocks: int, steps: int, arch: int) -> int:
     return max(1, min(cdiv(8 * processors, blocks), cdiv(steps, 2), 256))
 
 
-def gemm_tile(
-    *, arch: int, dtype: torch.dtype, M: int, N: int, K: int, aligned: bool, reads_x: bool
-) -> gemm_tables.Tile:
-    """The tile of `out = (a w^T) * l`, never with K split: an epilogue needs the whole sum."""
+def gemm_tile(*, arch: int, dtype: torch.dtype, M: int, N: int, K: int, aligned: bool) -> gemm_tables.Tile:
+    """The tile of `out = (a w^T) * l`, never with K split: an epilogue needs the whole sum.
+
+    `aligned` is said of every operand of the epilogue too: a 128 x 256 tile of x or z that goes by elements has more
+    addresses than there are registers.
+    """
+    if not aligned and arch:
+        return gemm_tables.Tile(64, 32 if dtype.itemsize > 2 else 64, 32, 4, 2)
     tile = gemm_tables.choose_tile(arch, dtype, M=M, N=N, K=K, aligned=aligned)
     return replace(tile, split_k=1)

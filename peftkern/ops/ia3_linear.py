@@ -210,7 +210,7 @@ def plan_for(x: torch.Tensor, weight: Weight, is_feedforward: bool, backend: str
     if not x.is_cpu:
         rows = [x.stride(-2) if x.dim() > 1 else K, N]
         rows.append(max(weight.stride()) if isinstance(weight, torch.Tensor) else K)
-        aligned = all(row * x.element_size() % 16 == 0 for row in rows)
+        aligned = all(row % 16 == 0 for row in rows)
     options = (is_feedforward, gathers, not dense, x.dtype, device_info(x.device), aligned, backend)
     return ask(plan_ia3_linear, x.numel() // K, N, K, *options)
 

@@ -215,7 +215,8 @@ def plan_ia3_linear(
         is_feedforward: whether x is scaled rather than the output.
         gathers: whether each row has a vector of its own.
         quantized: whether the weight has to be made dense first.
-        dtype, device, aligned, backend: as for `plan_lora_linear`; `aligned` is said of rows of y too.
+        dtype, device, backend: as for `plan_lora_linear`.
+        aligned: whether rows of x, weight and y start at multiples of 16 elements.
 
     Raises:
         RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
@@ -252,7 +253,9 @@ def _plan_ia3_dense(
     if dtype == torch.float32:
         return Plan("cublas", "fp32: cuBLAS for the base, Triton for the scaling (predicted)")
     if not aligned:
-        return Plan("cublas", "rows are not 16-byte aligned: cuBLAS for the base, Triton for the scaling (predicted)")
+        return Plan(
+            "cublas", "rows are no multiples of 16 elements: cuBLAS for the base, Triton for the scaling (predicted)"
+        )
     if M < IA3_GEMM_TOKENS:
         return Plan("cublas", f"fewer than {IA3_GEMM_TOKENS} tokens: cuBLAS splits K, Triton scales (predicted)")
     if is_feedforward:
