@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import check, ia3, records
+from bench import check, ia3, records, tune
 from bench.static_cases import all_cases, quick_cases
 from bench.static_cases_ia3 import DOWN, KV, IA3Linear, all_cases_ia3, quick_cases_ia3
 from peftkern.backend import DeviceInfo
@@ -88,6 +88,19 @@ def test_cases_launch_what_their_path_says():
     assert kernels(8192, *KV, False, path="triton") == ["_ia3_gemm_tma_kernel", *scale_sum]
     assert kernels(8192, *KV, False, slots=4) == ["_ia3_scale_kernel", *scale_sum]
     assert len({case.label() for case in all_cases_ia3()}) == len(all_cases_ia3())
+
+
+def test_tuning_builds_and_checks_every_kernel(tmp_path, capsys):
+    """Catches candidates that the builders refuse, and a tuner that times wrong results."""
+    pytest.importorskip("triton")
+    assert tune.main(["--weights", "ia3", "--dry-run", "--arch", "90", "--problems", "k,v M8192", "down M512"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"\n{listed}".count(f"\n{kernel}, ") == 2 for kernel in ("GEMM + scale", "scale", "scale and sum"))
+    assert tune.main(["--weights", "ia3", "--smoke", "--out", str(tmp_path)]) == 0
+    rows = records.read(tmp_path / "tune-ia3.json")["rows"]
+    assert len(rows) == 6
+    for row in rows:
+        assert row["best"]["us"] and not any(tried["reason"] for tried in row["candidates"]), row
 
 
 HOPPER, NATIVE_CPU = DeviceInfo("cuda", 90), DeviceInfo("cpu", 0, "no CPU backend")

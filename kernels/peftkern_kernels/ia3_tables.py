@@ -54,6 +54,6 @@ def gemm_tile(*, arch: int, dtype: torch.dtype, M: int, N: int, K: int, aligned:
     addresses than there are registers.
     """
     if not aligned and arch:
-        return gemm_tables.Tile(64, 32 if dtype.itemsize > 2 else 64, 32, 4, 2)
+        return gemm_tables.Tile(64, 32, 32, 4, 2)
     tile = gemm_tables.choose_tile(arch, dtype, M=M, N=N, K=K, aligned=aligned)
     return replace(tile, split_k=1)

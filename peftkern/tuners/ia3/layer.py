@@ -216,7 +216,7 @@ class Linear(IA3Layer, nn.Module):
             # The quick answer of `_why_not_fused`, for the route that nearly every call takes.
             weight = bare_weight(self._modules["base_layer"])  # type: ignore[arg-type]
             if len(names) == 1 and weight is not None:
-                vector: Any = self._modules["ia3_l"]._parameters.get(names[0])  # type: ignore[union-attr]
+                vector: Any = self._modules["ia3_l"]._parameters.get(names[0])
                 if type(vector) is nn.Parameter and vector.dtype in (weight.dtype, torch.float32):
                     bias: Any = self._modules["base_layer"]._parameters["bias"]
                     return ia3_linear(x, weight, vector.flatten(), bias, is_feedforward=self.is_feedforward)
