@@ -34,6 +34,8 @@ def slots_of(ids: torch.Tensor, slots: int) -> torch.Tensor:
 
 def scaled(a: torch.Tensor, scale: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
     """round(a * scale) [M, C] for scale [C]; with ids [M] and scale [slots, C], each row's own (1 for no slot)."""
+    if ids is None and scale.dtype is a.dtype:
+        return a * scale
     out = torch.empty_like(a, memory_format=torch.contiguous_format)
     if ids is None:
         return torch.mul(a, scale, out=out)
@@ -47,6 +49,8 @@ def scaled(a: torch.Tensor, scale: torch.Tensor, ids: torch.Tensor | None) -> to
 def column_sums(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
     """The sum over rows of a * b [M, C] in scale's shape and dtype: of all rows, or of each slot's."""
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    if ids is None and a.dtype is scale.dtype is wide and a.shape[0] <= BLOCK_ROWS:
+        return (a * b).sum(0)
     if ids is None:
         total = a.new_zeros(scale.shape, dtype=wide)
         for rows in _row_blocks(a.shape[0]):
@@ -79,6 +83,11 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pa
     if path == "torch_fp32":
         return _linear_fp32(x, weight, bias)
     return linear(dense_rows(x), weight, bias)
+
+
+def product_back(dy: torch.Tensor, weight: torch.Tensor, path: str) -> torch.Tensor:
+    """`dy weight` [M, K], a new tensor."""
+    return _linear_fp32(dy, weight.t(), None) if path == "torch_fp32" else dense_rows(dy).mm(weight)
 
 
 def forward(
@@ -118,7 +127,7 @@ def backward(
     if is_feedforward:
         g = dy
         if needs_x or needs_scale:
-            h = product(dy, weight.t(), None, path)
+            h = product_back(dy, weight, path)
             dscale = column_sums(h, x, scale, ids) if needs_scale else None
             dx = scaled(h, scale, ids) if needs_x else None
         return dx, dscale, g if needs_g else None
@@ -126,5 +135,5 @@ def backward(
         dscale = column_sums(dy, z, scale, ids)
     if needs_x or needs_g:
         g = scaled(dy, scale, ids)
-        dx = product(g, weight.t(), None, path) if needs_x else None
+        dx = product_back(g, weight, path) if needs_x else None
     return dx, dscale, g

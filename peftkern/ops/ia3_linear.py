@@ -22,7 +22,16 @@ import torch
 
 from peftkern.backend import backend_in_force, device_info
 from peftkern.ops import _ia3_linear_torch
-from peftkern.ops._common import FLOATS, ask, autocast_dtype, needs_operator, none_if_empty, refuse_double_backward
+from peftkern.ops._common import (
+    FLOATS,
+    apply_directly,
+    ask,
+    autocast_dtype,
+    calls_are_changed,
+    needs_operator,
+    none_if_empty,
+    refuse_double_backward,
+)
 from peftkern.ops.lora_linear import PLAIN_PATHS
 from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
 from peftkern.ops.lora_linear_quantized import flatten, unflatten
@@ -107,23 +116,47 @@ def _apply(
     ids: torch.Tensor | None,
     is_feedforward: bool,
 ) -> torch.Tensor:
-    cast = autocast_dtype(x)
-    if cast is not None:
-        x = x.to(cast)
-    _check(operation, x, weight, scale, bias, ids, is_feedforward, mixed=cast is not None)
+    # In the common case, told by a few comparisons, nothing more is to be checked or converted.
+    common = ids is None and _fits(x, weight, scale, bias, is_feedforward) and not calls_are_changed()
+    if not common:
+        cast = autocast_dtype(x)
+        if cast is not None:
+            x = x.to(cast)
+        _check(operation, x, weight, scale, bias, ids, is_feedforward, mixed=cast is not None)
     path = plan_for(x, weight, is_feedforward, backend_in_force(), gathers=ids is not None).path
     dense = weight if isinstance(weight, torch.Tensor) else None
     learns = torch.is_grad_enabled()
     weight_learns = learns and dense is not None and dense.requires_grad
     keep_x = weight_learns or (learns and is_feedforward and scale.requires_grad)
     keep_z = learns and not is_feedforward and scale.requires_grad
-    tensors, numbers = _flatten(weight)
-    if needs_operator(x, scale, *tensors):
-        return _operator(x, tensors, scale, bias, ids, numbers, is_feedforward, path, keep_x, keep_z)[0]
-    wanted = [t for t in (x, dense, scale, bias) if t is not None]
-    if learns and any(t.requires_grad for t in wanted):
-        return _IA3Linear.apply(x, dense, scale, bias, ids, (weight, is_feedforward, path, keep_x, keep_z))
+    if not common:
+        tensors, numbers = _flatten(weight)
+        if needs_operator(x, scale, *tensors):
+            return _operator(x, tensors, scale, bias, ids, numbers, is_feedforward, path, keep_x, keep_z)[0]
+    base_learns = weight_learns or (bias is not None and bias.requires_grad)
+    if learns and (x.requires_grad or scale.requires_grad or base_learns):
+        rest = (weight, is_feedforward, path, keep_x, keep_z)
+        return apply_directly(_IA3Linear, x, dense, scale, bias, ids, rest)
     return _forward(x, weight, scale, bias, ids, is_feedforward, path, False)[0]
+
+
+def _fits(x: Any, weight: Any, scale: Any, bias: Any, is_feedforward: bool) -> bool:
+    """Whether the common case holds: plain tensors, one dtype or an fp32 scale, shapes that agree."""
+    for t in (x, weight, scale):
+        if type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
+            return False
+    dtype, device = x.dtype, x.device
+    if dtype is not weight.dtype or dtype not in FLOATS or scale.dtype not in (dtype, torch.float32):
+        return False
+    if weight.dim() != 2 or x.dim() == 0 or weight.device != device or scale.device != device:
+        return False
+    N, K = weight.shape
+    if N == 0 or K == 0 or x.shape[-1] != K or scale.shape != (K if is_feedforward else N,):
+        return False
+    if bias is None:
+        return True
+    plain = type(bias) is torch.Tensor or type(bias) is torch.nn.Parameter
+    return plain and bias.dtype is dtype and bias.shape == (N,) and bias.device == device
 
 
 def _check(
@@ -226,12 +259,13 @@ def _forward(
     keep_z: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y [..., N], and z [M, N] if it is to be kept."""
-    rows = x.reshape(-1, x.shape[-1])
+    flat = x.dim() == 2
+    rows = x if flat else x.reshape(-1, x.shape[-1])
     flat_ids = None if ids is None else ids.reshape(-1)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     y, z = _forward_rows(rows, weight, scale, bias, flat_ids, is_feedforward, path, keep_z)
-    return y.view(*x.shape[:-1], y.shape[1]), z
+    return (y if flat else y.view(*x.shape[:-1], y.shape[1])), z
 
 
 def _forward_rows(
@@ -246,7 +280,7 @@ def _forward_rows(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `_forward` for x [M, K]; a quantized weight is made dense in blocks of its rows."""
     if isinstance(weight, torch.Tensor):
-        weight = weight.to(x.dtype)
+        weight = weight if weight.dtype is x.dtype else weight.to(x.dtype)
         rest: Any = (x, weight, scale, bias, ids, is_feedforward, path, keep_z)
         if path in PLAIN_PATHS:
             return _ia3_linear_torch.forward(*rest)
@@ -285,11 +319,12 @@ def _backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of (x [..., K], weight, scale, bias), None where `needs` does not ask."""
     N, K = weight.shape
-    rows = None if x is None else x.reshape(-1, K)
+    flat = dy.dim() == 2
+    rows = x if x is None or flat else x.reshape(-1, K)
     flat_ids = None if ids is None else ids.reshape(-1)
-    saved: Any = (dy.reshape(-1, N), rows, weight, scale, z, flat_ids, is_feedforward, path, needs)
-    dx, dw, dscale, dbias = _backward_rows(*saved)
-    if dx is not None:
+    grad = dy if flat else dy.reshape(-1, N)
+    dx, dw, dscale, dbias = _backward_rows(grad, rows, weight, scale, z, flat_ids, is_feedforward, path, needs)
+    if dx is not None and not flat:
         dx = dx.view(*dy.shape[:-1], K)
     if dw is not None and isinstance(weight, torch.Tensor):
         dw = dw.to(weight.dtype)
@@ -310,7 +345,7 @@ def _backward_rows(
     """As `_backward` for dy [M, N] and x [M, K]; the bias's gradient is wide."""
     needs_x, needs_w, needs_scale, needs_bias = needs
     if isinstance(weight, torch.Tensor):
-        weight = weight.to(dy.dtype)
+        weight = weight if weight.dtype is dy.dtype else weight.to(dy.dtype)
         wanted = (needs_x, needs_scale, needs_w or needs_bias)
         rest: Any = (dy, x, weight, scale, z, ids, is_feedforward, path, wanted)
         if path in PLAIN_PATHS:
