@@ -58,7 +58,8 @@ def _gemm(o: OperandsIA3, arch: int) -> Tunable:
         return [scaled, (product_ * o.x.double()).sum(0) if o.feedforward else product_]
 
     size = p.dtype.itemsize
-    grid = product((64, 128, 256), (128, 256), (32, 64, 128), (4, 8), (3, 4), (8, 16))
+    rows = (64, 128) if p.M <= 512 else (128, 256)
+    grid = product(rows, (128, 256), (64, 128), (4, 8), (3, 4), (8, 16))
     found = [
         replace(table, block_m=m, block_n=n, block_k=k, num_warps=w, num_stages=s, group_m=g)
         for m, n, k, w, s, g in grid
