@@ -236,10 +236,18 @@ def bitsandbytes_4bit(linear):
     return made.to("cpu")
 
 
+def bitsandbytes_8bit(linear):
+    bnb = pytest.importorskip("bitsandbytes")
+    made = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, True, has_fp16_weights=False)
+    made.load_state_dict(linear.state_dict())
+    return made.to("cpu")
+
+
 QUANTIZED = {
     "peftkern 4-bit": lambda linear: Linear4bit.from_linear(linear, compute_dtype=torch.bfloat16),
     "peftkern 8-bit": Linear8bit.from_linear,
     "bitsandbytes 4-bit": bitsandbytes_4bit,
+    "bitsandbytes 8-bit": bitsandbytes_8bit,
 }
 
 
