@@ -1,14 +1,14 @@
 """Tries launch parameters for each kernel on this GPU, and prints rows for the tables.
 
-    python -m bench.tune [--weights 4bit] [--minutes 10] [--kernels shrink ...] [--problems S1 ...] [--out DIR]
+    python -m bench.tune [--weights 4bit|ia3] [--minutes 10] [--kernels shrink ...] [--problems S1 ...] [--out DIR]
     python -m bench.tune --dry-run [--arch 90]      # lists the candidates; needs no GPU
     python -m bench.tune --compile-only --jobs 16   # fills Triton's cache by so many processes, before a timed run
     python -m bench.tune --smoke --out DIR          # two candidates on tiny sizes; in the interpreter without a GPU
 
 Each candidate is checked against float64 before it is timed: tiles first, then numbers of splits with the best tile.
-The result, bench/results/<device>/tune.json (tune-4bit.json), holds every candidate. The rows that are printed name it;
-they go into kernels/peftkern_kernels/gemm_tables.py and reduction_tables.py (gemm_tables_4bit.py and tables_4bit.py) by
-hand, for those are keyed by buckets, not by shapes.
+The result, bench/results/<device>/tune.json (tune-4bit.json, tune-ia3.json), holds every candidate. The rows that are
+printed name it; they go into kernels/peftkern_kernels/gemm_tables.py and reduction_tables.py (gemm_tables_4bit.py and
+tables_4bit.py; ia3_tables.py) by hand, for those are keyed by buckets, not by shapes.
 """
 
 from __future__ import annotations
@@ -46,17 +46,27 @@ def problems_4bit(dtype: torch.dtype) -> list[Problem]:
     return [Problem(f"8B {n} M{M}", M, K, N, R, p, dtype) for M in tokens for n, K, N in LLAMA_8B for p, R in kinds]
 
 
+def problems_ia3(dtype: torch.dtype) -> list[Problem]:
+    """What IA3 adapts in an 8B Llama."""
+    layers = ((n, K, N) for n, K, N in LLAMA_8B if n in ("k,v", "down"))
+    return [Problem(f"{n} M{M}", M, K, N, 1, 0.0, dtype) for n, K, N in layers for M in (8192, 2048, 512)]
+
+
 def smoke_problems(dtype: torch.dtype, weights: str) -> list[Problem]:
     """Tiny ones."""
+    if weights == "ia3":
+        return [Problem(f"{name} tiny", 40, 48, 64, 1, 0.0, dtype) for name in ("k,v", "down")]
     if weights == "4bit":
         return [Problem(f"tiny M{M}", M, 128, 64, 8, p, dtype) for M, p in ((1, 0.0), (20, 0.1))]
     return [Problem("tiny", 40, 48, 64, 8, p, dtype) for p in (0.0, 0.1)]
 
 
 def all_tunables(weights: str, p: Problem, device: torch.device, arch: int) -> Iterator[Tunable]:
-    """The kernels of a problem over dense or 4-bit weights."""
+    """The kernels of a problem over dense or 4-bit weights, or of IA3."""
     if weights == "4bit":
         from bench.tune_kernels_4bit import tunables_4bit as made
+    elif weights == "ia3":
+        from bench.tune_kernels_ia3 import tunables_ia3 as made
     else:
         from bench.tune_kernels import tunables as made
     yield from made(p, device, arch)
@@ -193,7 +203,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="stop before the next kernel after so long")
-    parser.add_argument("--weights", choices=("dense", "4bit"), default="dense", help="whose kernels")
+    parser.add_argument("--weights", choices=("dense", "4bit", "ia3"), default="dense", help="whose kernels")
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only these, such as shrink or 'dY pass'")
     parser.add_argument(
         "--problems", nargs="+", metavar="NAME", help="only these shapes or keys: S1, 'S1 r16 bfloat16'"
@@ -218,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.smoke and not has_gpu:
         # The interpreter gets bfloat16 wrong; fused 4-bit kernels take 16 bits only.
         dtype = torch.float16 if options.weights == "4bit" else torch.float32
-    grid = problems_4bit if options.weights == "4bit" else problems
+    grid = {"dense": problems, "4bit": problems_4bit, "ia3": problems_ia3}[options.weights]
     chosen = smoke_problems(dtype, options.weights) if options.smoke else grid(dtype)
     if options.problems:
         chosen = [p for p in chosen if p.name in options.problems or p.key in options.problems]
@@ -233,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         interpret_kernels("bench.tune")
     from peftkern.backend import device_info
 
-    name = "tune.json" if options.weights == "dense" else "tune-4bit.json"
+    name = "tune.json" if options.weights == "dense" else f"tune-{options.weights}.json"
     started = time.monotonic()
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
     folder = options.out or environment.results_folder(device)

@@ -20,6 +20,7 @@ from peftkern_kernels import lora_decode as decode_kernel
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.gemm_tables import SHARED_MEMORY, choose_decode_tile, choose_tile
 from peftkern_kernels.gemm_tables import Tile as GemmTile
+from peftkern_kernels.ia3_tables import ElementTile
 from peftkern_kernels.launch import Call
 from peftkern_kernels.lora_dy_pass import ONE_PASS_RANK, dy_pass_calls
 from peftkern_kernels.lora_linear import pointer_calls
@@ -34,7 +35,7 @@ from peftkern_kernels.weight_gradient import weight_gradient_calls
 
 SCALING = 2.0
 SPLITS = (1, 2, 4, 8, 16, 32)
-Tile = GemmTile | ReductionTile | DequantizeLaunch
+Tile = GemmTile | ReductionTile | DequantizeLaunch | ElementTile
 
 
 @dataclass

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from peftkern.mapping_func import get_peft_model
     from peftkern.peft_model import PeftModel
     from peftkern.quantize import load_quantized, quantize_model, save_quantized
+    from peftkern.tuners.ia3 import IA3Config, IA3Model
     from peftkern.tuners.lora import LoraConfig, LoraModel
     from peftkern.utils.adapter_error import AdapterFileError
     from peftkern.utils.kbit import prepare_model_for_kbit_training
@@ -46,6 +47,7 @@ _HOMES = {
     "peftkern.peft_model": [f"PeftModel{suffix}" for suffix in _TASKS],
     "peftkern.auto": [f"AutoPeftModel{suffix}" for suffix in _TASKS],
     "peftkern.quantize": ["load_quantized", "quantize_model", "save_quantized"],
+    "peftkern.tuners.ia3": ["IA3Config", "IA3Model"],
     "peftkern.tuners.lora": ["LoftQConfig", "LoraConfig", "LoraModel", "LoraRuntimeConfig"],
     "peftkern.utils.adapter_error": ["AdapterFileError"],
     "peftkern.utils.kbit": ["prepare_model_for_kbit_training"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,22 @@ def _expect(name: str, value: Any, kinds: tuple[type, ...], described: str) -> N
     """Raises TypeError unless `value` is one of `kinds`; a bool is no number here."""
     if isinstance(value, bool) and bool not in kinds or not isinstance(value, kinds):
         raise TypeError(f"{name} must be {described}, got {value!r} of type {type(value).__name__}")
+
+
+def _expect_names(name: str, value: Any) -> None:
+    """Raises unless `value` is a list, tuple or set of non-empty strings."""
+    _expect(name, value, (list, tuple, set, frozenset), "a list of str, or None")
+    for item in value:
+        _expect(f"an entry of {name}", item, (str,), "a str")
+        if not item:
+            raise ValueError(f"{name} must not hold an empty name, got {value!r}")
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}") from error
 
 
 def _json_ready(value: Any) -> Any:

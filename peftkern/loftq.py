@@ -13,9 +13,10 @@ from torch import nn
 
 from peftkern.ops import dequantize
 from peftkern.peft_model_base import PeftModel
+from peftkern.tuners.fusing import compute_dtype
 from peftkern.tuners.lora.layer import LoraLayer
 from peftkern.tuners.lora.loftq import low_rank_factors, write_factors
-from peftkern.tuners.lora.merging_quantized import is_merged_into_dense
+from peftkern.tuners.merging_quantized import is_merged_into_dense
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.adapter_files import PathLike
 from peftkern.utils.checkpoint_files import WEIGHTS, Checkpoint
@@ -175,7 +176,7 @@ def _residual(task: _Task, checkpoint: Checkpoint) -> torch.Tensor:
     original = checkpoint[task.key].to(task.weight.device, torch.float32)
     original = original.t().contiguous() if task.transposed else original
     # The dtype that forward multiplies in: the adapter then makes up for its rounding too.
-    held = dequantize(task.weight, task.layer._compute_dtype(task.weight.dtype))
+    held = dequantize(task.weight, compute_dtype(task.layer.base_layer, task.weight.dtype))
     size = original.norm()
     residual = original.sub_(held)
     error = residual.norm()

@@ -9,13 +9,20 @@ import torch
 from torch import nn
 
 from peftkern.config import PeftConfig
+from peftkern.tuners.ia3 import IA3Config, IA3Model
 from peftkern.tuners.lora import LoraConfig, LoraModel
 from peftkern.tuners.tuners_utils import BaseTuner
 from peftkern.utils.peft_types import PeftType
 
-PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, type[PeftConfig]] = {PeftType.LORA: LoraConfig}
-PEFT_TYPE_TO_TUNER_MAPPING: dict[str, type[BaseTuner]] = {PeftType.LORA: LoraModel}
-PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, str] = {PeftType.LORA: LoraModel.prefix}
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, type[PeftConfig]] = {
+    PeftType.IA3: IA3Config,
+    PeftType.LORA: LoraConfig,
+}
+PEFT_TYPE_TO_TUNER_MAPPING: dict[str, type[BaseTuner]] = {
+    PeftType.IA3: IA3Model,
+    PeftType.LORA: LoraModel,
+}
+PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, str] = {name: tuner.prefix for name, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}
 
 
 def config_class(config: Mapping[str, Any]) -> type[PeftConfig]:

@@ -1,4 +1,4 @@
-"""LoRA layers by themselves, for a training loop that has no use for configurations.
+"""LoRA and IA3 layers by themselves, for a training loop that has no use for configurations.
 
 They are the layers that `get_peft_model` puts into a model, with one adapter named "default": `merge`, `unmerge`,
 `state_dict` keys and `explain` are the same.
@@ -11,19 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkern.tuners.ia3 import IA3Config
+from peftkern.tuners.ia3.layer import Linear as IA3LinearLayer
 from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.embedding import Embedding
-from peftkern.tuners.lora.layer import Linear, LoraLayer
+from peftkern.tuners.lora.layer import Linear
 from peftkern.tuners.targets import is_linear
+from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit
 from peftkern.weights import QUANT_TYPES
 
-__all__ = ["LoraEmbedding", "LoraLinear"]
+__all__ = ["IA3Linear", "LoraEmbedding", "LoraLinear"]
 
 ADAPTER = "default"
 
 
-def _finish(layer: LoraLayer, adapter_dtype: torch.dtype | None) -> None:
+def _finish(layer: BaseTunerLayer, adapter_dtype: torch.dtype | None) -> None:
     """Freezes the base and gives the adapter its dtype: float32 beside a 16-bit base unless another is asked for."""
     layer.get_base_layer().requires_grad_(False)
     containers: list[Any] = layer._containers()
@@ -183,4 +186,60 @@ class LoraEmbedding(Embedding):
         config = LoraConfig(r=r, lora_alpha=lora_alpha, use_rslora=use_rslora, init_lora_weights=init_lora_weights)
         layer = cls.__new__(cls)
         layer._wrap(embedding, config, adapter_dtype)
+        return layer
+
+
+class IA3Linear(IA3LinearLayer):
+    """A frozen linear layer and a learned vector: `y = (x W^T + b) * l`, or `y = (x * l) W^T + b` if feed-forward.
+
+    Args:
+        in_features, out_features: Sizes of the layer.
+        is_feedforward: Scale the input rather than the output.
+        bias: Whether the frozen layer has a bias.
+        init_ia3_weights: Start from ones, which change nothing; False: from normal numbers.
+        device, dtype, adapter_dtype, quantization: As in `LoraLinear`.
+
+    Raises:
+        ValueError, TypeError: A number outside its range, or a layer that is not linear.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        is_feedforward: bool = False,
+        bias: bool = True,
+        init_ia3_weights: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+        quantization: str | None = None,
+    ) -> None:
+        linear = _quantized(nn.Linear(in_features, out_features, bias, device, dtype), quantization)
+        self._wrap(linear, is_feedforward, init_ia3_weights, adapter_dtype)
+
+    def _wrap(
+        self, linear: nn.Module, is_feedforward: bool, init_ia3_weights: bool, adapter_dtype: torch.dtype | None
+    ) -> None:
+        super().__init__(linear, ADAPTER, IA3Config(init_ia3_weights=init_ia3_weights), is_feedforward)
+        _finish(self, adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        is_feedforward: bool = False,
+        init_ia3_weights: bool = True,
+        adapter_dtype: torch.dtype | None = None,
+        quantization: str | None = None,
+    ) -> IA3Linear:
+        """Adds a vector to a linear layer: an `nn.Linear`, transformers' Conv1D, or a quantized one of peftkern or
+        bitsandbytes. It is kept by reference, and frozen; with `quantization` a copy in fewer bits is kept instead.
+
+        The other arguments are the class's.
+        """
+        if not is_linear(linear):
+            raise TypeError(f"linear must be an nn.Linear, a Conv1D or a quantized one, got {type(linear).__name__}")
+        layer = cls.__new__(cls)
+        layer._wrap(_quantized(linear, quantization), is_feedforward, init_ia3_weights, adapter_dtype)
         return layer

@@ -36,6 +36,38 @@ def lora_linear(
     return y if bias is None else y + bias
 
 
+def ia3_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    is_feedforward: bool = False,
+) -> torch.Tensor:
+    """`(x W^T + bias) * scale` with scale [N] (or [..., N]); feed-forward: `(x * scale) W^T + bias` with scale [K].
+
+    x [..., K], weight [N, K], bias [N] or None.
+    """
+    z = (x * scale if is_feedforward else x) @ weight.T
+    if bias is not None:
+        z = z + bias
+    return z if is_feedforward else z * scale
+
+
+def multi_ia3_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    ids: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    is_feedforward: bool = False,
+) -> torch.Tensor:
+    """`ia3_linear` with `scales[ids]` for each row; scales [slots, N] or [slots, K], ids [...] with -1 for ones."""
+    rows = torch.cat([scales, torch.ones_like(scales[:1])])[ids.long()]
+    return ia3_linear(x, weight, rows, bias, is_feedforward=is_feedforward)
+
+
 def lora_embedding(
     input: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
 ) -> torch.Tensor:

@@ -15,6 +15,12 @@ and over a quantized weight:
     "fused_4bit"  "triton", the weight decoded inside the GEMM: forward and backward.
     "decode_4bit"  "decode", likewise.
     "dequantize:PATH"  the weight written out dense by one launch, then PATH.
+
+Paths of `ia3_linear`: "torch" and "torch_fp32" as above;
+    "cublas"  cuBLAS for the products; one elementwise kernel scales, in backward with the column sums of dl on the way.
+    "triton"  the product beside the scaling as a GEMM with an epilogue: z and y = z * l stored together in forward, or
+              for a feed-forward layer dX = (dY W) * l with dl's sums in backward. The other product is as on "cublas".
+and "dequantize:PATH" over a quantized weight.
 """
 
 from __future__ import annotations
@@ -190,3 +196,75 @@ def plan_dequantize(numel: int, dtype: torch.dtype, device: DeviceInfo, backend:
     if device.type == "cpu" and backend == "auto":
         return Plan("torch", "on a CPU plain PyTorch is faster than Triton's interpreter")
     return Plan("triton", "one launch, scales worked out on the way (predicted)")
+
+
+# Rows from which a Triton GEMM with IA3's epilogue fills a device (predicted).
+IA3_GEMM_TOKENS = 512
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_ia3_linear(
+    M: int,
+    N: int,
+    K: int,
+    is_feedforward: bool,
+    gathers: bool,
+    quantized: bool,
+    dtype: torch.dtype,
+    device: DeviceInfo,
+    aligned: bool = True,
+    backend: str = "auto",
+) -> Plan:
+    """The path of `ia3_linear` and `multi_ia3_linear`, forward and backward.
+
+    Args:
+        M, N, K: tokens, out_features, in_features.
+        is_feedforward: whether x is scaled rather than the output.
+        gathers: whether each row has a vector of its own.
+        quantized: whether the weight has to be made dense first.
+        dtype, device, backend: as for `plan_lora_linear`.
+        aligned: whether rows of x, weight and y start at multiples of 16 elements.
+
+    Raises:
+        RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
+    """
+    plan = _plan_ia3_dense(M, N, K, is_feedforward, gathers, dtype, device, aligned, backend)
+    if quantized:
+        return Plan(f"dequantize:{plan.path}", f"the weight is written out dense for each product; {plan.reason}")
+    return plan
+
+
+def _plan_ia3_dense(
+    M: int,
+    N: int,
+    K: int,
+    is_feedforward: bool,
+    gathers: bool,
+    dtype: torch.dtype,
+    device: DeviceInfo,
+    aligned: bool,
+    backend: str,
+) -> Plan:
+    if backend == "torch":
+        return _plain("use_backend('torch')", dtype, device, M * N * K)
+    if M == 0:
+        return Plan("torch", "empty input")
+    why_not = _why_not_triton(dtype, device)
+    if why_not:
+        _refuse_if_triton("ia3_linear", why_not, backend)
+        return _plain(why_not, dtype, device, M * N * K)
+    if device.type == "cpu" and backend == "auto":
+        return _plain("on a CPU plain PyTorch is faster than Triton's interpreter", dtype, device, M * N * K)
+    if gathers:
+        return Plan("cublas", "a vector for each row: cuBLAS for the base, Triton for the scaling")
+    if dtype == torch.float32:
+        return Plan("cublas", "fp32: cuBLAS for the base, Triton for the scaling (predicted)")
+    if not aligned:
+        return Plan(
+            "cublas", "rows are no multiples of 16 elements: cuBLAS for the base, Triton for the scaling (predicted)"
+        )
+    if M < IA3_GEMM_TOKENS:
+        return Plan("cublas", f"fewer than {IA3_GEMM_TOKENS} tokens: cuBLAS splits K, Triton scales (predicted)")
+    if is_feedforward:
+        return Plan("triton", "dX is scaled and dl summed in the epilogue of the dX GEMM (predicted)")
+    return Plan("cublas", "cuBLAS for the base, one Triton pass scales (predicted)")

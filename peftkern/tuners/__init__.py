@@ -1,5 +1,6 @@
 """The methods: a folder for each, with its configuration, layers and model."""
 
+from peftkern.tuners.ia3 import IA3Config, IA3Model
 from peftkern.tuners.lora import LoraConfig, LoraModel, LoraRuntimeConfig
 
-__all__ = ["LoraConfig", "LoraModel", "LoraRuntimeConfig"]
+__all__ = ["IA3Config", "IA3Model", "LoraConfig", "LoraModel", "LoraRuntimeConfig"]

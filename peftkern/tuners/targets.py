@@ -47,6 +47,32 @@ def is_conv1d(module: nn.Module) -> bool:
     return conv1d_class(module) is not None
 
 
+def linear_sizes(layer: nn.Module, method: str) -> tuple[int, int]:
+    """in_features and out_features of a linear layer or a Conv1D, or of a layer that says them; `method` needs them.
+
+    Raises:
+        TypeError: The layer tells neither.
+    """
+    weight = getattr(layer, "weight", None)
+    if conv1d_class(layer) is not None and isinstance(weight, torch.Tensor):
+        return weight.shape[0], weight.shape[1]
+    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    if not all(isinstance(size, int) for size in sizes):
+        raise TypeError(f"{method} needs a linear layer with in_features and out_features, got {type(layer).__name__}")
+    return sizes  # type: ignore[return-value]
+
+
+def fit_fan_in_fan_out(config: Any, target: nn.Module) -> None:
+    """Corrects `config.fan_in_fan_out` for a linear layer, which knows it, so that the configuration's file says it."""
+    if config.fan_in_fan_out != is_conv1d(target):
+        warnings.warn(
+            f"fan_in_fan_out={config.fan_in_fan_out} does not fit a {type(target).__name__}: set to "
+            f"{not config.fan_in_fan_out}",
+            stacklevel=3,
+        )
+        config.fan_in_fan_out = not config.fan_in_fan_out
+
+
 def ends_with_name(key: str, names: Iterable[str]) -> bool:
     """Whether the dotted name `key`, or a tail of it that starts after a dot, is one of `names`."""
     if not isinstance(names, (set, frozenset, dict)):
@@ -278,6 +304,16 @@ def check_mamba_target(config: Any, model: nn.Module, target_name: str) -> None:
             f"target_modules must not name {target_name!r} in a model of type {model_type!r}: its kernel uses the "
             f"weight without calling the layer, so an adapter there would do nothing (got {config.target_modules!r})"
         )
+
+
+def check_is_called(config: Any, model: nn.Module, key: str) -> None:
+    """Raises ValueError for a layer `key` whose weight the model reads without calling it: adapting it does nothing."""
+    if isinstance(model.get_submodule(key.rpartition(".")[0]), nn.MultiheadAttention):
+        raise ValueError(
+            f"target_modules names {key!r}, whose weight nn.MultiheadAttention reads without calling the layer: an "
+            "adapter there would do nothing (keep it out with exclude_modules)"
+        )
+    check_mamba_target(config, model, key.rpartition(".")[2])
 
 
 def no_match_message(config: Any, names: Iterable[str], excluded: list[str]) -> str:

@@ -167,6 +167,20 @@ class BaseTunerLayer:
                 layer.to(device=device, dtype=dtype)
 
 
+def check_adapter_name(name: str) -> None:
+    """Raises ValueError for a name that cannot be a level of a state-dict key or an entry of a ModuleDict."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            f"adapter_name must be a non-empty str without a dot, and no name of a ModuleDict's method, got {name!r}"
+        )
+
+
+def refuse_adapter_names(kwargs: dict[str, Any]) -> None:
+    """Raises for PEFT's per-row adapters, rather than letting every row take the active one."""
+    if kwargs.pop("adapter_names", None) is not None:
+        raise NotImplementedError("adapter_names (an adapter for each row of a batch) is not built in peftkern")
+
+
 def check_adapters_to_merge(layer: BaseTunerLayer, adapter_names: list[str] | None = None) -> list[str]:
     """Those of `adapter_names` (default: the active ones) that are not merged yet, with a warning about those that are.
 

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 from peftkern.config import PeftConfig
+from peftkern.tuners.merged_models import settle_merged
+from peftkern.tuners.merging_quantized import is_merged_into_dense
 from peftkern.tuners.targets import check_target_module_exists, match_targets, warn_of_tied_targets
-from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapters_to_merge
+from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, check_adapters_to_merge
 from peftkern.utils.other import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
@@ -92,6 +94,9 @@ class BaseTuner(nn.Module, ABC):
     def create_layer(self, config: Any, adapter_name: str, key: str, target: nn.Module) -> BaseTunerLayer:
         """The layer that takes `target`'s place: a new one, or `target` with one more adapter."""
 
+    def settle_config(self, config: Any) -> None:
+        """Makes fields explicit that depend on the model, once `target_modules` is; called before `check_target`."""
+
     # -- injecting ---------------------------------------------------------------------------------------------
 
     def inject_adapter(
@@ -117,6 +122,7 @@ class BaseTuner(nn.Module, ABC):
         config.check()
         self._check_new_adapter_config(config)
         keys = match_targets(model, config, self.target_module_mapping, self.prefix, state_dict)
+        self.settle_config(config)
         for key in keys:
             self.check_target(config, key, model.get_submodule(key))
         whole = getattr(config, "modules_to_save", None) or []
@@ -152,6 +158,8 @@ class BaseTuner(nn.Module, ABC):
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         """Raises ValueError if the adapters here cannot live with one of this configuration."""
+        for name in self.peft_config:
+            check_adapter_name(name)
         with_bias = [name for name, held in self.peft_config.items() if getattr(held, "bias", "none") != "none"]
         if len(self.peft_config) > 1 and len(with_bias) > 1:
             raise ValueError(f"only one adapter can train biases of the base model, got bias != 'none' for {with_bias}")
@@ -332,6 +340,7 @@ class BaseTuner(nn.Module, ABC):
         return self._unload()
 
     def _unload(self) -> nn.Module:
+        merged = [layer.get_base_layer() for layer in self._layers() if is_merged_into_dense(layer)]
         # A tied module stands in several places, so names of duplicates count.
         for key, module in list(self.model.named_modules(remove_duplicate=False)):
             if not isinstance(module, (self.tuner_layer_cls, ModulesToSaveWrapper)):
@@ -341,6 +350,8 @@ class BaseTuner(nn.Module, ABC):
             setattr(self.model.get_submodule(parent), name, inner)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
+        if merged:
+            settle_merged(self.model, merged)
         return self.model
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Names that adapter files and model architectures fix: file names, shorthand, and each architecture's LoRA targets."""
+"""Names that adapter files and model architectures fix: file names, shorthand, and each architecture's targets."""
 
 from __future__ import annotations
 
@@ -40,4 +40,29 @@ _LORA_TARGETS: list[tuple[list[str], list[str]]] = [
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING: dict[str, list[str] | str] = {
     **{name: list(targets) for names, targets in _LORA_TARGETS for name in names},
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+}
+
+# Of IA3: `model_type`s that share a default, its `target_modules`, and those of them that are feed-forward.
+_IA3_TARGETS: list[tuple[list[str], list[str], list[str]]] = [
+    (["llama", "mistral"], ["k_proj", "v_proj"], ["down_proj"]),
+    (["llama4", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"], ["q_proj", "v_proj"], ["down_proj"]),
+    (["mixtral"], ["k_proj", "v_proj"], ["w2"]),
+    (["opt"], ["q_proj", "k_proj"], ["fc2"]),
+    (["bart", "phi"], ["q_proj", "v_proj"], ["fc2"]),
+    (["gptj"], ["q_proj", "v_proj"], ["fc_out"]),
+    (["gpt_neo"], ["q_proj", "v_proj"], ["c_proj"]),
+    (["bert", "roberta"], ["key", "value"], ["output.dense"]),
+    (["deberta"], ["in_proj"], ["output.dense"]),
+    (["deberta-v2"], ["key_proj", "value_proj"], ["output.dense"]),
+    (["bloom"], ["query_key_value"], ["mlp.dense_4h_to_h"]),
+    (["gpt_neox", "RefinedWebModel", "RefinedWeb", "falcon"], ["query_key_value"], ["dense_4h_to_h"]),
+    (["gpt2", "gpt_bigcode"], ["c_attn"], ["mlp.c_proj"]),
+    (["t5"], ["k", "v"], ["wo"]),
+    (["mt5"], ["k", "v", "wi_1"], []),  # whose gated layer scales the output of wi_1, not the input of wo
+]
+TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING: dict[str, list[str] | str] = {
+    name: [*outputs, *inputs] for names, outputs, inputs in _IA3_TARGETS for name in names
+}
+TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING: dict[str, list[str]] = {
+    name: list(inputs) for names, _, inputs in _IA3_TARGETS for name in names
 }

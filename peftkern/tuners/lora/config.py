@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from peftkern.config import PeftConfig, _expect
+from peftkern.config import PeftConfig, _check_regex, _expect, _expect_names
 from peftkern.tuners.lora.variant_configs import (
     ArrowConfig,
     BdLoraConfig,
@@ -220,22 +219,6 @@ class LoraConfig(PeftConfig):
     def _register_custom_module(self, mapping: dict[type[nn.Module], type[nn.Module]]) -> None:
         """PEFT's private hook for layer classes of one's own: not built."""
         raise NotImplementedError(f"LoraConfig._register_custom_module is not built in peftkern, got {mapping!r}")
-
-
-def _expect_names(name: str, value: Any) -> None:
-    """Raises unless `value` is a list, tuple or set of non-empty strings."""
-    _expect(name, value, (list, tuple, set, frozenset), "a list of str, or None")
-    for item in value:
-        _expect(f"an entry of {name}", item, (str,), "a str")
-        if not item:
-            raise ValueError(f"{name} must not hold an empty name, got {value!r}")
-
-
-def _check_regex(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}") from error
 
 
 def _check_rank(name: str, value: Any) -> None:

@@ -15,10 +15,11 @@ from torch import nn
 from peftkern.backend import current_backend, device_info
 from peftkern.ops import lora_embedding
 from peftkern.ops.plan import Plan, plan_lora_embedding
+from peftkern.tuners.fusing import plain_weight, why_called_as_is
 from peftkern.tuners.lora.config import LoraConfig
-from peftkern.tuners.lora.fusing import plain_weight, why_called_as_is
-from peftkern.tuners.lora.layer import LoraLayer, _refuse_adapter_names
+from peftkern.tuners.lora.layer import LoraLayer
 from peftkern.tuners.lora.merging import delta_weight
+from peftkern.tuners.tuner_layer import refuse_adapter_names
 
 
 class Embedding(LoraLayer, nn.Module):
@@ -94,7 +95,7 @@ class Embedding(LoraLayer, nn.Module):
             if self.merged_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        _refuse_adapter_names(kwargs)
+        refuse_adapter_names(kwargs)
         names = self._active_here()
         if self.merged_adapters or not names:
             return self.base_layer(x, *args, **kwargs)

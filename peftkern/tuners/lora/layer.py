@@ -17,24 +17,27 @@ from torch import nn
 
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear
-from peftkern.ops.linear_quantized import linear_quantized
 from peftkern.ops.lora_linear import plan_for
 from peftkern.ops.lora_linear_quantized import plan_for as plan_for_quantized
 from peftkern.ops.plan import Plan
-from peftkern.tuners.lora.config import LoraConfig
-from peftkern.tuners.lora.fusing import (
+from peftkern.tuners.fusing import (
     ExplainRow,
     bare_weight,
+    base_alone,
+    compute_dtype,
+    describe_weight,
     plain_weight,
     quantized_forward,
     quantized_weight,
+    weight_by_rows,
+    why_base_alone,
     why_called_as_is,
 )
+from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.loftq import initialize_loftq
 from peftkern.tuners.lora.merging import delta_weight, merge_adapters, unmerge_adapters
-from peftkern.tuners.lora.merging_quantized import is_merged_into_dense
-from peftkern.tuners.targets import conv1d_class
-from peftkern.tuners.tuner_layer import BaseTunerLayer
+from peftkern.tuners.targets import conv1d_class, linear_sizes
+from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, refuse_adapter_names
 from peftkern.weights import Weight
 
 
@@ -120,6 +123,15 @@ class LoraLayer(BaseTunerLayer):
         """What merging `adapter` adds to the base bias: None without `lora_bias`."""
         return None
 
+    def merge_weight(self, weight: torch.Tensor, adapter: str) -> None:
+        """Merges `adapter` into a dense copy of the base weight, in place."""
+        weight += self.get_delta_weight(adapter)
+
+    def merged_bias(self, bias: torch.Tensor, adapter: str) -> torch.Tensor:
+        """The base bias with `adapter` merged."""
+        delta = self.get_delta_bias(adapter)
+        return bias if delta is None else (bias + delta).to(bias.dtype)
+
     def _initial_scaling(self, adapter: str) -> float:
         r = self.r[adapter]
         return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora[adapter] else r)
@@ -171,14 +183,7 @@ class LoraLayer(BaseTunerLayer):
     def explain_row(self, name: str = "") -> ExplainRow:
         """How forward would run now."""
         names = self._active_here()
-        if self.disable_adapters:
-            reason = "adapters are disabled: the base layer runs alone"
-        elif self.merged:
-            reason = f"{', '.join(self.merged_adapters)} merged: the base layer runs alone"
-        elif not names:
-            reason = "no active adapter here: the base layer runs alone"
-        else:
-            reason = self._why_not_fused(names)
+        reason = why_base_alone(self, names) or self._why_not_fused(names)
         base = self.get_base_layer()
         weight = quantized_weight(base) or getattr(base, "weight", None)
         return ExplainRow(
@@ -194,14 +199,6 @@ class LoraLayer(BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lora." + super().__repr__()
-
-
-def check_adapter_name(name: str) -> None:
-    """Raises ValueError for a name that cannot be a level of a state-dict key or an entry of a ModuleDict."""
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise ValueError(
-            f"adapter_name must be a non-empty str without a dot, and no name of a ModuleDict's method, got {name!r}"
-        )
 
 
 class Linear(LoraLayer, nn.Module):
@@ -231,7 +228,7 @@ class Linear(LoraLayer, nn.Module):
         self.is_target_conv_1d_layer = self.fan_in_fan_out = conv1d is not None
         # A base layer whose class computes anything else is called as it is.
         self._plain_forward = nn.Linear.forward if conv1d is None else conv1d.forward
-        in_features, out_features = linear_sizes(base_layer)
+        in_features, out_features = linear_sizes(base_layer, "LoRA")
         LoraLayer.__init__(self, base_layer, in_features, out_features)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r or config.r, config.lora_alpha if lora_alpha is None else lora_alpha, config)
@@ -280,7 +277,7 @@ class Linear(LoraLayer, nn.Module):
             return f"base layer: {reason}"
         weight = plain_weight(base) if quantized is None else quantized
         if weight is None:
-            return f"base layer: its weight is {_describe(base)}"
+            return f"base layer: its weight is {describe_weight(base)}"
         for name in names:
             for module in (held["lora_A"]._modules[name], held["lora_B"]._modules[name]):
                 reason = why_called_as_is(module, nn.Linear.forward)
@@ -288,7 +285,7 @@ class Linear(LoraLayer, nn.Module):
                     return f"adapter {name!r}: {reason}"
                 part = plain_weight(module)
                 if part is None:
-                    return f"adapter {name!r}: its weight is {_describe(module)}"
+                    return f"adapter {name!r}: its weight is {describe_weight(module)}"
                 if quantized is None and part.dtype != weight.dtype and part.dtype != torch.float32:
                     return f"adapter {name!r}: {part.dtype} beside a base weight of {weight.dtype}"
             dropout = held["lora_dropout"]._modules[name]
@@ -304,26 +301,16 @@ class Linear(LoraLayer, nn.Module):
         if not row.fused:
             return Plan("unfused", row.reason)
         weight = self._weight_by_rows()
-        dtype = self._compute_dtype(weight.dtype)
+        dtype = compute_dtype(self.base_layer, weight.dtype)
         # One row seen `tokens` times: the plan looks at sizes, strides and dtype only.
         x = torch.empty(1, 1, self.in_features, dtype=dtype, device=weight.device).expand(tokens, 1, -1)
         if isinstance(weight, torch.Tensor):
             return plan_for(x, weight, row.r, current_backend())
         return plan_for_quantized(x, weight, row.r, current_backend())
 
-    def _compute_dtype(self, default: torch.dtype) -> torch.dtype:
-        """What a quantized base layer casts its input to, else `default`."""
-        return getattr(self._modules["base_layer"], "compute_dtype", None) or default
-
     def _weight_by_rows(self) -> Weight:
         """The base weight as [out_features, in_features]."""
-        quantized = quantized_weight(self._modules["base_layer"])  # type: ignore[arg-type]
-        if quantized is not None:
-            return quantized
-        weight = plain_weight(self._modules["base_layer"])  # type: ignore[arg-type]
-        if weight is None:
-            raise ValueError("the base layer's weight is no plain tensor on a device")
-        return weight.t() if self.fan_in_fan_out else weight
+        return weight_by_rows(self._modules["base_layer"], self.fan_in_fan_out)  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not args and not kwargs:
@@ -366,11 +353,11 @@ class Linear(LoraLayer, nn.Module):
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
-            return self._base_alone(x, *args, **kwargs)
-        _refuse_adapter_names(kwargs)
+            return base_alone(self, x, *args, **kwargs)
+        refuse_adapter_names(kwargs)
         names = self._active_here()
         if self.merged_adapters or not names:
-            return self._base_alone(x, *args, **kwargs)
+            return base_alone(self, x, *args, **kwargs)
         if args or kwargs or self._why_not_fused(names):
             return self._add_plain(self.base_layer(x, *args, **kwargs), x, names)
         held: dict[str, Any] = self._modules
@@ -379,21 +366,6 @@ class Linear(LoraLayer, nn.Module):
             # Each adapter drops elements of its own, so they share no shrink.
             return self._add_plain(self._fused(x, names[:1], dropouts[0]), x, names[1:])
         return self._fused(x, names, dropouts[0])
-
-    def _base_alone(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base layer without adapters, by the arithmetic that it has with them.
-
-        bitsandbytes' own forward would repack its weight for a CPU in eval mode, and round its scales.
-        """
-        base: Any = self._modules["base_layer"]
-        quantized = quantized_weight(base)
-        if quantized is not None and not args and not kwargs:
-            if not why_called_as_is(base, quantized_forward(base)):
-                dtype = self._compute_dtype(x.dtype)
-                return linear_quantized(x.to(dtype), quantized, base.bias).to(x.dtype)
-        elif is_merged_into_dense(self):
-            return base(x.to(base.weight.dtype), *args, **kwargs).to(x.dtype)
-        return base(x, *args, **kwargs)
 
     def _fused(self, x: torch.Tensor, names: list[str], dropout: nn.Module) -> torch.Tensor:
         """The base and these adapters, which all see x through `dropout`, as one operation."""
@@ -418,7 +390,7 @@ class Linear(LoraLayer, nn.Module):
         if isinstance(weight, torch.Tensor):
             return lora_linear(x, weight, A, B, scaling, bias, **options)
         # As a quantized layer does by itself: computed in its own dtype, whatever x has.
-        dtype = self._compute_dtype(x.dtype)
+        dtype = compute_dtype(self.base_layer, x.dtype)
         if A.dtype not in (dtype, torch.float32):
             A, B = A.to(dtype), B.to(dtype)
         if bias is not None and bias.dtype not in (dtype, torch.float32):
@@ -433,35 +405,3 @@ class Linear(LoraLayer, nn.Module):
             dropped = self.lora_dropout[name](x.to(A.weight.dtype))
             total = total + self.lora_B[name](A(dropped)) * self.scaling[name]
         return total.to(y.dtype)
-
-
-def linear_sizes(layer: nn.Module) -> tuple[int, int]:
-    """in_features and out_features of a linear layer or a Conv1D, or of a layer that says them.
-
-    Raises:
-        TypeError: The layer tells neither.
-    """
-    weight = getattr(layer, "weight", None)
-    if conv1d_class(layer) is not None and isinstance(weight, torch.Tensor):
-        return weight.shape[0], weight.shape[1]
-    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    if not all(isinstance(size, int) for size in sizes):
-        raise TypeError(f"LoRA needs a linear layer with in_features and out_features, got {type(layer).__name__}")
-    return sizes  # type: ignore[return-value]
-
-
-def _describe(module: nn.Module) -> str:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        return "missing"
-    if weight.is_meta:
-        return "on the meta device"
-    # FSDP2 keeps a shard between calls and gathers it into a plain tensor for forward.
-    gathered = " (a plain tensor within forward, if FSDP2 gathers it)" if type(weight).__name__ == "DTensor" else ""
-    return f"a {type(weight).__name__}{gathered}"
-
-
-def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
-    """Raises for PEFT's per-row adapters, rather than letting every row take the active one."""
-    if kwargs.pop("adapter_names", None) is not None:
-        raise NotImplementedError("adapter_names (an adapter for each row of a batch) is not built in peftkern")

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from peftkern.ops import dequantize, quantize_4bit, quantize_8bit
+from peftkern.tuners.fusing import plain_weight
 from peftkern.tuners.lora.config import LoraConfig
-from peftkern.tuners.lora.fusing import plain_weight
 from peftkern.utils.quantized_modules import weight_of
 from peftkern.weights import Weight
 

@@ -2,7 +2,7 @@
 
 `W <- W + scaling * B A`, and with `lora_bias` also `b <- b + scaling * b_B`. The sum is taken in the wider of the two
 dtypes and rounded once, into the weight's own storage, so that what is tied to the weight stays tied. A quantized
-weight is merged in another way: see merging_quantized.py.
+weight is merged in another way: see peftkern/tuners/merging_quantized.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peftkern.tuners.lora.merging_quantized import (
+from peftkern.tuners.merging_quantized import (
     is_merged_into_dense,
     merge_quantized,
     merged_sum,

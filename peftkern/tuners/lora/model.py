@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import nn
 
 from peftkern.tuners.lora.embedding import Embedding
-from peftkern.tuners.lora.layer import Linear, LoraLayer, check_adapter_name
+from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.merging import check_mergeable, checked_merge
-from peftkern.tuners.lora.merging_quantized import is_merged_into_dense
-from peftkern.tuners.merged_models import settle_merged
-from peftkern.tuners.targets import check_mamba_target, get_pattern_key, is_conv1d, is_linear
+from peftkern.tuners.targets import check_is_called, fit_fan_in_fan_out, get_pattern_key, is_linear
 from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.tuners.tuners_utils import BaseTuner
 from peftkern.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -41,15 +38,9 @@ class LoraModel(BaseTuner):
                 f"target_modules names {key!r}, a {type(base).__name__}: LoRA adapts nn.Linear, nn.Embedding and "
                 "transformers' Conv1D (name the linear layers inside it, or keep it out with exclude_modules)"
             )
-        parent = self.model.get_submodule(key.rpartition(".")[0])
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ValueError(
-                f"target_modules names {key!r}, whose weight nn.MultiheadAttention reads without calling the layer: an "
-                "adapter there would do nothing (keep it out with exclude_modules)"
-            )
         if isinstance(base, nn.Embedding) and config.lora_bias:
             raise ValueError(f"lora_bias=True does not go with the embedding {key!r}: its adapter has no bias")
-        check_mamba_target(config, self.model, key.rpartition(".")[2])
+        check_is_called(config, self.model, key)
 
     def create_layer(self, config: Any, adapter_name: str, key: str, target: nn.Module) -> BaseTunerLayer:
         r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
@@ -59,20 +50,8 @@ class LoraModel(BaseTuner):
             return target
         if isinstance(target, nn.Embedding):
             return Embedding(target, adapter_name, config, r=r, lora_alpha=lora_alpha)
-        if config.fan_in_fan_out != is_conv1d(target):
-            # The layer knows; the configuration is corrected so that its file says it.
-            warnings.warn(
-                f"fan_in_fan_out={config.fan_in_fan_out} does not fit a {type(target).__name__}: set to "
-                f"{not config.fan_in_fan_out}",
-                stacklevel=2,
-            )
-            config.fan_in_fan_out = not config.fan_in_fan_out
+        fit_fan_in_fan_out(config, target)
         return Linear(target, adapter_name, config, r=r, lora_alpha=lora_alpha)
-
-    def _check_new_adapter_config(self, config: Any) -> None:
-        super()._check_new_adapter_config(config)
-        for name in self.peft_config:
-            check_adapter_name(name)
 
     def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         for layer in self._layers():
@@ -82,10 +61,3 @@ class LoraModel(BaseTuner):
                 check_mergeable(layer, names)
                 if safe_merge:
                     checked_merge(layer, names)
-
-    def _unload(self) -> nn.Module:
-        merged = [layer.get_base_layer() for layer in self._layers() if is_merged_into_dense(layer)]
-        model = super()._unload()
-        if merged:
-            settle_merged(model, merged)
-        return model

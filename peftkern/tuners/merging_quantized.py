@@ -1,9 +1,10 @@
-"""Merging LoRA adapters into a base layer whose weight is quantized.
+"""Merging adapters into a base layer whose weight is quantized.
 
 Four bits do not hold a merged weight: what an adapter changes is smaller than a step between two codes. So merging
 makes a dense layer, in the dtype that the weight was quantized from, and puts it in the base layer's place:
 
-    W = round(dequantize(W_q) + sum of scaling * B A)        in float32, rounded once
+    W = round(dequantize(W_q) + sum of scaling * B A)        LoRA; in float32, rounded once
+    W = round(dequantize(W_q) * l)                           IA3
 
 When a whole model is unloaded, such layers take the dtype of the rest (`peftkern.tuners.merged_models`).
 
@@ -15,7 +16,7 @@ what that cost.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -24,23 +25,39 @@ from peftkern.ops import dequantize, quantize_4bit, quantize_8bit
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit, weight_of
 from peftkern.weights import Weight4bit, Weight8bit
 
-if TYPE_CHECKING:
-    from peftkern.tuners.lora.layer import LoraLayer
+
+class MergingLayer(Protocol):
+    """What a layer of a method must have so that its adapters can be merged here."""
+
+    merged_adapters: list[str]
+    base_layer: nn.Module
+    in_features: int
+    out_features: int
+
+    def get_base_layer(self) -> Any:
+        """The wrapped layer."""
+
+    def merge_weight(self, weight: torch.Tensor, adapter: str) -> None:
+        """Merges `adapter` into a dense float32 copy [out_features, in_features] of the base weight, in place."""
+
+    def merged_bias(self, bias: torch.Tensor, adapter: str) -> torch.Tensor:
+        """The base bias with `adapter` merged."""
+
 
 # The name under which a merged layer keeps its quantized base: no submodule, so it is in no state dict.
 _KEPT = "_quantized_base"
 
 
-def is_merged_into_dense(layer: LoraLayer) -> bool:
+def is_merged_into_dense(layer: Any) -> bool:
     """Whether a merged, dense (or requantized) layer stands in the place of the layer's quantized base."""
     return _KEPT in layer.__dict__
 
 
-def merged_sum(layer: LoraLayer, names: list[str]) -> torch.Tensor:
+def merged_sum(layer: MergingLayer, names: list[str]) -> torch.Tensor:
     """The base weight, which is quantized, with `names` merged: float32 [out_features, in_features]."""
     total = _dense(layer.get_base_layer())
     for name in names:
-        total += layer.get_delta_weight(name)
+        layer.merge_weight(total, name)
     return total
 
 
@@ -50,7 +67,7 @@ def _dense(base: nn.Module) -> torch.Tensor:
 
 
 @torch.no_grad()
-def merge_quantized(layer: LoraLayer, names: list[str], safe_merge: bool, requantize: bool) -> None:
+def merge_quantized(layer: MergingLayer, names: list[str], safe_merge: bool, requantize: bool) -> None:
     """Puts a layer with `names` merged in the place of the layer's quantized base.
 
     Args:
@@ -71,7 +88,7 @@ def merge_quantized(layer: LoraLayer, names: list[str], safe_merge: bool, requan
     all_names = [*layer.merged_adapters, *names]
     total = dequantize(weight, torch.float32)
     for name in all_names:
-        total += layer.get_delta_weight(name)
+        layer.merge_weight(total, name)
     bias = _merged_bias(layer, base, all_names)
     for what, t in (("weight", total), ("bias", bias)):
         if safe_merge and t is not None and not t.isfinite().all():
@@ -82,19 +99,17 @@ def merge_quantized(layer: LoraLayer, names: list[str], safe_merge: bool, requan
     layer.base_layer = merged
 
 
-def unmerge_quantized(layer: LoraLayer) -> None:
+def unmerge_quantized(layer: MergingLayer) -> None:
     """Puts the quantized base back, on the device where its stand-in was."""
     base = layer.__dict__.pop(_KEPT)
     layer.base_layer = base.to(layer.get_base_layer().weight.device)
     layer.merged_adapters.clear()
 
 
-def _merged_bias(layer: LoraLayer, base: Any, names: list[str]) -> torch.Tensor | None:
+def _merged_bias(layer: MergingLayer, base: Any, names: list[str]) -> torch.Tensor | None:
     bias = None if base.bias is None else base.bias.detach().clone()
     for name in names:
-        delta = layer.get_delta_bias(name)
-        if bias is not None and delta is not None:
-            bias = (bias + delta).to(bias.dtype)
+        bias = None if bias is None else layer.merged_bias(bias, name)
     return bias
 
 
@@ -108,7 +123,7 @@ def _dense_layer(weight: Weight4bit | Weight8bit, total: torch.Tensor, bias: tor
 
 
 def _requantized(
-    layer: LoraLayer, weight: Weight4bit | Weight8bit, total: torch.Tensor, bias: torch.Tensor | None, base: Any
+    layer: MergingLayer, weight: Weight4bit | Weight8bit, total: torch.Tensor, bias: torch.Tensor | None, base: Any
 ) -> nn.Module:
     """A layer with the sum in the format of `weight`; warns with the measured error."""
     made: Any

@@ -1,4 +1,5 @@
-"""Whether an adapted layer's forward can be one operation, and the row of `peftkern.explain` that says so."""
+"""Whether an adapted layer's forward can be one operation, what that takes of the base layer, and the row of
+`peftkern.explain` that says so."""
 
 from __future__ import annotations
 
@@ -8,8 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkern.ops.linear_quantized import linear_quantized
+from peftkern.tuners.merging_quantized import is_merged_into_dense
+from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.utils.quantized_modules import weight_of
-from peftkern.weights import Weight4bit, Weight8bit
+from peftkern.weights import Weight, Weight4bit, Weight8bit
 
 _PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
 # Linear layers with a quantized weight whose forward is known: these classes of these packages.
@@ -25,7 +29,7 @@ class ExplainRow:
         name: The layer's name in the model; filled in by the caller.
         kind: The class of the base layer.
         in_features, out_features: Of the base layer (num_embeddings and embedding_dim of an embedding).
-        r: Total rank of the active adapters.
+        r: Total rank of the active adapters; 0 for a method without ranks.
         dtype: Of the base weight; of a quantized one, what it was quantized from.
         fused: Whether forward is one operation of `peftkern.ops`.
         reason: Why not, or "" if it is.
@@ -97,3 +101,60 @@ def plain_weight(module: nn.Module) -> torch.Tensor | None:
     # FSDP1 keeps the gathered weight as an attribute beside the parameters.
     weight = held["_parameters"].get("weight", held.get("weight"))
     return weight if type(weight) in _PLAIN_TENSORS and not weight.is_meta else None
+
+
+def describe_weight(module: nn.Module) -> str:
+    """What the weight of `module` is that it cannot be used as it is."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return "missing"
+    if weight.is_meta:
+        return "on the meta device"
+    # FSDP2 keeps a shard between calls and gathers it into a plain tensor for forward.
+    gathered = " (a plain tensor within forward, if FSDP2 gathers it)" if type(weight).__name__ == "DTensor" else ""
+    return f"a {type(weight).__name__}{gathered}"
+
+
+def why_base_alone(layer: BaseTunerLayer, names: list[str]) -> str:
+    """Why `layer`, whose active adapters are `names`, runs its base layer alone; "" if it does not."""
+    if layer.disable_adapters:
+        return "adapters are disabled: the base layer runs alone"
+    if layer.merged:
+        return f"{', '.join(layer.merged_adapters)} merged: the base layer runs alone"
+    return "" if names else "no active adapter here: the base layer runs alone"
+
+
+def compute_dtype(base: nn.Module, default: torch.dtype) -> torch.dtype:
+    """What a quantized base layer casts its input to, else `default`."""
+    return getattr(base, "compute_dtype", None) or default
+
+
+def weight_by_rows(base: nn.Module, transposed: bool) -> Weight:
+    """The weight of a linear layer as [out_features, in_features]; `transposed` if it is stored the other way round.
+
+    Raises:
+        ValueError: It is neither quantized nor a plain tensor on a device.
+    """
+    quantized = quantized_weight(base)
+    if quantized is not None:
+        return quantized
+    weight = plain_weight(base)
+    if weight is None:
+        raise ValueError("the base layer's weight is no plain tensor on a device")
+    return weight.t() if transposed else weight
+
+
+def base_alone(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The base layer of a linear `layer` without adapters, by the arithmetic that it has with them.
+
+    bitsandbytes' own forward would repack its weight for a CPU in eval mode, and round its scales.
+    """
+    base: Any = layer._modules["base_layer"]
+    quantized = quantized_weight(base)
+    if quantized is not None and not args and not kwargs:
+        if not why_called_as_is(base, quantized_forward(base)):
+            dtype = compute_dtype(base, x.dtype)
+            return linear_quantized(x.to(dtype), quantized, base.bias).to(x.dtype)
+    elif is_merged_into_dense(layer):
+        return base(x.to(base.weight.dtype), *args, **kwargs).to(x.dtype)
+    return base(x, *args, **kwargs)

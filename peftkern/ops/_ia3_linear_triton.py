@@ -1,0 +1,143 @@
+"""`ia3_linear` as a list of launches, forward and backward: Triton kernels for what IA3 adds, cuBLAS for the rest.
+
+Each `*_calls` function allocates its outputs and returns them with the calls that fill them; nothing runs there. The
+operation runs the list; the static check compiles it from meta tensors for every architecture.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from peftkern.backend import device_info
+from peftkern.ops._lora_linear_torch import dense_rows
+from peftkern.ops._lora_linear_triton import precision
+from peftkern_kernels.ia3_gemm import ia3_gemm_calls
+from peftkern_kernels.ia3_scale import scale_calls
+from peftkern_kernels.ia3_scale_sum import Route, route, scale_sum_calls
+from peftkern_kernels.launch import Call, TorchCall, nbytes, run_all
+
+Calls = list[Call | TorchCall]
+Kept = Any  # a tensor that forward kept, or None where no gradient asks for it
+
+
+def _base(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> TorchCall:
+    """`out = x weight^T + bias` by cuBLAS (in tests by oneDNN)."""
+    moved, flops = nbytes(x, weight, bias, out), 2 * x.shape[0] * weight.numel()
+    x = dense_rows(x)
+    if bias is None:
+        return TorchCall("base (cuBLAS)", partial(torch.mm, out=out), (x, weight.t()), moved, flops)
+    return TorchCall("base (cuBLAS)", partial(torch.addmm, out=out), (bias, x, weight.t()), moved, flops)
+
+
+def forward_calls(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    ids: torch.Tensor | None,
+    is_feedforward: bool,
+    path: str,
+    arch: int,
+    keep_z: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, Calls]:
+    """x [M, K] -> y [M, N], z [M, N] if it is kept, and the launches."""
+    M, N = x.shape[0], weight.shape[0]
+    y = x.new_empty(M, N)
+    if is_feedforward:
+        # l rides on whichever operand is smaller; columns must run along memory to be scaled fast.
+        if ids is None and M > N and weight.stride(1) == 1:
+            scaled = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            return y, None, [*scale_calls(weight, scale, scaled, arch=arch), _base(x, scaled, bias, y)]
+        scaled = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return y, None, [*scale_calls(x, scale, scaled, ids=ids, arch=arch), _base(scaled, weight, bias, y)]
+    z = x.new_empty(M, N) if keep_z else None
+    if path == "triton" and ids is None:
+        options: dict[str, Any] = {"bias": bias, "z": z, "arch": arch, "precision": precision()}
+        return y, z, [*ia3_gemm_calls(x, weight, scale, y, **options)]
+    product = y if z is None else z
+    return y, z, [_base(x, weight, bias, product), *scale_calls(product, scale, y, ids=ids, arch=arch)]
+
+
+def backward_calls(
+    dy: torch.Tensor,
+    x: Kept,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    z: Kept,
+    ids: torch.Tensor | None,
+    by_slot: Route | None,
+    is_feedforward: bool,
+    path: str,
+    arch: int,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Calls]:
+    """dy [M, N] -> (dX [M, K], dl like scale, g [M, N], launches); see `_ia3_linear_torch.backward` for g."""
+    needs_x, needs_scale, needs_g = needs
+    M, K = dy.shape[0], weight.shape[1]
+    dscale = torch.empty_like(scale, memory_format=torch.contiguous_format) if needs_scale else None
+    by_rows: dict[str, Any] = {"by_slot": by_slot, "arch": arch}
+    if not is_feedforward:
+        g = torch.empty_like(dy, memory_format=torch.contiguous_format) if needs_x or needs_g else None
+        calls: Calls = []
+        if dscale is not None:
+            calls += scale_sum_calls(dy, z, scale, g, dscale, **by_rows)
+        elif g is not None:
+            calls += scale_calls(dy, scale, g, ids=ids, arch=arch)
+        dx = None
+        if needs_x and g is not None:
+            dx = dy.new_empty(M, K)
+            calls.append(_base(g, weight.t(), None, dx))
+        return dx, dscale, g, calls
+    g = dy if needs_g else None
+    if not needs_x and not needs_scale:
+        return None, None, g, []
+    if path == "triton" and ids is None and dscale is not None:
+        dx = dy.new_empty(M, K) if needs_x else None
+        options: dict[str, Any] = {"x": x, "sums": dscale, "arch": arch, "precision": precision()}
+        return dx, dscale, g, [*ia3_gemm_calls(dy, weight.t(), scale, dx, **options)]
+    h = dy.new_empty(M, K)
+    calls = [_base(dy, weight.t(), None, h)]
+    if dscale is not None:
+        calls += scale_sum_calls(h, x, scale, h if needs_x else None, dscale, **by_rows)
+    else:
+        calls += scale_calls(h, scale, h, ids=ids, arch=arch)
+    return h if needs_x else None, dscale, g, calls
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    ids: torch.Tensor | None,
+    is_feedforward: bool,
+    path: str,
+    keep_z: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `_ia3_linear_torch.forward`, on kernels."""
+    arch = device_info(x.device).arch
+    y, z, calls = forward_calls(x, weight, scale, bias, ids, is_feedforward, path, arch, keep_z)
+    run_all(calls, x.device)
+    return y, z
+
+
+def backward(
+    dy: torch.Tensor,
+    x: Kept,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    z: Kept,
+    ids: torch.Tensor | None,
+    is_feedforward: bool,
+    path: str,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """As `_ia3_linear_torch.backward`, on kernels."""
+    by_slot = route(ids, scale.shape[0]) if ids is not None and needs[1] else None
+    arch = device_info(dy.device).arch
+    dx, dscale, g, calls = backward_calls(dy, x, weight, scale, z, ids, by_slot, is_feedforward, path, arch, needs)
+    run_all(calls, dy.device)
+    return dx, dscale, g
