@@ -6,6 +6,8 @@ the names of the kernels: M tokens, K in_features, N out_features, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from peftkern.weights import Weight4bit, Weight8bit
@@ -34,6 +36,34 @@ def lora_linear(
     dropped = x if keep is None else x * keep / (1.0 - dropout_p)
     y = x @ weight.T + scaling * (dropped @ lora_A.T) @ lora_B.T
     return y if bias is None else y + bias
+
+
+def multi_lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    adapters: Sequence[tuple[torch.Tensor, torch.Tensor, float] | None],
+    ids: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """`y[m] = x[m] W^T + bias + scaling[i] * (keep * x / (1 - p))[m] A_i^T B_i^T`, `i = ids[m]`.
+
+    x [M, K], weight [N, K], bias [N] or None; adapters: (A [r, K], B [N, r], scaling) or None for each slot, any r;
+    ids: int [M]. An id that is no slot, or that of an empty one, is the base alone.
+    """
+    y = x @ weight.T if bias is None else x @ weight.T + bias
+    dropped = x if keep is None else x * keep / (1.0 - dropout_p)
+    for slot, adapter in enumerate(adapters):
+        if adapter is not None:
+            lora_A, lora_B, scaling = adapter
+            y = y + (ids == slot)[:, None] * (scaling * (dropped @ lora_A.T) @ lora_B.T)
+    return y
+
+
+def row_in_adapter(ids: torch.Tensor) -> torch.Tensor:
+    """How many rows with the same id come before each row: int64 [M], of ids [M]."""
+    return (ids[:, None] == ids[None, :]).tril(-1).sum(1)
 
 
 def lora_embedding(
@@ -80,12 +110,35 @@ def dropout_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:
     Returns:
         bool [M, K] on the seed's device.
     """
+    rows = torch.arange(M, device=seed.device)
+    return _mask_of(seed, rows, torch.zeros_like(rows), K, p)
+
+
+def multi_dropout_mask(seed: torch.Tensor, ids: torch.Tensor, K: int, p: float) -> torch.Tensor:
+    """`dropout_mask` for rows of many adapters: a pure function of (seed, adapter, row among its rows, column).
+
+    The counter is `(k // 4, row_in_adapter(ids)[m], ids[m], 0)`, so that an adapter's rows draw the same mask whatever
+    other rows lie between them, and two adapters draw different ones. Rows without an adapter drop nothing.
+
+    Args:
+        seed: int64 tensor of one element.
+        ids: int [M], the slot of each row or a negative number.
+        K, p: as for `dropout_mask`.
+
+    Returns:
+        bool [M, K] on the seed's device.
+    """
+    mask = _mask_of(seed, row_in_adapter(ids), ids.clamp(min=0).long(), K, p)
+    return mask | (ids < 0)[:, None]
+
+
+def _mask_of(seed: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, K: int, p: float) -> torch.Tensor:
+    """bool [M, K]: the word of counter (k // 4, rows[m], slots[m], 0) for each element, compared with the threshold."""
     seed = seed.reshape(()).to(torch.int64)
-    groups = -(-K // 4)
+    M, groups = rows.numel(), -(-K // 4)
     columns = torch.arange(groups, device=seed.device).expand(M, groups)
-    rows = torch.arange(M, device=seed.device)[:, None].expand(M, groups)
-    zero = torch.zeros_like(columns)
-    words = _philox_4x32([columns, rows, zero, zero], (seed & _MASK32, (seed >> 32) & _MASK32))
+    counter = [columns, rows[:, None].expand(M, groups), slots[:, None].expand(M, groups), torch.zeros_like(columns)]
+    words = _philox_4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32))
     bits = torch.stack(words, dim=-1).reshape(M, groups * 4)[:, :K]
     return (bits >> 1) >= dropout_threshold(p)
 
