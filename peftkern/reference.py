@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from peftkern.weights import Weight4bit, Weight8bit
+from peftkern_kernels.routing import slot_seed
 
 # Philox-4x32 constants: J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -61,11 +62,6 @@ def multi_lora_linear(
     return y
 
 
-def row_in_adapter(ids: torch.Tensor) -> torch.Tensor:
-    """How many rows with the same id come before each row: int64 [M], of ids [M]."""
-    return (ids[:, None] == ids[None, :]).tril(-1).sum(1)
-
-
 def lora_embedding(
     input: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
 ) -> torch.Tensor:
@@ -110,15 +106,21 @@ def dropout_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:
     Returns:
         bool [M, K] on the seed's device.
     """
-    rows = torch.arange(M, device=seed.device)
-    return _mask_of(seed, rows, torch.zeros_like(rows), K, p)
+    seed = seed.reshape(()).to(torch.int64)
+    groups = -(-K // 4)
+    columns = torch.arange(groups, device=seed.device).expand(M, groups)
+    rows = torch.arange(M, device=seed.device)[:, None].expand(M, groups)
+    zero = torch.zeros_like(columns)
+    words = _philox_4x32([columns, rows, zero, zero], (seed & _MASK32, (seed >> 32) & _MASK32))
+    bits = torch.stack(words, dim=-1).reshape(M, groups * 4)[:, :K]
+    return (bits >> 1) >= dropout_threshold(p)
 
 
 def multi_dropout_mask(seed: torch.Tensor, ids: torch.Tensor, K: int, p: float) -> torch.Tensor:
-    """`dropout_mask` for rows of many adapters: a pure function of (seed, adapter, row among its rows, column).
+    """The mask for rows of many adapters: those of one slot draw `dropout_mask(slot_seed(seed, slot), ...)`.
 
-    The counter is `(k // 4, row_in_adapter(ids)[m], ids[m], 0)`, so that an adapter's rows draw the same mask whatever
-    other rows lie between them, and two adapters draw different ones. Rows without an adapter drop nothing.
+    So an adapter's rows draw the same mask whatever other rows lie between them, and two adapters draw different ones.
+    Rows without an adapter drop nothing.
 
     Args:
         seed: int64 tensor of one element.
@@ -128,19 +130,11 @@ def multi_dropout_mask(seed: torch.Tensor, ids: torch.Tensor, K: int, p: float) 
     Returns:
         bool [M, K] on the seed's device.
     """
-    mask = _mask_of(seed, row_in_adapter(ids), ids.clamp(min=0).long(), K, p)
-    return mask | (ids < 0)[:, None]
-
-
-def _mask_of(seed: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, K: int, p: float) -> torch.Tensor:
-    """bool [M, K]: the word of counter (k // 4, rows[m], slots[m], 0) for each element, compared with the threshold."""
-    seed = seed.reshape(()).to(torch.int64)
-    M, groups = rows.numel(), -(-K // 4)
-    columns = torch.arange(groups, device=seed.device).expand(M, groups)
-    counter = [columns, rows[:, None].expand(M, groups), slots[:, None].expand(M, groups), torch.zeros_like(columns)]
-    words = _philox_4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32))
-    bits = torch.stack(words, dim=-1).reshape(M, groups * 4)[:, :K]
-    return (bits >> 1) >= dropout_threshold(p)
+    mask = torch.ones(ids.numel(), K, dtype=torch.bool, device=seed.device)
+    for slot in ids[ids >= 0].unique().tolist():
+        mine = ids == slot
+        mask[mine] = dropout_mask(slot_seed(seed, slot), int(mine.sum()), K, p)
+    return mask
 
 
 def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:
