@@ -3,6 +3,7 @@
 from peftkern.ops.linear_cross_entropy import linear_cross_entropy
 from peftkern.ops.lora_embedding import lora_embedding
 from peftkern.ops.lora_linear import lora_linear
+from peftkern.ops.multi_lora_linear import multi_lora_linear
 from peftkern.ops.quantize import dequantize, dequantize_4bit, dequantize_8bit, quantize_4bit, quantize_8bit
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "linear_cross_entropy",
     "lora_embedding",
     "lora_linear",
+    "multi_lora_linear",
     "quantize_4bit",
     "quantize_8bit",
 ]

@@ -98,6 +98,8 @@ def plan_lora_linear(
     return Plan("triton", "expand inside the base GEMM's accumulator, y written once (predicted)")
 
 
+NO_MULTI_KERNELS = "kernels for many adapters are not in this build"
+
 # Tokens up to which decoding a 4-bit weight inside the GEMM beats writing it out first (predicted). Decoding repeats
 # for each tile of rows, about 10 instructions an element, against 4.5 bytes an element written and read once: a card
 # with little bandwidth for its arithmetic fuses longer.
@@ -143,6 +145,41 @@ def plan_lora_linear_quantized(
     if most >= M:
         return Plan("fused_4bit", f"at most {most} tokens: decoded inside the GEMM (predicted)")
     return Plan(f"dequantize:{dense.path}", f"more than {most} tokens: written out by one launch; {dense.reason}")
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_multi_lora_linear(
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    blocksize: int | None,
+    dtype: torch.dtype,
+    device: DeviceInfo,
+    aligned: bool = True,
+    backend: str = "auto",
+) -> Plan:
+    """The path of `multi_lora_linear`, forward and backward.
+
+    Args:
+        M, N, K, dtype, device, aligned, backend: as for `plan_lora_linear`.
+        R: the largest rank that there is room for.
+        blocksize: None over a dense weight; over a quantized one as for `plan_lora_linear_quantized`.
+
+    Raises:
+        RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
+    """
+    rows_aligned = aligned and (blocksize is None or K * dtype.itemsize % 16 == 0)
+    dense = plan_lora_linear.__wrapped__(M, N, K, R, dtype, device, rows_aligned, backend)
+    if dense.path not in ("torch", "torch_fp32"):
+        _refuse_if_triton("multi_lora_linear", NO_MULTI_KERNELS, backend)
+        dense = _plain(NO_MULTI_KERNELS, dtype, device, M * N * K)
+    reason = f"{dense.reason}; rows grouped by adapter, batched products"
+    if device.type != "cpu":
+        reason += ", ids read on the host"
+    if blocksize is None:
+        return Plan(dense.path, reason)
+    return Plan(f"dequantize:{dense.path}", f"{reason}; the weight is written out dense for each product")
 
 
 @functools.lru_cache(maxsize=1024)
