@@ -29,6 +29,7 @@ from peftkern.weights import DENSE_DTYPES, Weight, Weight4bit, Weight8bit
 from peftkern_kernels.adapters import Adapters
 from peftkern_kernels.routing import Routing
 
+DENSE = -1  # as a weight's blocksize among the operator's numbers: it is a tensor
 
 def multi_lora_linear(
     x: torch.Tensor,
@@ -84,7 +85,7 @@ def multi_lora_linear(
     path = plan_for(x, weight, bank.max_rank, backend_in_force()).path
     owners, params = _owners(bank, batch.present)
     dense = isinstance(weight, torch.Tensor)
-    tensors, numbers = ([weight], []) if dense else flatten(weight)
+    tensors, numbers = ([weight], [*weight.shape, DENSE]) if dense else flatten(weight)
     if needs_operator(x, *tensors):
         routed = [batch.ids] if is_plain(path) else list(batch.routing(M).tensors)
         pools = [bank.pool_a, bank.pool_b, bank.row_offset, bank.rank, bank.scaling]
@@ -203,7 +204,7 @@ def _call_of(
     path: str,
 ) -> Call:
     """What crossed the operator's boundary, put together again."""
-    weight: Any = unflatten(tensors, numbers) if numbers else tensors[0]
+    weight: Any = tensors[0] if numbers[2] == DENSE else unflatten(tensors, numbers)
     adapters = Adapters(*pools, max_rank, weight.shape[0])
     ids = _batch(Routing(*routed) if len(routed) > 1 else routed[0], adapters)
     triples = [(owners[i], owners[i + 1], owners[i + 2]) for i in range(0, len(owners), 3)]
@@ -233,8 +234,7 @@ def _operator(
 
 @_operator.register_fake
 def _(x, tensors, params, pools, routed, bias, seed, numbers, owners, max_rank, dropout_p, path):
-    N = numbers[0] if numbers else tensors[0].shape[0]
-    return x.new_empty(*x.shape[:-1], N), x.new_empty(x.numel() // x.shape[-1], max_rank)
+    return x.new_empty(*x.shape[:-1], numbers[0]), x.new_empty(x.numel() // x.shape[-1], max_rank)
 
 
 @torch.library.custom_op("peftkern::multi_lora_linear_backward", mutates_args=())
@@ -269,7 +269,7 @@ def _operator_backward(
 def _(
     dy, x, s, tensors, params, pools, routed, seed, numbers, owners, max_rank, dropout_p, path, needs, bias_dtype
 ):
-    N, K = numbers[:2] if numbers else tensors[0].shape
+    N, K, _ = numbers
     needs_x, needs_weight, learns = needs
     empty = dy.new_empty
     found = [
@@ -294,8 +294,10 @@ def _operator_autograd(ctx: Any, dy: torch.Tensor | None, *_: torch.Tensor | Non
     refuse_double_backward("multi_lora_linear")
     n_tensors, n_params, n_pools, n_routed = ctx.lengths
     nothing = (None, [None] * n_tensors, [None] * n_params, [None] * n_pools, [None] * n_routed)
+    # A list without tensors counts as one value, but an empty one as a list.
+    others = (None, None if ctx.numbers[1] else [], None, None, None)
     if dy is None:
-        return (*nothing, None, None, None, None, None, None, None)
+        return (*nothing, None, None, *others)
     x, s, seed, *rest = ctx.saved_tensors
     lists = []
     for length in ctx.lengths:
@@ -307,7 +309,7 @@ def _operator_autograd(ctx: Any, dy: torch.Tensor | None, *_: torch.Tensor | Non
     weights = [dw if needs[1] else None, *[None] * (n_tensors - 1)]
     params = [g if need else None for g, need in zip(grads, needs_params, strict=True)]
     found = (dx if needs_x else None, weights, params, *nothing[3:], dbias if needs_bias else None)
-    return (*found, None, None, None, None, None, None)
+    return (*found, None, *others)
 
 
 _operator.register_autograd(_operator_autograd, setup_context=_setup_context)
