@@ -148,6 +148,13 @@ class LayerAdapters:
         self.rank[slot] = rank
         self._refresh()
 
+    def adopt_kind(self, like: torch.Tensor) -> None:
+        """Give an empty pool the dtype and device of `like`."""
+        if (self.pool_a.dtype, self.pool_a.device) != (like.dtype, like.device):
+            self.entries = [None] * self.slots
+            self._allocate(like.dtype, like.device)
+            self._refresh()
+
     def drop(self, slot: int) -> None:
         """Empty a slot: its rows take the base alone from now on. The parameters keep their values."""
         if self.entries[slot] is not None:

@@ -33,6 +33,7 @@ from peftkern.tuners.lora.fusing import (
 from peftkern.tuners.lora.loftq import initialize_loftq
 from peftkern.tuners.lora.merging import delta_weight, merge_adapters, unmerge_adapters
 from peftkern.tuners.lora.merging_quantized import is_merged_into_dense
+from peftkern.tuners.lora.mixed import LayerBatch, current_batch, linear_forward
 from peftkern.tuners.targets import conv1d_class
 from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.weights import Weight
@@ -47,6 +48,10 @@ class LoraLayer(BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
     other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_bias")
+
+    # The batch of many adapters that forward serves now, and the last one, for checkpointing: see `mixed`.
+    _mixed: LayerBatch | None = None
+    _mixed_before: LayerBatch | None = None
 
     in_features: int
     out_features: int
@@ -326,6 +331,10 @@ class Linear(LoraLayer, nn.Module):
         return weight.t() if self.fan_in_fan_out else weight
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._mixed is not None or self._mixed_before is not None:
+            mixed = current_batch(self)
+            if mixed is not None:
+                return linear_forward(self, mixed, x, args, kwargs)
         if not args and not kwargs:
             operands = self._operands_if_simple()
             if operands is not None:
@@ -429,10 +438,13 @@ class Linear(LoraLayer, nn.Module):
         """`y` plus each adapter's part, by calling the modules; in y's dtype."""
         total = y
         for name in names:
-            A: Any = self.lora_A[name]
-            dropped = self.lora_dropout[name](x.to(A.weight.dtype))
-            total = total + self.lora_B[name](A(dropped)) * self.scaling[name]
+            total = total + self._part(x, name)
         return total.to(y.dtype)
+
+    def _part(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """What an adapter adds, by calling its modules; in its own dtype."""
+        A: Any = self.lora_A[name]
+        return self.lora_B[name](A(self.lora_dropout[name](x.to(A.weight.dtype)))) * self.scaling[name]
 
 
 def linear_sizes(layer: nn.Module) -> tuple[int, int]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from peftkern.tuners.lora.embedding import Embedding
 from peftkern.tuners.lora.layer import Linear, LoraLayer, check_adapter_name
 from peftkern.tuners.lora.merging import check_mergeable, checked_merge
 from peftkern.tuners.lora.merging_quantized import is_merged_into_dense
+from peftkern.tuners.lora.mixed import BASE, MixedAdapters
 from peftkern.tuners.merged_models import settle_merged
 from peftkern.tuners.targets import check_mamba_target, get_pattern_key, is_conv1d, is_linear
 from peftkern.tuners.tuner_layer import BaseTunerLayer
@@ -24,7 +28,7 @@ class LoraModel(BaseTuner):
     Changes `model` in place: a `Linear` or `Embedding` of `peftkern.tuners.lora` is put around each targeted module.
     The arguments and errors are those of `BaseTuner`; the configuration is a `LoraConfig`.
 
-    PEFT's `add_weighted_adapter`, `adapter_names` in forward and `subtract_mutated_init` are not built.
+    PEFT's `add_weighted_adapter` and `subtract_mutated_init` are not built.
     """
 
     prefix: str = "lora_"
@@ -82,6 +86,45 @@ class LoraModel(BaseTuner):
                 check_mergeable(layer, names)
                 if safe_merge:
                     checked_merge(layer, names)
+
+    # -- many adapters in a batch ------------------------------------------------------------------------------
+
+    def mixed_batch(self, adapter_names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+        """Within the block, row i of the batch takes the adapter adapter_names[i]; "__base__" is the base alone.
+
+        Raises:
+            ValueError: an unknown name, or adapters that are merged or disabled.
+            NotImplementedError: one of the adapters has biases of the base model for its own.
+        """
+        named = [name for name in dict.fromkeys(adapter_names) if name != BASE]
+        self._check_names(named)
+        for name in named:
+            bias = getattr(self.peft_config[name], "bias", "none")
+            if bias != "none":
+                raise NotImplementedError(
+                    f"adapter_names: {name!r} trains biases of the base model (bias={bias!r}), which all rows share"
+                )
+        mixed = self.mixed_adapters()
+        return mixed.use(mixed.batch(adapter_names, self._batch_device()))
+
+    def mixed_adapters(self) -> MixedAdapters:
+        """The pools that mixed batches take; made at the first one, and anew when there is no room for an adapter."""
+        mixed: MixedAdapters | None = self.__dict__.get("_mixed_adapters")
+        names = list(self.peft_config)
+        highest = max((r for layer in self._layers() for r in layer.r.values()), default=1)
+        free = 0 if mixed is None else mixed.free_for(names)
+        if mixed is None or free < 0 or highest > mixed.max_rank:
+            mixed = self.__dict__["_mixed_adapters"] = MixedAdapters(self.model, len(names), highest, LoraLayer)
+        mixed.seat(names)
+        return mixed
+
+    def _batch_device(self) -> torch.device:
+        """Where the adapters are, and so the ids."""
+        for layer in self._layers():
+            for container in layer._containers():
+                for parameter in container.parameters():
+                    return parameter.device
+        return torch.device("cpu")
 
     def _unload(self) -> nn.Module:
         merged = [layer.get_base_layer() for layer in self._layers() if is_merged_into_dense(layer)]
