@@ -94,14 +94,7 @@ def add_adapters(
         low.mul_(_scale(group, scalings, p if mask is not None else 0.0, low))
         if s is not None:
             _write(s, rows, group.rank, low)
-        if sliced and not wide:
-            y[rows].view(P, L, N).baddbmm_(low, b.transpose(1, 2))
-        else:
-            added = torch.bmm(low, b.transpose(1, 2)).view(-1, N)
-            if sliced:
-                y[rows].add_(added)
-            else:
-                y.index_add_(0, rows, _to(added, y.dtype))
+        _add_product(y, rows, low, b.transpose(1, 2), None, wide)
 
 
 def backward(
@@ -135,7 +128,7 @@ def backward(
         low = torch.bmm(part, b)
         low.mul_(_scale(group, scalings, p if mask is not None else 0.0, low))
         if dx is not None:
-            _add_dx(dx, rows, low, _to(group.factors_a(pool_a), work), mask, wide)
+            _add_product(dx, rows, low, _to(group.factors_a(pool_a), work), mask, wide)
         if needs:
             seen = _to(x[rows] if sliced else x.index_select(0, rows), work)
             if mask is not None:
@@ -146,21 +139,22 @@ def backward(
             _collect(wanted, group.slots, _to(da, pool_a.dtype), _to(db, pool_b.dtype))
 
 
-def _add_dx(
-    dx: torch.Tensor, rows: slice | torch.Tensor, low: torch.Tensor, a: torch.Tensor, mask: Kept, wide: bool
+def _add_product(
+    out: torch.Tensor, rows: slice | torch.Tensor, low: torch.Tensor, factor: torch.Tensor, mask: Kept, wide: bool
 ) -> None:
+    """Adds low [P, L, r] x factor [P, r, C], where the mask keeps it, to the rows of out [M, C]."""
     P, L, _ = low.shape
-    K = a.shape[2]
-    if isinstance(rows, slice) and mask is None and not wide:
-        dx[rows].view(P, L, K).baddbmm_(low, a)
-        return
-    added = torch.bmm(low, a).view(-1, K)
-    if mask is not None:
-        added.mul_(_as_number(mask, added.dtype))
-    if isinstance(rows, slice):
-        dx[rows].add_(added)
+    C = out.shape[1]
+    sliced = isinstance(rows, slice)
+    # Rows that do not lie together are taken out and put back: `index_add_` takes far longer on a CPU.
+    part = out[rows] if sliced else out.index_select(0, rows)
+    if mask is None and not wide:
+        part.view(P, L, C).baddbmm_(low, factor)
     else:
-        dx.index_add_(0, rows, _to(added, dx.dtype))
+        added = torch.bmm(low, factor).view(-1, C)
+        part.add_(added if mask is None else added.mul_(_as_number(mask, added.dtype)))
+    if not sliced:
+        out.index_copy_(0, rows, part)
 
 
 def _collect(wanted: Gradients, slots: Sequence[int], da: torch.Tensor, db: torch.Tensor) -> None:

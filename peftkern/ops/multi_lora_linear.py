@@ -14,6 +14,8 @@ import torch
 from peftkern.adapter_pool import LayerAdapters
 from peftkern.backend import backend_in_force, device_info
 from peftkern.ops._common import (
+    _PLAIN_TYPES,
+    FLOATS,
     autocast_dtype,
     check_adapters,
     dropout_in_force,
@@ -75,7 +77,8 @@ def multi_lora_linear(
     cast = autocast_dtype(x)
     if cast is not None:
         x = x.to(cast)
-    _check(x, weight, bank, bias, mixed=cast is not None)
+    if not _fits(x, weight, bank, bias):
+        _check(x, weight, bank, bias, mixed=cast is not None)
     batch = adapter_ids if isinstance(adapter_ids, AdapterBatch) else _batch(adapter_ids, bank)
     if batch.ids.device != x.device:
         raise ValueError(f"multi_lora_linear: adapter_ids: expected device {x.device} as x, got {batch.ids.device}")
@@ -113,6 +116,25 @@ def plan_for(x: torch.Tensor, weight: Weight, max_rank: int, backend: str) -> Pl
         plan = plan.__wrapped__
     device = device_info(x.device)
     return plan(x.numel() // K, N, K, max_rank, blocksize, x.dtype, device, aligned, backend)
+
+
+def _fits(x: torch.Tensor, weight: Weight, bank: Any, bias: torch.Tensor | None) -> bool:
+    """Whether the common case holds, told by a few comparisons; `_check` finds words for the rest."""
+    if type(x) not in _PLAIN_TYPES or type(weight) not in _PLAIN_TYPES or x.dim() == 0:
+        return False
+    dtype, pool = x.dtype, bank.pool_a
+    if weight.dtype is not dtype or dtype not in FLOATS or weight.dim() != 2 or 0 in weight.shape:
+        return False
+    if pool.dtype is not dtype and pool.dtype is not torch.float32:
+        return False
+    N, K = weight.shape
+    if x.shape[-1] != K or bank.N != N or pool.shape[1] != K or bank.pool_b.dtype is not pool.dtype:
+        return False
+    if not (x.device == weight.device == pool.device == bank.pool_b.device):
+        return False
+    if bias is None:
+        return True
+    return type(bias) in _PLAIN_TYPES and bias.dtype is dtype and bias.shape == (N,) and bias.device == x.device
 
 
 def _check(x: torch.Tensor, weight: Weight, bank: Any, bias: torch.Tensor | None, *, mixed: bool) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from peftkern.adapter_pool import LayerAdapters
 from peftkern.ops import multi_lora_linear
 from peftkern.ops.adapter_route import AdapterBatch
+from peftkern.tuners.lora.fusing import bare_weight
 from peftkern.utils.other import ModulesToSaveWrapper
 
 BASE = "__base__"  # the name that PEFT gives a row without an adapter
@@ -41,11 +42,7 @@ class MixedAdapters:
         self.max_rank = max_rank
         self._model, self._layer_class = model, layer_class
         self._pools: dict[nn.Module, LayerAdapters] = {}
-        self._find_layers()
-
-    def _find_layers(self) -> None:
-        kinds = (self._layer_class, ModulesToSaveWrapper)
-        self._layers: list[Any] = [module for module in self._model.modules() if isinstance(module, kinds)]
+        self.find_layers()
 
     @property
     def slots(self) -> int:
@@ -55,7 +52,7 @@ class MixedAdapters:
     @property
     def pools(self) -> dict[nn.Module, LayerAdapters]:
         """The pool of each linear layer that has one."""
-        return dict(self._pools)
+        return self._pools
 
     def slot_of(self, name: str) -> int:
         """The slot of an adapter.
@@ -68,29 +65,28 @@ class MixedAdapters:
             raise ValueError(f"adapter_names: no adapter is named {name!r}; there are {known}")
         return self.names.index(name)
 
-    def free_for(self, names: Sequence[str]) -> int:
-        """Slots that would be left with these adapters and no others; below 0 where there is no room for them."""
-        return self.slots - len(names)
+    @property
+    def device(self) -> torch.device:
+        """Where the adapters are, and so the ids."""
+        for layer in self._layers:
+            for parameter in layer.parameters():
+                return parameter.device
+        return torch.device("cpu")
 
     def seat(self, names: Sequence[str]) -> None:
         """Give each of these adapters a slot, which it keeps, and take that of any other."""
+        if len(names) == sum(name is not None for name in self.names) and all(name in self.names for name in names):
+            return
         self.names = [name if name in names else None for name in self.names]
         for name in names:
             if name not in self.names:
                 self.names[self.names.index(None)] = name
 
-    def sync(self) -> None:
-        """Bring pools and layers into agreement: new adapters and layers, scalings, parameters made anew.
-
-        Raises:
-            TypeError, ValueError: an adapter does not fit into its layer's pool.
-        """
-        if torch.compiler.is_compiling():
-            return
-        self._find_layers()
-        for layer in self._layers:
-            if isinstance(layer, self._layer_class) and len(layer.lora_A) + len(self._pools) > 0:
-                self._sync_layer(layer)
+    def find_layers(self) -> None:
+        """Look for the model's adapted layers again, after some came or went."""
+        kinds = (self._layer_class, ModulesToSaveWrapper)
+        self._layers: list[Any] = [module for module in self._model.modules() if isinstance(module, kinds)]
+        self._linear = [layer for layer in self._layers if hasattr(layer, "is_target_conv_1d_layer")]
 
     def make_pool(self, layer: Any, dtype: torch.dtype, device: torch.device) -> LayerAdapters:
         """The pool of a linear layer; one that has none gets an empty one."""
@@ -100,29 +96,44 @@ class MixedAdapters:
             pool = self._pools[layer] = LayerAdapters(*sizes, dtype, device)
         return pool
 
+    def sync(self) -> None:
+        """Bring pools and layers into agreement: adapters that came or went, scalings, parameters made anew or moved.
+
+        Raises:
+            TypeError, ValueError: an adapter does not fit into its layer's pool.
+        """
+        if not torch.compiler.is_compiling():
+            for layer in self._linear:
+                self._sync_layer(layer)
+
     def _sync_layer(self, layer: Any) -> None:
-        As, Bs, scalings = layer.lora_A._modules, layer.lora_B._modules, layer.scaling
+        held = layer._modules
+        As, Bs, scalings = held["lora_A"]._modules, held["lora_B"]._modules, layer.scaling
         pool = self._pools.get(layer)
+        entries: Any = [None] * self.slots if pool is None else pool.entries
         for slot, name in enumerate(self.names):
-            held: Any = As.get(name)
-            if held is None:
-                if pool is not None and pool.entries[slot] is not None:
+            entry, A = entries[slot], As.get(name)
+            if A is None:
+                if entry is not None and pool is not None:
                     pool.drop(slot)
                 continue
-            a, b = held._parameters.get("weight"), Bs[name]._parameters.get("weight")
-            if a is None or b is None:
-                continue  # parametrized, or sharded: `_why_not_fused` will say so
-            if pool is None:
-                pool = self.make_pool(layer, a.dtype, a.device)
-            entry = pool.entries[slot]
-            if entry is None or entry.lora_A is not a or entry.lora_B is not b:
-                if all(e is None for i, e in enumerate(pool.entries) if i != slot):
-                    pool.adopt_kind(a)
-                pool.put(slot, a, b, scalings[name])
-            elif entry.scaling != scalings[name]:
-                pool.rescale(slot, scalings[name])
+            a, b = A._parameters.get("weight"), Bs[name]._parameters.get("weight")
+            if entry is not None and entry.lora_A is a and entry.lora_B is b:
+                if entry.scaling != scalings[name] and pool is not None:
+                    pool.rescale(slot, scalings[name])
+            elif type(a) is nn.Parameter and type(b) is nn.Parameter and not a.is_meta:
+                # Any other weight is parametrized or sharded: `_why_not_fused` will say so.
+                pool = self._put(layer, slot, a, b, scalings[name])
+                entries = pool.entries
         if pool is not None:
             pool.settle()
+
+    def _put(self, layer: Any, slot: int, a: torch.Tensor, b: torch.Tensor, scaling: float) -> LayerAdapters:
+        pool = self.make_pool(layer, a.dtype, a.device)
+        if all(entry is None for i, entry in enumerate(pool.entries) if i != slot):
+            pool.adopt_kind(a)
+        pool.put(slot, a, b, scaling)
+        return pool
 
     def batch(self, adapters: Sequence[str] | torch.Tensor, device: torch.device | str) -> AdapterBatch:
         """The batch of these rows: names ("__base__" for the base alone), or slots in a tensor.
@@ -177,11 +188,12 @@ class LayerBatch:
         pool: the layer's, if it is linear and has one.
     """
 
-    __slots__ = ("_reason", "batch", "names", "pool")
+    __slots__ = ("_fresh", "_reason", "batch", "names", "pool")
 
     def __init__(self, batch: AdapterBatch, names: Sequence[str | None], pool: LayerAdapters | None) -> None:
         self.batch, self.names, self.pool = batch, names, pool
-        self._reason: tuple[Any, str] | None = None
+        self._reason: str | None = None
+        self._fresh = True
 
     def present(self) -> list[str]:
         """Names of the adapters that rows take; all of them where the host does not know."""
@@ -203,8 +215,38 @@ class LayerBatch:
         if torch.compiler.is_compiling():
             return layer._why_not_fused(here)
         if self._reason is None:
-            self._reason = (None, layer._why_not_fused(here))
-        return self._reason[1]
+            self._reason = "" if _is_simple(layer, here) else layer._why_not_fused(here)
+        return self._reason
+
+    def settle(self) -> None:
+        """Notice parameters that left the pool since the last forward; before the first one `sync` has done so."""
+        if torch.compiler.is_compiling() or self.pool is None:
+            return
+        if not self._fresh:
+            self.pool.settle(self.batch.present)
+        self._fresh = False
+
+
+def _is_simple(layer: Any, names: list[str]) -> bool:
+    """A quick yes to `_why_not_fused`: a bare linear layer, and adapters of bare ones (whose weights are in the pool)."""
+    held = layer._modules
+    base = bare_weight(held["base_layer"])
+    if base is None or layer.fan_in_fan_out:
+        return False
+    As, Bs, dropouts = held["lora_A"]._modules, held["lora_B"]._modules, held["lora_dropout"]._modules
+    for name in names:
+        for module in (As[name], Bs[name], dropouts[name]):
+            kind, inside = type(module), module.__dict__
+            if kind is not nn.Linear and kind is not nn.Identity and kind is not nn.Dropout:
+                return False
+            if inside["_forward_hooks"] or inside["_forward_pre_hooks"] or "forward" in inside:
+                return False
+            if inside["_backward_hooks"] or inside["_backward_pre_hooks"] or "_hf_hook" in inside:
+                return False
+        dtype = As[name]._parameters["weight"].dtype
+        if dtype is not base.dtype and dtype is not torch.float32:
+            return False
+    return True
 
 
 def current_batch(layer: Any) -> LayerBatch | None:
@@ -225,8 +267,7 @@ def linear_forward(layer: Any, mixed: LayerBatch, x: torch.Tensor, args: tuple[A
     p = _shared_dropout(layer, here)
     if args or kwargs or pool is None or p is None or mixed.why_not_fused(layer, here):
         return add_parts(layer, layer.base_layer(x, *args, **kwargs), x, mixed)
-    if not torch.compiler.is_compiling():
-        pool.settle(mixed.batch.present)
+    mixed.settle()
     weight = layer._weight_by_rows()
     bias = layer.base_layer.bias
     if isinstance(weight, torch.Tensor):

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from peftkern.tuners.lora.embedding import Embedding
@@ -105,26 +104,28 @@ class LoraModel(BaseTuner):
                     f"adapter_names: {name!r} trains biases of the base model (bias={bias!r}), which all rows share"
                 )
         mixed = self.mixed_adapters()
-        return mixed.use(mixed.batch(adapter_names, self._batch_device()))
+        return mixed.use(mixed.batch(adapter_names, mixed.device))
 
     def mixed_adapters(self) -> MixedAdapters:
         """The pools that mixed batches take; made at the first one, and anew when there is no room for an adapter."""
         mixed: MixedAdapters | None = self.__dict__.get("_mixed_adapters")
         names = list(self.peft_config)
-        highest = max((r for layer in self._layers() for r in layer.r.values()), default=1)
-        free = 0 if mixed is None else mixed.free_for(names)
-        if mixed is None or free < 0 or highest > mixed.max_rank:
-            mixed = self.__dict__["_mixed_adapters"] = MixedAdapters(self.model, len(names), highest, LoraLayer)
+        if mixed is None or self.__dict__.get("_layers_changed", True):
+            highest = max((r for layer in self._layers() for r in layer.r.values()), default=1)
+            if mixed is None or mixed.slots < len(names) or mixed.max_rank < highest:
+                mixed = self.__dict__["_mixed_adapters"] = MixedAdapters(self.model, len(names), highest, LoraLayer)
+            mixed.find_layers()
+            self.__dict__["_layers_changed"] = False
         mixed.seat(names)
         return mixed
 
-    def _batch_device(self) -> torch.device:
-        """Where the adapters are, and so the ids."""
-        for layer in self._layers():
-            for container in layer._containers():
-                for parameter in container.parameters():
-                    return parameter.device
-        return torch.device("cpu")
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["_layers_changed"] = True
+        super().inject_adapter(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.__dict__["_layers_changed"] = True
+        super().delete_adapter(adapter_name)
 
     def _unload(self) -> nn.Module:
         merged = [layer.get_base_layer() for layer in self._layers() if is_merged_into_dense(layer)]
