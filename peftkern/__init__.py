@@ -13,6 +13,7 @@ from peftkern.backend import use_backend
 
 if TYPE_CHECKING:
     from peftkern import nn, ops
+    from peftkern.adapter_bank import AdapterBank, BankFullError, UnknownAdapterError
     from peftkern.auto import AutoPeftModel, AutoPeftModelForCausalLM
     from peftkern.config import PeftConfig
     from peftkern.estimate import estimate_memory
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from peftkern.mapping import inject_adapter_in_model
     from peftkern.mapping_func import get_peft_model
     from peftkern.peft_model import PeftModel
+    from peftkern.adapter_loss import per_adapter_loss, per_slot_loss
     from peftkern.quantize import load_quantized, quantize_model, save_quantized
     from peftkern.tuners.lora import LoraConfig, LoraModel
     from peftkern.utils.adapter_error import AdapterFileError
@@ -36,7 +38,9 @@ _TASKS += ["ForQuestionAnswering", "ForFeatureExtraction"]
 
 # Where each public name lives; a module is imported when one of its names is first used.
 _HOMES = {
+    "peftkern.adapter_bank": ["AdapterBank", "BankFullError", "UnknownAdapterError"],
     "peftkern.explain": ["explain"],
+    "peftkern.adapter_loss": ["per_adapter_loss", "per_slot_loss"],
     "peftkern.estimate": ["estimate_memory"],
     "peftkern.integrations.chunked_loss": ["use_chunked_loss"],
     "peftkern.config": ["PeftConfig", "PeftConfigMixin"],

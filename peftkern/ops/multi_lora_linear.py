@@ -193,14 +193,20 @@ class _MultiLoraLinear(torch.autograd.Function):
         y, s = forward(x, bias, call, keep=learns)
         # Pools and parameters are kept by reference, so that autograd notices a change before backward.
         pools = (call.adapters.pool_a, call.adapters.pool_b)
-        ctx.save_for_backward(x if learns or needs_weight else None, s, weight, *pools, *params)
+        ctx.save_for_backward(x if learns or needs_weight else None, s, call.batch.ids, weight, *pools, *params)
         ctx.call, ctx.bias_dtype = call, bias.dtype if needs_bias else None
         return y
 
     @staticmethod
     def backward(ctx: Any, dy):
         refuse_double_backward("multi_lora_linear")
-        x, s, *_ = ctx.saved_tensors
+        x, s, ids, *_ = ctx.saved_tensors
+        own = ctx.call.batch.ids
+        if ids.data_ptr() != own.data_ptr() and not torch.equal(ids, own):
+            raise RuntimeError(
+                "multi_lora_linear: a checkpointed forward was computed again under another batch's adapters: run "
+                "backward before the next batch, or within its block"
+            )
         needs_x, needs_weight, _, _, *needs_params = ctx.needs_input_grad
         learns = any(needs_params)
         dx, dw, dbias, grads = backward(dy, x, s, ctx.call, needs_x, needs_weight, ctx.bias_dtype, learns)

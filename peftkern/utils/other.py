@@ -41,6 +41,20 @@ def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
             parameter.requires_grad = False
 
 
+def batch_in_force(layer: Any) -> Any:
+    """The batch of many adapters that a layer's forward is to serve, or None (see `tuners.lora.mixed`).
+
+    That of the block which the call is in; or the last one, where backward computes a checkpointed forward again. A
+    forward outside of any block forgets the last one.
+    """
+    mixed = layer._mixed
+    if mixed is None and layer._mixed_before is not None:
+        if torch._C._current_graph_task_id() != -1:  # this thread runs a backward pass
+            return layer._mixed_before
+        layer._mixed_before = None
+    return mixed
+
+
 class AuxiliaryTrainingWrapper(nn.Module):
     """Base of what wraps a module to train it in another way than by an adapter inside it."""
 
@@ -108,9 +122,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return self.modules_to_save[self._active_adapter[0]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        mixed = self._mixed
-        if mixed is None and self._mixed_before is not None and torch._C._current_graph_task_id() != -1:
-            mixed = self._mixed_before  # checkpointing computes a forward again
+        mixed = batch_in_force(self)
         if mixed is not None:
             return self._forward_mixed(mixed.rows_of(), len(mixed.batch), *args, **kwargs)
         return self.active_module()(*args, **kwargs)

@@ -19,7 +19,8 @@ from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.fusing import plain_weight, why_called_as_is
 from peftkern.tuners.lora.layer import LoraLayer, _refuse_adapter_names
 from peftkern.tuners.lora.merging import delta_weight
-from peftkern.tuners.lora.mixed import add_parts, current_batch
+from peftkern.tuners.lora.mixed import add_parts
+from peftkern.utils.other import batch_in_force
 
 
 class Embedding(LoraLayer, nn.Module):
@@ -91,7 +92,7 @@ class Embedding(LoraLayer, nn.Module):
         return plan_lora_embedding(tokens, self.weight.dtype, device_info(self.weight.device), current_backend())
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        mixed = current_batch(self)
+        mixed = batch_in_force(self)
         if mixed is not None:
             return add_parts(self, self.base_layer(x, *args, **kwargs), x, mixed)
         if self._disable_adapters:

@@ -33,9 +33,10 @@ from peftkern.tuners.lora.fusing import (
 from peftkern.tuners.lora.loftq import initialize_loftq
 from peftkern.tuners.lora.merging import delta_weight, merge_adapters, unmerge_adapters
 from peftkern.tuners.lora.merging_quantized import is_merged_into_dense
-from peftkern.tuners.lora.mixed import LayerBatch, current_batch, linear_forward
+from peftkern.tuners.lora.mixed import LayerBatch, linear_forward
 from peftkern.tuners.targets import conv1d_class
 from peftkern.tuners.tuner_layer import BaseTunerLayer
+from peftkern.utils.other import batch_in_force
 from peftkern.weights import Weight
 
 
@@ -332,7 +333,7 @@ class Linear(LoraLayer, nn.Module):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._mixed is not None or self._mixed_before is not None:
-            mixed = current_batch(self)
+            mixed = batch_in_force(self)
             if mixed is not None:
                 return linear_forward(self, mixed, x, args, kwargs)
         if not args and not kwargs:

@@ -249,14 +249,6 @@ def _is_simple(layer: Any, names: list[str]) -> bool:
     return True
 
 
-def current_batch(layer: Any) -> LayerBatch | None:
-    """The batch that a layer's forward is to serve: within `use`, or when backward computes a forward again."""
-    mixed = layer._mixed
-    if mixed is None and layer._mixed_before is not None and torch._C._current_graph_task_id() != -1:
-        return layer._mixed_before
-    return mixed
-
-
 def linear_forward(layer: Any, mixed: LayerBatch, x: torch.Tensor, args: tuple[Any, ...], kwargs: Any) -> torch.Tensor:
     """Forward of a linear layer for a batch of many adapters."""
     here = [name for name in mixed.present() if name in layer.scaling]
