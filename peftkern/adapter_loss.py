@@ -76,5 +76,5 @@ def per_slot_loss(
     each = each.view(labels.shape[0], -1).sum(1)
     counts = (labels != ignore_index).view(labels.shape[0], -1).sum(1).float()
     # [slots, batch]: a product in a fixed order, where scattering would add in any.
-    mine = (adapter_ids[None, :] == torch.arange(slots, device=adapter_ids.device)[:, None]).float()
-    return (mine * each).sum(1) / (mine * counts).sum(1).clamp(min=1)
+    mine = adapter_ids[None, :] == torch.arange(slots, device=adapter_ids.device)[:, None]
+    return torch.where(mine, each, 0.0).sum(1) / torch.where(mine, counts, 0.0).sum(1).clamp(min=1)
