@@ -6,11 +6,13 @@ They follow those of one adapter (reduction_tables.py), on blocks whose rows the
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from .adapters import Adapters
+from .gemm_tables import MULTIPROCESSORS
+from .launch import cdiv
 from .reduction_tables import Tile, rank_block, shrink_tile, weight_gradient_tile
 from .routing import block_rows
 
@@ -37,3 +39,44 @@ def multi_expand_tile(*, arch: int, dtype: torch.dtype, M: int, R: int) -> Tile:
 def multi_weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, dropout: bool) -> Tile:
     """Tile of the grouped weight gradient: BLOCK_C columns of x or dY, walking down a chunk's rows by BLOCK_M."""
     return weight_gradient_tile(arch=arch, dtype=dtype, M=min(M, 64), R=R, aligned=aligned, dropout=dropout)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTile:
+    """How the two launches of a mixed decode step are cut up.
+
+    Attributes:
+        block_k, split_k, num_stages: the shrink's step along K, programs along K, and steps that are loaded ahead.
+        block_r: ranks of a program of either launch. shrink_warps: of the first.
+        block_n, expand_warps: columns and warps of a program of the second.
+        overlap: whether the second launch starts while the first runs, its loads of B under way (sm_90 and later).
+    """
+
+    block_k: int
+    split_k: int
+    num_stages: int
+    block_r: int
+    shrink_warps: int
+    block_n: int
+    expand_warps: int
+    overlap: bool = False
+
+
+def multi_decode_tile(*, arch: int, dtype: torch.dtype, M: int, N: int, K: int, R: int, aligned: bool) -> DecodeTile:
+    """The tile of a decode step over as many adapters as there are rows.
+
+    The shrink has a warp for 16 ranks, so that each reads its own rows of A once, by asynchronous copies of which
+    `num_stages - 1` are under way; K is split until each multiprocessor has four programs. The expand's programs read
+    8 KB of B each (rank 16), all at once.
+    """
+    if arch == 0:
+        return DecodeTile(32, min(4, cdiv(K, 32)), 1, rank_block(R, 32), 4, 64, 4)
+    block_r = rank_block(R, 64 if dtype.itemsize == 2 else 32)
+    block_k, stages = (128, 4) if aligned and dtype.itemsize == 2 else (64, 3) if aligned else (64, 2)
+    programs = 4 * MULTIPROCESSORS.get(arch, 64)
+    split = 1
+    while split < 16 and M * cdiv(R, block_r) * split * 2 <= 1.1 * programs and K // (2 * split) >= 2 * block_k:
+        split *= 2
+    block_n = max(64, min(256, 4096 // block_r if dtype.itemsize == 2 else 1024 // block_r))
+    warps = 4 if dtype.itemsize > 2 else block_r // 16  # fp32's operands are in registers, tensor cores' are not
+    return DecodeTile(block_k, split, stages, block_r, warps, block_n, 4)
