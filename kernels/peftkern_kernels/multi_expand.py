@@ -26,7 +26,7 @@ from .routing import Routing, block_rows
 @triton.jit(do_not_specialize=["B", "threshold"])
 def _multi_expand_kernel(
     s_ptr, pool_ptr, bias_ptr, out_ptr, perm_ptr, blocks_ptr, seg_start_ptr, row_offset_ptr, rank_ptr, seed_ptr,
-    B, N, stride_sm, stride_sr, stride_pool, stride_bias, stride_om, stride_on, threshold, keep_scale,
+    B, N, max_rank, stride_sm, stride_sr, stride_pool, stride_bias, stride_om, stride_on, threshold, keep_scale,
     PARTS: tl.constexpr, POOL_IS_B: tl.constexpr, ACCUMULATE: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -52,17 +52,18 @@ def _multi_expand_kernel(
             if rank % 8 == 0:  # a stride that the compiler knows to be a multiple of 8: loads of 16 bytes
                 even_rank = rank // 8 * 8
                 acc = low_rank_product(
-                    s_ptr, b_ptr, rows, columns, even_rank, stride_sm, stride_sr, even_rank, 1,
+                    s_ptr, b_ptr, rows, columns, even_rank, max_rank, stride_sm, stride_sr, even_rank, 1,
                     DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
                 )  # fmt: skip
             else:
                 acc = low_rank_product(
-                    s_ptr, b_ptr, rows, columns, rank, stride_sm, stride_sr, rank, 1,
+                    s_ptr, b_ptr, rows, columns, rank, max_rank, stride_sm, stride_sr, rank, 1,
                     DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
                 )  # fmt: skip
         else:
             acc = low_rank_product(
-                s_ptr, pool_ptr + row_offset * stride_pool, rows, columns, rank, stride_sm, stride_sr, 1, stride_pool,
+                s_ptr, pool_ptr + row_offset * stride_pool, rows, columns, rank, max_rank, stride_sm, stride_sr,
+                1, stride_pool,
                 DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
             )  # fmt: skip
         if seed_ptr is not None:
@@ -93,7 +94,7 @@ def multi_expand_calls(
     """Launches that write `out[m] = s[m] B_i^T + bias`, or `out[m] = keep / (1 - p) * (s[m] A_i)`.
 
     Args:
-        s: [M, max_rank], S or dS with the scaling in it; any strides.
+        s: [M, max_rank], S or dS with the scaling in it, finite past each row's rank; any strides.
         adapters: fp32 masters are cast to `out`'s dtype in registers. routing: of the batch.
         out: [M, N] (of pool "a": [M, K]) any strides; every row is written.
         pool: "b" for y, "a" for dX. accumulate: add to what `out` holds, rounding once.
@@ -129,6 +130,7 @@ def multi_expand_calls(
                 "bias_ptr": bias,
                 "out_ptr": out,
                 "N": N,
+                "max_rank": R,
                 **strides(s, "sm", "sr"),
                 "stride_pool": 0 if pool == "b" else adapters.pool_a.stride(0),
                 **strides(bias, "bias"),

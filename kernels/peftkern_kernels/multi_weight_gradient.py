@@ -27,17 +27,25 @@ from .routing import Routing, plane_count
 
 @triton.jit
 def _gathered_columns_times_thin(
-    wide_ptr, thin_ptr, perm_ptr, offs_c, mask_c, offs_r, mask_r, first, length, segment, seed,
+    wide_ptr, thin_ptr, perm_ptr, offs_c, mask_c, offs_r, max_rank, first, length, segment, seed,
     stride_wm, stride_wc, stride_tm, stride_tr, threshold,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_C: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [BLOCK_C, BLOCK_R] = sum over the chunk's rows m of (keep * wide)[m, offs_c] thin[m, offs_r]."""
+    """fp32 [BLOCK_C, BLOCK_R] = sum over the chunk's rows m of (keep * wide)[m, offs_c] thin[m, offs_r].
+
+    thin is loaded past the adapter's own rank, whose multiples the compiler does not know: what that gives is not kept.
+    """
+    mask_r = offs_r < max_rank
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    row_ptrs = perm_ptr + first + tl.arange(0, BLOCK_M)
+    # Row numbers are loaded a step ahead: the tiles' copies, which need them, then start as early as any.
+    next_rows = tl.load(row_ptrs, mask=tl.arange(0, BLOCK_M) < length, other=0)
     for m in range(0, length, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < length
-        rows = tl.load(perm_ptr + first + offs_m, mask=mask_m, other=0).to(tl.int64)
+        rows = next_rows.to(tl.int64)
+        next_rows = tl.load(row_ptrs + m + BLOCK_M, mask=offs_m + BLOCK_M < length, other=0)
         # Loaded transposed: the product's first operand, for which tensor cores read shared memory either way round.
         wide_ptrs = wide_ptr + rows[None, :] * stride_wm + offs_c[:, None] * stride_wc
         thin_ptrs = thin_ptr + rows[:, None] * stride_tm + offs_r[None, :] * stride_tr
@@ -81,7 +89,7 @@ def _multi_weight_gradient_kernel(
                     segment = tl.load(seg_start_ptr + slot)
                     seed = slot_key(seed_ptr, slot)
                 acc = _gathered_columns_times_thin(
-                    x_ptr, ds_ptr, perm_ptr, offs_c, mask_c, offs_r, mask_r, first, length, segment, seed,
+                    x_ptr, ds_ptr, perm_ptr, offs_c, mask_c, offs_r, max_rank, first, length, segment, seed,
                     stride_xm, stride_xk, stride_dsm, stride_dsr, threshold,
                     BLOCK_M, BLOCK_C, BLOCK_R, EVEN_K, DROPOUT, PRECISION,
                 )  # fmt: skip
@@ -97,7 +105,7 @@ def _multi_weight_gradient_kernel(
                 offs_c = (block_c - blocks_k).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
                 mask_c = offs_c < N
                 acc = _gathered_columns_times_thin(
-                    dy_ptr, s_ptr, perm_ptr, offs_c, mask_c, offs_r, mask_r, first, length, first, slot,
+                    dy_ptr, s_ptr, perm_ptr, offs_c, mask_c, offs_r, max_rank, first, length, first, slot,
                     stride_dym, stride_dyn, stride_sm, stride_sr, 0,
                     BLOCK_M, BLOCK_C, BLOCK_R, EVEN_N, False, PRECISION,
                 )  # fmt: skip
