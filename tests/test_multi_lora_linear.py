@@ -296,7 +296,8 @@ def test_what_is_kept_for_backward():
         multi_lora_linear(x, weight, adapters, ids, bias, dropout_p=0.1)
     activations = [t for t in saved if t.data_ptr() not in known]
     assert sum(t.data_ptr() == x.data_ptr() for t in activations) == 1
-    assert sum(t.numel() for t in activations if t.data_ptr() != x.data_ptr()) == 16 * adapters.max_rank, "S"
+    others = sorted(t.numel() for t in activations if t.data_ptr() != x.data_ptr())
+    assert others == [16, 16 * adapters.max_rank], "the ids and S"
     with torch.no_grad():
         assert multi_lora_linear(x, weight, adapters, ids, bias).grad_fn is None
 

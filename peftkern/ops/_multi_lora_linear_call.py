@@ -84,7 +84,7 @@ def forward(x: torch.Tensor, bias: Optional, call: Call, *, keep: bool) -> tuple
         pools = (adapters.pool_a.detach(), adapters.pool_b.detach())
         plain.add_adapters(y, rows, *pools, groups, scalings, kept, p, s, dense_path == "torch_fp32")
     else:
-        y, s = _kernel_forward(rows, weight, bias, call)
+        y, s = _kernel_forward(rows, weight, bias, call, keep)
     return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])), s
 
 
@@ -196,14 +196,16 @@ def _pool_gradients(
     return grads
 
 
-def _kernel_forward(rows: torch.Tensor, weight: Any, bias: Optional, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def _kernel_forward(
+    rows: torch.Tensor, weight: Any, bias: Optional, call: Call, keep: bool
+) -> tuple[torch.Tensor, Optional]:
     from peftkern.ops import _multi_lora_linear_triton as kernels
     from peftkern.ops._lora_linear_triton import dropout, run_all
 
     weight, path = _for_kernels(weight, rows.dtype, call.path)
     routing, arch = call.batch.routing(rows.shape[0]), device_info(rows.device).arch
     drop = dropout(call.seed, call.dropout_p)
-    y, s, calls = kernels.forward_calls(rows, weight, call.kernel_adapters(), routing, bias, drop, path, arch)
+    y, s, calls = kernels.forward_calls(rows, weight, call.kernel_adapters(), routing, bias, drop, path, arch, keep)
     run_all(calls, rows.device)
     return y, s
 

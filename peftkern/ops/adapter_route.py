@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from peftkern.adapter_pool import Layout
+from peftkern.backend import device_info
 from peftkern.ops._adapter_groups import Group, make_groups
 from peftkern_kernels.routing import Routing, build_routing, empty_routing
 
@@ -90,7 +91,11 @@ def route(ids: torch.Tensor, slots: int) -> Routing:
 
 
 def _route(ids: torch.Tensor, slots: int) -> Routing:
-    return build_routing(ids, slots)
+    if device_info(ids.device).triton:
+        return build_routing(ids, slots)
+    from peftkern.ops import _route_triton
+
+    return _route_triton.route(ids, slots)
 
 
 @torch.library.custom_op("peftkern::adapter_route", mutates_args=())

@@ -98,7 +98,8 @@ def plan_lora_linear(
     return Plan("triton", "expand inside the base GEMM's accumulator, y written once (predicted)")
 
 
-NO_MULTI_KERNELS = "kernels for many adapters are not in this build"
+# Tokens up to which many adapters' parts are two launches of small programs, K split between them (predicted).
+MULTI_DECODE_TOKENS = 64
 
 # Tokens up to which decoding a 4-bit weight inside the GEMM beats writing it out first (predicted). Decoding repeats
 # for each tile of rows, about 10 instructions an element, against 4.5 bytes an element written and read once: a card
@@ -171,15 +172,17 @@ def plan_multi_lora_linear(
     """
     rows_aligned = aligned and (blocksize is None or K * dtype.itemsize % 16 == 0)
     dense = plan_lora_linear.__wrapped__(M, N, K, R, dtype, device, rows_aligned, backend)
-    if dense.path not in ("torch", "torch_fp32"):
-        _refuse_if_triton("multi_lora_linear", NO_MULTI_KERNELS, backend)
-        dense = _plain(NO_MULTI_KERNELS, dtype, device, M * N * K)
-    reason = f"{dense.reason}; rows grouped by adapter, batched products"
-    if device.type != "cpu":
-        reason += ", ids read on the host"
+    if dense.path in ("torch", "torch_fp32"):
+        path, reason = dense.path, f"{dense.reason}; rows grouped by adapter, batched products"
+        if device.type != "cpu":
+            reason += ", ids read on the host"
+    elif M <= MULTI_DECODE_TOKENS:
+        path, reason = "decode", f"{M} tokens: cuBLAS for the base, the adapters in two launches"
+    else:
+        path, reason = "cublas", "cuBLAS for the base, grouped kernels for the adapters (predicted)"
     if blocksize is None:
-        return Plan(dense.path, reason)
-    return Plan(f"dequantize:{dense.path}", f"{reason}; the weight is written out dense for each product")
+        return Plan(path, reason)
+    return Plan(f"dequantize:{path}", f"{reason}; the weight is written out dense for each product")
 
 
 @functools.lru_cache(maxsize=1024)
