@@ -19,7 +19,10 @@ class AdapterBatch:
     Args:
         ids: int32 or int64 [n], a slot for each row of the batch (a sequence, or a token); others mean the base alone.
         slots: adapters that there is room for.
-        host: the same as a sequence of ints, where the host knows them (it reads ids that are on the CPU).
+        host: the same as a sequence of ints, where the caller knows them, from names (ids on the CPU are read anyway).
+
+    Attributes:
+        named: whether `host` was given: then torch.compile takes what occurs as a constant.
 
     Raises:
         TypeError, ValueError: `ids` is no such tensor.
@@ -30,6 +33,7 @@ class AdapterBatch:
             raise TypeError(f"adapter_ids: expected a tensor, got {type(ids).__name__}")
         if ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"adapter_ids: expected int32 or int64 [rows], got {ids.dtype} {list(ids.shape)}")
+        self.named = host is not None
         if host is None and ids.is_cpu and not torch.compiler.is_compiling() and type(ids) is torch.Tensor:
             host = ids.tolist()
         self.ids, self.slots = ids, slots

@@ -86,7 +86,8 @@ def multi_lora_linear(
     p = dropout_in_force(dropout_p, training)
     seed = None if p == 0.0 else dropout_seed(seed, x.device)
     path = plan_for(x, weight, bank.max_rank, backend_in_force()).path
-    owners, params = _owners(bank, batch.present)
+    present = batch.present if batch.named or not torch.compiler.is_compiling() else None
+    owners, params = _owners(bank, present)
     dense = isinstance(weight, torch.Tensor)
     tensors, numbers = ([weight], [*weight.shape, DENSE]) if dense else flatten(weight)
     if needs_operator(x, *tensors):

@@ -170,6 +170,8 @@ class MixedAdapters:
         before = [layer.__dict__.get("_mixed") for layer in self._layers]
         for layer in self._layers:
             layer._mixed = LayerBatch(batch, names, self._pools.get(layer))
+        for layer in self._linear:
+            layer._mixed.decide(layer)
         try:
             yield
         finally:
@@ -188,16 +190,30 @@ class LayerBatch:
         pool: the layer's, if it is linear and has one.
     """
 
-    __slots__ = ("_fresh", "_reason", "batch", "names", "pool")
+    __slots__ = ("_fresh", "batch", "biased", "dropout_p", "empty", "fused", "names", "pool", "training")
 
     def __init__(self, batch: AdapterBatch, names: Sequence[str | None], pool: LayerAdapters | None) -> None:
         self.batch, self.names, self.pool = batch, names, pool
-        self._reason: str | None = None
         self._fresh = True
 
+    def decide(self, layer: Any) -> None:
+        """How the linear layer's forward will run: told by `fused`, `empty`, `dropout_p` and `biased`.
+
+        Before the model runs, so that a compiled model sees the decision and not what it was made from: it is the same
+        for adapters that come and go.
+        """
+        here = [name for name in self.present() if name in layer.scaling]
+        self.training = layer.training
+        self.empty = not here and (self.pool is None or self.batch.named)
+        self.dropout_p = _shared_dropout(layer, here)
+        self.biased = tuple(name for name in here if layer.lora_bias[name])
+        self.fused = self.pool is not None and self.dropout_p is not None
+        if self.fused and not _is_simple(layer, here) and layer._why_not_fused(here):
+            self.fused = False
+
     def present(self) -> list[str]:
-        """Names of the adapters that rows take; all of them where the host does not know."""
-        slots = range(len(self.names)) if self.batch.present is None else self.batch.present
+        """Names of the adapters that rows take; all of them where rows were told by slots."""
+        slots: Any = self.batch.present if self.batch.named else range(len(self.names))
         return [name for name in (self.names[slot] for slot in slots) if name is not None]
 
     def rows_of(self) -> dict[str, list[int]]:
@@ -209,14 +225,6 @@ class LayerBatch:
             if name is not None:
                 found.setdefault(name, []).append(i)
         return found
-
-    def why_not_fused(self, layer: Any, here: list[str]) -> str:
-        """Why the layer cannot be one operation for this batch, or ""; found out once a batch."""
-        if torch.compiler.is_compiling():
-            return layer._why_not_fused(here)
-        if self._reason is None:
-            self._reason = "" if _is_simple(layer, here) else layer._why_not_fused(here)
-        return self._reason
 
     def settle(self) -> None:
         """Notice parameters that left the pool since the last forward; before the first one `sync` has done so."""
@@ -251,13 +259,13 @@ def _is_simple(layer: Any, names: list[str]) -> bool:
 
 def linear_forward(layer: Any, mixed: LayerBatch, x: torch.Tensor, args: tuple[Any, ...], kwargs: Any) -> torch.Tensor:
     """Forward of a linear layer for a batch of many adapters."""
-    here = [name for name in mixed.present() if name in layer.scaling]
-    pool = mixed.pool
-    if not here and (pool is None or mixed.batch.host is not None):
+    if layer.training is not mixed.training and not torch.compiler.is_compiling():
+        mixed.decide(layer)
+    if mixed.empty:
         mixed.batch.check_rows(x, "adapter_names")
         return layer._base_alone(x, *args, **kwargs)
-    p = _shared_dropout(layer, here)
-    if args or kwargs or pool is None or p is None or mixed.why_not_fused(layer, here):
+    pool, p = mixed.pool, mixed.dropout_p
+    if args or kwargs or not mixed.fused or pool is None or p is None:
         return add_parts(layer, layer.base_layer(x, *args, **kwargs), x, mixed)
     mixed.settle()
     weight = layer._weight_by_rows()
@@ -268,8 +276,7 @@ def linear_forward(layer: Any, mixed: LayerBatch, x: torch.Tensor, args: tuple[A
         # As a quantized layer does by itself: computed in its own dtype, whatever x has.
         dtype = layer._compute_dtype(x.dtype)
         y = multi_lora_linear(x.to(dtype), weight, pool, mixed.batch, bias, dropout_p=p).to(x.dtype)
-    with_bias = [name for name in here if layer.lora_bias[name]]
-    return _add_biases(layer, y, mixed, with_bias) if with_bias else y
+    return _add_biases(layer, y, mixed) if mixed.biased else y
 
 
 def _shared_dropout(layer: Any, names: list[str]) -> float | None:
@@ -279,11 +286,11 @@ def _shared_dropout(layer: Any, names: list[str]) -> float | None:
     return found.pop() if len(found) == 1 else None if found else 0.0
 
 
-def _add_biases(layer: Any, y: torch.Tensor, mixed: LayerBatch, names: list[str]) -> torch.Tensor:
+def _add_biases(layer: Any, y: torch.Tensor, mixed: LayerBatch) -> torch.Tensor:
     """`y` plus scaling times the bias of each row's lora_B."""
     total = y if len(mixed.batch) == y.shape[0] else y.reshape(-1, y.shape[-1])
     for name, rows in mixed.rows_of().items():
-        if name in names:
+        if name in mixed.biased:
             index = torch.tensor(rows, device=y.device)
             added = (layer.lora_B[name].bias * layer.scaling[name]).to(y.dtype)
             total = total.index_add(0, index, added.expand(len(rows), *total.shape[1:]))
