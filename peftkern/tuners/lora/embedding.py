@@ -91,6 +91,10 @@ class Embedding(LoraLayer, nn.Module):
             return Plan("unfused", row.reason)
         return plan_lora_embedding(tokens, self.weight.dtype, device_info(self.weight.device), current_backend())
 
+    def plan_mixed(self, tokens: int) -> Plan:
+        """The path that forward takes for a batch whose rows want different adapters."""
+        return Plan("unfused", "an embedding: each adapter is added for its rows by plain PyTorch")
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         mixed = batch_in_force(self)
         if mixed is not None:

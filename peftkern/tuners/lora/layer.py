@@ -20,6 +20,7 @@ from peftkern.ops import lora_linear
 from peftkern.ops.linear_quantized import linear_quantized
 from peftkern.ops.lora_linear import plan_for
 from peftkern.ops.lora_linear_quantized import plan_for as plan_for_quantized
+from peftkern.ops.multi_lora_linear import plan_for as plan_for_many
 from peftkern.ops.plan import Plan
 from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.fusing import (
@@ -316,6 +317,17 @@ class Linear(LoraLayer, nn.Module):
         if isinstance(weight, torch.Tensor):
             return plan_for(x, weight, row.r, current_backend())
         return plan_for_quantized(x, weight, row.r, current_backend())
+
+    def plan_mixed(self, tokens: int) -> Plan:
+        """The path that forward takes for `tokens` rows of a batch whose rows want different adapters."""
+        names = list(self.scaling)
+        reason = self._why_not_fused(names) if names else "no adapter here: the base layer runs alone"
+        if reason:
+            return Plan("unfused", f"{reason}; each adapter is added for its rows" if names else reason)
+        weight = self._weight_by_rows()
+        dtype = self._compute_dtype(weight.dtype)
+        x = torch.empty(1, 1, self.in_features, dtype=dtype, device=weight.device).expand(tokens, 1, -1)
+        return plan_for_many(x, weight, max(self.r.values()), current_backend())
 
     def _compute_dtype(self, default: torch.dtype) -> torch.dtype:
         """What a quantized base layer casts its input to, else `default`."""
