@@ -14,6 +14,7 @@ from peftkern.backend import use_backend
 if TYPE_CHECKING:
     from peftkern import nn, ops
     from peftkern.adapter_bank import AdapterBank, BankFullError, UnknownAdapterError
+    from peftkern.adapter_loss import per_adapter_loss, per_slot_loss
     from peftkern.auto import AutoPeftModel, AutoPeftModelForCausalLM
     from peftkern.config import PeftConfig
     from peftkern.estimate import estimate_memory
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from peftkern.mapping import inject_adapter_in_model
     from peftkern.mapping_func import get_peft_model
     from peftkern.peft_model import PeftModel
-    from peftkern.adapter_loss import per_adapter_loss, per_slot_loss
     from peftkern.quantize import load_quantized, quantize_model, save_quantized
     from peftkern.tuners.lora import LoraConfig, LoraModel
     from peftkern.utils.adapter_error import AdapterFileError

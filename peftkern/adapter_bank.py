@@ -155,7 +155,8 @@ class AdapterBank:
 
     @property
     def _tuner(self) -> LoraModel:
-        return self.model.base_model
+        tuner: Any = self.model.base_model
+        return tuner
 
     @property
     def slots(self) -> int:
@@ -404,7 +405,7 @@ def _cast(layer: Any, name: str, dtype: torch.dtype) -> None:
             container[name].to(dtype)
 
 
-def _parameters_of(module: Any, name: str) -> Iterator[nn.Parameter]:
+def _parameters_of(module: Any, name: str) -> Iterator[Any]:
     """The parameters of an adapter in an adapted layer, or in a module that is trained whole."""
     for attribute in module.adapter_layer_names:
         container = getattr(module, attribute)

@@ -26,7 +26,7 @@ def per_adapter_loss(
     Args:
         logits: [batch, tokens, vocabulary], or [rows, classes] with labels [rows] and `shift=False`.
         labels: int64 [batch, tokens].
-        adapter_names: the adapter of each row, "__base__" rows too (leave those out of the sum if nothing there learns).
+        adapter_names: the adapter of each row; "__base__" for the base alone, whose loss is one more in the result.
         ignore_index: a label that is not counted.
         shift: whether the label of token t + 1 is what the logits of token t predict, as in a language model.
 

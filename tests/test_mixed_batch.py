@@ -267,7 +267,8 @@ def test_a_method_without_mixed_batches_says_so():
 
     tuner = object.__new__(Other)
     nn.Module.__init__(tuner)
-    with pytest.raises(NotImplementedError, match="Other cannot mix adapters"), tuner._enable_peft_forward_hooks(
-        adapter_names=["a"]
+    with (
+        pytest.raises(NotImplementedError, match="Other cannot mix adapters"),
+        tuner._enable_peft_forward_hooks(adapter_names=["a"]),
     ):
         pass

@@ -1,4 +1,4 @@
-"""`ops.multi_lora_linear` on the plain path: meaning, gradients, what it keeps, and its behaviour in torch's machinery."""
+"""`ops.multi_lora_linear` on the plain path: meaning, gradients, what it keeps, torch's machinery around it."""
 
 from __future__ import annotations
 

@@ -74,7 +74,9 @@ def test_compiled_kernels_and_routing():
 
     def step(x, ids):
         batch = AdapterBatch(ids, adapters.slots)
-        return multi_lora_linear(multi_lora_linear(x, weight, adapters, batch, bias)[:, :1] * x, weight, adapters, batch)
+        return multi_lora_linear(
+            multi_lora_linear(x, weight, adapters, batch, bias)[:, :1] * x, weight, adapters, batch
+        )
 
     with use_backend("triton"):
         compiled = torch.compile(step, backend="aot_eager", fullgraph=True)

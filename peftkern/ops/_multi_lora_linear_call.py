@@ -170,8 +170,8 @@ def _plain_backward(
     slots = range(len(layout.places)) if whole else [slot for slot, _, _ in owners]
     wanted: plain.Gradients = {slot: [None, None] for slot in slots}
     pools = (adapters.pool_a.detach(), adapters.pool_b.detach())
-    options = (groups, scalings, kept, call.dropout_p, s, wanted, dense_path == "torch_fp32")
-    plain.backward(grad, rows, dx, *pools, *options)
+    wide, p = dense_path == "torch_fp32", call.dropout_p
+    plain.backward(grad, rows, dx, *pools, groups, scalings, kept, p, s, wanted, wide)
     N, K = weight.shape
     if whole:
         return dx, _pool_gradients(wanted, layout, *pools, N)
@@ -225,7 +225,7 @@ def _kernel_backward(
         grad, rows, weight, call.kernel_adapters(), s, routing, drop, path, arch, needs
     )
     run_all(calls, grad.device)
-    if not needs_adapters:
+    if pool_a is None or pool_b is None:
         return dx, []
     if call.owners[0][0] == WHOLE_POOL:
         return dx, [pool_a, pool_b]

@@ -35,9 +35,7 @@ def base(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, path:
     return y
 
 
-def masks(
-    groups: Sequence[Group], seed: torch.Tensor | None, K: int, p: float
-) -> list[torch.Tensor] | list[None]:
+def masks(groups: Sequence[Group], seed: torch.Tensor | None, K: int, p: float) -> list[torch.Tensor] | list[None]:
     """The dropout mask [P * L, K] of each group's rows; an adapter's are those that its rows draw alone."""
     if seed is None:
         return [None] * len(groups)
@@ -83,8 +81,7 @@ def add_adapters(
     N = y.shape[1]
     for group, mask in zip(groups, kept, strict=True):
         P, L, rows = len(group.slots), group.length, group.rows
-        sliced = isinstance(rows, slice)
-        part = dense_rows(x[rows]) if sliced else x.index_select(0, rows)
+        part = _take(x, rows)
         if part.dtype != work:
             part = part.to(work)
         if mask is not None:
@@ -122,19 +119,18 @@ def backward(
         needs = any(slot in wanted for slot in group.slots)
         if not needs and dx is None:
             continue
-        sliced = isinstance(rows, slice)
-        part = _to(dense_rows(dy[rows]) if sliced else dy.index_select(0, rows), work).view(P, L, N)
+        part = _to(_take(dy, rows), work).view(P, L, N)
         b = _to(group.factors_b(pool_b, N), work)
         low = torch.bmm(part, b)
         low.mul_(_scale(group, scalings, p if mask is not None else 0.0, low))
         if dx is not None:
             _add_product(dx, rows, low, _to(group.factors_a(pool_a), work), mask, wide)
         if needs:
-            seen = _to(x[rows] if sliced else x.index_select(0, rows), work)
+            seen = _to(_take(x, rows), work)
             if mask is not None:
                 seen = apply_mask(seen, mask)
             da = torch.bmm(low.transpose(1, 2), seen.view(P, L, K))
-            s_part = s[rows, : group.rank] if sliced else s[:, : group.rank].index_select(0, rows)
+            s_part = _take(s, rows)[:, : group.rank]
             db = torch.bmm(part.transpose(1, 2), _to(s_part, work).view(P, L, group.rank))
             _collect(wanted, group.slots, _to(da, pool_a.dtype), _to(db, pool_b.dtype))
 
@@ -145,15 +141,14 @@ def _add_product(
     """Adds low [P, L, r] x factor [P, r, C], where the mask keeps it, to the rows of out [M, C]."""
     P, L, _ = low.shape
     C = out.shape[1]
-    sliced = isinstance(rows, slice)
     # Rows that do not lie together are taken out and put back: `index_add_` takes far longer on a CPU.
-    part = out[rows] if sliced else out.index_select(0, rows)
+    part = out[rows] if isinstance(rows, slice) else out.index_select(0, rows)
     if mask is None and not wide:
         part.view(P, L, C).baddbmm_(low, factor)
     else:
         added = torch.bmm(low, factor).view(-1, C)
         part.add_(added if mask is None else added.mul_(_as_number(mask, added.dtype)))
-    if not sliced:
+    if not isinstance(rows, slice):
         out.index_copy_(0, rows, part)
 
 
@@ -167,6 +162,11 @@ def _collect(wanted: Gradients, slots: Sequence[int], da: torch.Tensor, db: torc
             have = sums[i]
             # Out of place: the first was a view of a group's whole.
             sums[i] = part if have is None else have + part
+
+
+def _take(t: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
+    """These rows of t [M, C], as a product's operand: a view where they lie together."""
+    return dense_rows(t[rows]) if isinstance(rows, slice) else t.index_select(0, rows)
 
 
 def _to(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

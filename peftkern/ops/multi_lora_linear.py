@@ -33,6 +33,7 @@ from peftkern_kernels.routing import Routing
 
 DENSE = -1  # as a weight's blocksize among the operator's numbers: it is a tensor
 
+
 def multi_lora_linear(
     x: torch.Tensor,
     weight: Weight,
@@ -89,7 +90,7 @@ def multi_lora_linear(
     present = batch.present if batch.named or not torch.compiler.is_compiling() else None
     owners, params = _owners(bank, present)
     dense = isinstance(weight, torch.Tensor)
-    tensors, numbers = ([weight], [*weight.shape, DENSE]) if dense else flatten(weight)
+    tensors, numbers = ([weight], [*weight.shape, DENSE]) if isinstance(weight, torch.Tensor) else flatten(weight)
     if needs_operator(x, *tensors):
         routed = [batch.ids] if is_plain(path) else list(batch.routing(M).tensors)
         pools = [bank.pool_a, bank.pool_b, bank.row_offset, bank.rank, bank.scaling]
@@ -98,7 +99,7 @@ def multi_lora_linear(
         return _operator(x, tensors, params, pools, routed, *rest)[0]
     call = Call(weight, bank, batch, seed, p, path, owners)
     if torch.is_grad_enabled():
-        wanted = [x, *params, *([weight] if dense else []), *([] if bias is None else [bias])]
+        wanted = [x, *params, *(tensors if dense else []), *([] if bias is None else [bias])]
         if any(t.requires_grad for t in wanted):
             return _MultiLoraLinear.apply(x, weight if dense else None, bias, call, *params)
     return forward(x, bias, call, keep=False)[0]
@@ -119,7 +120,7 @@ def plan_for(x: torch.Tensor, weight: Weight, max_rank: int, backend: str) -> Pl
     return plan(x.numel() // K, N, K, max_rank, blocksize, x.dtype, device, aligned, backend)
 
 
-def _fits(x: torch.Tensor, weight: Weight, bank: Any, bias: torch.Tensor | None) -> bool:
+def _fits(x: torch.Tensor, weight: Any, bank: Any, bias: torch.Tensor | None) -> bool:
     """Whether the common case holds, told by a few comparisons; `_check` finds words for the rest."""
     if type(x) not in _PLAIN_TYPES or type(weight) not in _PLAIN_TYPES or x.dim() == 0:
         return False
@@ -234,7 +235,8 @@ def _call_of(
 ) -> Call:
     """What crossed the operator's boundary, put together again."""
     weight: Any = tensors[0] if numbers[2] == DENSE else unflatten(tensors, numbers)
-    adapters = Adapters(*pools, max_rank, weight.shape[0])
+    pool_a, pool_b, row_offset, rank, scaling = pools
+    adapters = Adapters(pool_a, pool_b, row_offset, rank, scaling, max_rank, weight.shape[0])
     ids = _batch(Routing(*routed) if len(routed) > 1 else routed[0], adapters)
     triples = [(owners[i], owners[i + 1], owners[i + 2]) for i in range(0, len(owners), 3)]
     return Call(weight, adapters, ids, seed, dropout_p, path, triples)
@@ -295,9 +297,7 @@ def _operator_backward(
 
 
 @_operator_backward.register_fake
-def _(
-    dy, x, s, tensors, params, pools, routed, seed, numbers, owners, max_rank, dropout_p, path, needs, bias_dtype
-):
+def _(dy, x, s, tensors, params, pools, routed, seed, numbers, owners, max_rank, dropout_p, path, needs, bias_dtype):
     N, K, _ = numbers
     needs_x, needs_weight, learns = needs
     empty = dy.new_empty
@@ -324,7 +324,7 @@ def _operator_autograd(ctx: Any, dy: torch.Tensor | None, *_: torch.Tensor | Non
     n_tensors, n_params, n_pools, n_routed = ctx.lengths
     nothing = (None, [None] * n_tensors, [None] * n_params, [None] * n_pools, [None] * n_routed)
     # A list without tensors counts as one value, but an empty one as a list.
-    others = (None, None if ctx.numbers[1] else [], None, None, None)
+    others: tuple[Any, ...] = (None, None if ctx.numbers[1] else [], None, None, None)
     if dy is None:
         return (*nothing, None, None, *others)
     x, s, seed, *rest = ctx.saved_tensors

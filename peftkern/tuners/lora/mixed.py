@@ -236,7 +236,7 @@ class LayerBatch:
 
 
 def _is_simple(layer: Any, names: list[str]) -> bool:
-    """A quick yes to `_why_not_fused`: a bare linear layer, and adapters of bare ones (whose weights are in the pool)."""
+    """A quick yes to `_why_not_fused`: a bare linear layer, adapters of bare ones, and their weights in the pool."""
     held = layer._modules
     base = bare_weight(held["base_layer"])
     if base is None or layer.fan_in_fan_out:
