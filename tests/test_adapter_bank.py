@@ -284,6 +284,43 @@ def test_a_compiled_model_serves_adapters_that_come_later():
     assert frames == [counter.frame_count]
 
 
+def test_modules_trained_whole_and_embeddings_are_the_adapters_own(tmp_path):
+    """Would catch a head that all adapters share, or one that a replaced adapter leaves behind."""
+    bank, x = AdapterBank(mlp(), slots=2, max_rank=4, target_modules=["emb", "down"]), ids(3)
+    for name in ("law", "code"):
+        bank.add(name, LoraConfig(r=2, target_modules=["emb", "down"], modules_to_save=["head"]))
+    randomize(bank.model)
+    order = ["law", "code", "__base__"]
+
+    def check():
+        with torch.no_grad():
+            with bank.batch(order):
+                got = bank.model(x)
+            want = torch.cat([alone(bank.model, name, x[i : i + 1]) for i, name in enumerate(order)])
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        return got
+
+    first = check()
+    assert len(list(bank.parameters("law"))) == 6
+    bank.save("code", tmp_path)
+    bank.replace("law", tmp_path)
+    second = check()
+    assert not torch.equal(first[0], second[0]) and torch.equal(first[1:], second[1:])
+    bank.remove("code")
+    order = ["law", "__base__", "law"]
+    check()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_adapters_dtype(dtype):
+    """Would catch adapters of a 16-bit base whose dtype is not the pool's."""
+    bank = AdapterBank(mlp().bfloat16(), slots=1, max_rank=2, target_modules=["up"], dtype=dtype)
+    bank.add("law")
+    assert {p.dtype for p in bank.parameters("law")} == {dtype or torch.float32}
+    with bank.batch(["law", "__base__"]):
+        assert bank.model(ids(2)).dtype == torch.bfloat16
+
+
 def test_over_a_model_that_get_peft_model_made():
     """Would catch a bank that forgets the adapters that were there, or takes those of another method."""
     with warnings.catch_warnings():

@@ -86,7 +86,7 @@ class MixedAdapters:
         """Look for the model's adapted layers again, after some came or went."""
         kinds = (self._layer_class, ModulesToSaveWrapper)
         self._layers: list[Any] = [module for module in self._model.modules() if isinstance(module, kinds)]
-        self._linear = [layer for layer in self._layers if hasattr(layer, "is_target_conv_1d_layer")]
+        self._lora = [layer for layer in self._layers if isinstance(layer, self._layer_class)]
 
     def make_pool(self, layer: Any, dtype: torch.dtype, device: torch.device) -> LayerAdapters:
         """The pool of a linear layer; one that has none gets an empty one."""
@@ -103,7 +103,7 @@ class MixedAdapters:
             TypeError, ValueError: an adapter does not fit into its layer's pool.
         """
         if not torch.compiler.is_compiling():
-            for layer in self._linear:
+            for layer in self._lora:
                 self._sync_layer(layer)
 
     def _sync_layer(self, layer: Any) -> None:
@@ -170,7 +170,7 @@ class MixedAdapters:
         before = [layer.__dict__.get("_mixed") for layer in self._layers]
         for layer in self._layers:
             layer._mixed = LayerBatch(batch, names, self._pools.get(layer))
-        for layer in self._linear:
+        for layer in self._lora:
             layer._mixed.decide(layer)
         try:
             yield
