@@ -158,7 +158,11 @@ class PeftModel(nn.Module):
     # --- running -----------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward, adapters included."""
+        """The base model's forward, adapters included.
+
+        `adapter_names`, a name for each row of the batch ("__base__" for the base alone), has each row take the adapter
+        of that name, in training too: give those that learn `set_requires_grad`, and see `peftkern.per_adapter_loss`.
+        """
         with self._enable_peft_forward_hooks(*args, **kwargs):
             return self.get_base_model()(*args, **self._model_kwargs(kwargs))
 

@@ -489,4 +489,4 @@ def _describe(module: nn.Module) -> str:
 def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
     """Raises for PEFT's per-row adapters, rather than letting every row take the active one."""
     if kwargs.pop("adapter_names", None) is not None:
-        raise NotImplementedError("adapter_names (an adapter for each row of a batch) is not built in peftkern")
+        raise NotImplementedError("adapter_names: a layer takes none; PeftModel's forward and AdapterBank.batch do")
