@@ -23,6 +23,7 @@ from .launch import Call, cdiv, compile_options, is_aligned, nbytes, strides
 from .lora_expand import expand_arguments, expand_tile
 from .lora_linear_split import split_calls
 from .lora_linear_tma import tma_calls
+from .multi_tile import MixedFactor
 from .reduction_tables import vectorizes
 
 
@@ -32,8 +33,9 @@ def _lora_linear_kernel(
     M, N, K, R,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_sm, stride_sr, stride_bn, stride_br, stride_bias,
     stride_om, stride_on, threshold, keep_scale,
+    ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -43,7 +45,8 @@ def _lora_linear_kernel(
     # The expand and the bias come first: their loads then wait once, before the loop, and not after it.
     acc = expand_tile(
         s_ptr, b_ptr, bias_ptr, seed_ptr, offs_m, rows, pid_n * BLOCK_N, columns, R, stride_sm, stride_sr,
-        stride_bn, stride_br, stride_bias, threshold, keep_scale, x_ptr.dtype.element_ty, BLOCK_M, BLOCK_N, BLOCK_R,
+        stride_bn, stride_br, stride_bias, threshold, keep_scale,
+        ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr, x_ptr.dtype.element_ty, BLOCK_M, BLOCK_N, BLOCK_R, POOL,
         PRECISION,
     )  # fmt: skip
     acc = accumulate_base(
@@ -57,7 +60,7 @@ def pointer_calls(
     x: torch.Tensor,
     weight: torch.Tensor,
     s: torch.Tensor,
-    b: torch.Tensor,
+    b: torch.Tensor | MixedFactor,
     out: torch.Tensor,
     *,
     bias: torch.Tensor | None,
@@ -109,7 +112,7 @@ def base_plus_expand_calls(
     x: torch.Tensor,
     weight: torch.Tensor,
     s: torch.Tensor,
-    b: torch.Tensor,
+    b: torch.Tensor | MixedFactor,
     out: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
@@ -121,7 +124,8 @@ def base_plus_expand_calls(
 
     Args:
         x, weight: one dtype of fp32, fp16, bf16; any strides, fast where a stride is 1 and rows are 16-byte aligned.
-        s: S (or dS) with the scaling in it. b: the second factor; fp32 masters are cast in registers.
+        s: S (or dS) with the scaling in it. b: the second factor, or of many adapters a pool's `MixedFactor` (s is then
+            [M, max_rank], finite past each row's rank); fp32 masters are cast in registers.
         out: written in its own dtype; any strides.
         bias: [N]. dropout: mask by (row, column) of `out`. arch: see `gemm_tables`.
         precision: `input_precision` of fp32 dots.

@@ -209,7 +209,8 @@ def multi_decode_calls(
         return []
     if tile is None:
         aligned = vectorizes(x) and pools_vectorize(adapters)
-        tile = multi_decode_tile(arch=arch, dtype=x.dtype, M=M, N=N, K=K, R=R, aligned=aligned)
+        masters = adapters.pool_a.dtype != x.dtype
+        tile = multi_decode_tile(arch=arch, dtype=x.dtype, M=M, N=N, K=K, R=R, aligned=aligned, masters=masters)
     k_part = cdiv(cdiv(K, tile.block_k), tile.split_k) * tile.block_k
     split = cdiv(K, k_part)
     planes = torch.empty(split, M, R, dtype=torch.float32, device=x.device)
