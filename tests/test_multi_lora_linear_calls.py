@@ -15,7 +15,7 @@ from peftkern.ops._multi_lora_linear_triton import backward_calls, forward_calls
 from peftkern_kernels.dropout import Dropout  # noqa: E402
 from peftkern_kernels.routing import slot_seed  # noqa: E402
 
-PATHS = ["cublas", "decode"]
+PATHS = ["triton", "cublas", "decode"]
 NEEDS = (True, True, True)
 
 
