@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -101,27 +102,23 @@ class MultiLoraLinear:
 
 def all_cases_multi() -> list[MultiLoraLinear]:
     """Decoding and training over the projections of an 8B Llama, then what changes the code, one thing at a time."""
+    square = (4096, 4096)
     decode = [
         MultiLoraLinear(M, K, N, R, "decode", training=False)
-        for (_, K, N), M, R in product(LLAMA_8B, DECODED, (8, 16, 64))
-        if R == 16 or (K, N) == (4096, 4096)
+        for (_, K, N), M, R in product(LLAMA_8B, DECODED, (16, 64))
+        if R == 16 or square == (K, N)
     ]
     train = [
-        MultiLoraLinear(M, K, N, R, "cublas")
-        for (_, K, N), M, R in product(LLAMA_8B, TOKENS, (8, 16, 64))
-        if R == 16 or (K, N) == (4096, 4096)
+        MultiLoraLinear(M, K, N, R, path)
+        for (_, K, N), M, R, path in product(LLAMA_8B, TOKENS, (16, 64), ("cublas", "triton"))
+        if R == 16 or (square == (K, N) and M != 1024)
     ]
-    square = [case for case in (*decode, *train) if case.K == case.N and case.R in (16, 64)]
-    changes: tuple[dict[str, object], ...] = (
-        {"masters": True}, {"bias": True}, {"dtype": torch.float32}, {"dtype": torch.float16},
-        {"K": 4095, "N": 4095}, {"slots_": 1024},
+    plain = [c for c in (*decode, *train) if square == (c.K, c.N) and c.M in (64, 256, 8192)]
+    changes: tuple[dict[str, Any], ...] = (
+        {"masters": True}, {"dtype": torch.float32}, {"K": 4095, "N": 4095}, {"dropout": True, "training": True},
+        {"dropout": True, "training": True, "masters": True},
     )  # fmt: skip
-    variants = [replace(case, **change) for case, change in product(square, changes)]  # type: ignore[arg-type]
-    dropped = [
-        replace(case, dropout=True, **change)  # type: ignore[arg-type]
-        for case in square
-        for change in ({}, {"masters": True}, {"dtype": torch.float32})
-        if case.training
-    ]
-    kept = [replace(case, training=True) for case in decode]  # S is kept for the backward
-    return [*dict.fromkeys([*decode, *train, *variants, *dropped, *kept])]
+    variants = [replace(case, **change) for case, change in product(plain, changes)]
+    small = [c for c in plain if c.R == 16]
+    variants += [replace(c, **change) for c in small for change in ({"bias": True}, {"slots_": 1024}, {"R": 8})]
+    return [*dict.fromkeys([*decode, *train, *variants])]

@@ -145,6 +145,13 @@ def expand_arguments(
     }
 
 
+def expand_rank_block(b: torch.Tensor | MixedFactor, dtype: torch.dtype, dropout: Dropout | None) -> int:
+    """BLOCK_R of an expand beside a large accumulator: narrow where more than S and B is in registers."""
+    narrow = dropout is not None or b.dtype.itemsize > dtype.itemsize
+    block = rank_block(b.shape[1], dtype, narrow=narrow or isinstance(b, MixedFactor))
+    return 16 if narrow and isinstance(b, MixedFactor) else block
+
+
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     """Triton's name for a torch dtype that the matrix kernels take."""
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]

@@ -11,16 +11,17 @@ it, the one on tensor descriptors (lora_linear_tma.py) and the one that splits K
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from .dropout import Dropout
-from .gemm_tables import Tile, choose_tile, rank_block
+from .gemm_tables import Tile, choose_tile
 from .gemm_tile import accumulate_base, tile_of_program
 from .launch import Call, cdiv, compile_options, is_aligned, nbytes, strides
-from .lora_expand import expand_arguments, expand_tile
+from .lora_expand import expand_arguments, expand_rank_block, expand_tile
 from .lora_linear_split import split_calls
 from .lora_linear_tma import tma_calls
 from .multi_tile import MixedFactor
@@ -91,7 +92,7 @@ def pointer_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
-                "BLOCK_R": rank_block(R, x.dtype, narrow=dropout is not None or b.dtype.itemsize > x.dtype.itemsize),
+                "BLOCK_R": expand_rank_block(b, x.dtype, dropout),
                 "GROUP_M": tile.group_m,
                 "EVEN_K": K % tile.block_k == 0,
                 "PRECISION": precision,
@@ -133,7 +134,8 @@ def base_plus_expand_calls(
     (M, N), K = out.shape, x.shape[1]
     if M == 0:
         return []
-    sizes = {"M": M, "N": N, "K": K}
+    # A dropout mask of many adapters has a key for each row.
+    sizes: dict[str, Any] = {"M": M, "N": N, "K": K, "crowded": dropout is not None and isinstance(b, MixedFactor)}
     tile = choose_tile(arch, x.dtype, **sizes, aligned=_operands_are(is_aligned, x, weight))
     on_descriptors = tile.tma and tile.split_k == 1
     if not on_descriptors and not _operands_are(vectorizes, x, weight):

@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 
 from .format_4bit import NO_FUSION, Packed4bit, load_codes
-from .gemm_tables import Tile, rank_block
+from .gemm_tables import Tile
 from .gemm_tables_4bit import choose_tile_4bit, fused_4bit_fits, unit_of
 from .gemm_tile import tile_of_program
 from .gemm_tile_4bit import base_calls, decode_tile, start_scales, step_scales, weight_arguments
 from .launch import Call, cdiv, is_aligned, nbytes, strides
-from .lora_expand import expand_tile
+from .lora_expand import expand_rank_block, expand_tile
 from .lora_linear_4bit_transposed import base_4bit_transposed_plus_expand_calls
 from .multi_tile import MixedFactor
 
@@ -150,7 +150,7 @@ def base_4bit_plus_expand_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "UNITS": units,
-                "BLOCK_R": rank_block(b.shape[1], x.dtype, narrow=b.dtype.itemsize > x.dtype.itemsize),
+                "BLOCK_R": expand_rank_block(b, x.dtype, None),
                 "GROUP_M": tile.group_m,
                 "PRECISION": precision,
             },

@@ -15,12 +15,12 @@ import triton.language as tl
 
 from .dropout import Dropout
 from .format_4bit import NO_FUSION, Packed4bit, load_codes
-from .gemm_tables import Tile, rank_block
+from .gemm_tables import Tile
 from .gemm_tables_4bit import choose_transposed_tile_4bit, fused_4bit_fits, unit_of
 from .gemm_tile import tile_of_program
 from .gemm_tile_4bit import base_calls, decode_tile, start_scales, step_scales, weight_arguments
 from .launch import Call, cdiv, is_aligned, nbytes, strides
-from .lora_expand import expand_mask, expand_tile
+from .lora_expand import expand_mask, expand_rank_block, expand_tile
 from .multi_tile import MixedFactor
 
 
@@ -148,7 +148,6 @@ def base_4bit_transposed_plus_expand_calls(
     tile = tile or choose_transposed_tile_4bit(
         arch, M, N, K, aligned=is_aligned(dy), dropout=dropout is not None
     )  # fmt: skip
-    narrow = dropout is not None or a.dtype.itemsize > dy.dtype.itemsize
 
     def call_of(target: torch.Tensor, expand: dict[str, Any], steps: int, parts: int) -> Call:
         arguments, constants = weight_arguments(weight, unit)
@@ -172,7 +171,7 @@ def base_4bit_transposed_plus_expand_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_k,
                 "UNITS": tile.block_n // unit,
-                "BLOCK_R": rank_block(b.shape[1], dy.dtype, narrow=narrow),
+                "BLOCK_R": expand_rank_block(b, dy.dtype, dropout),
                 "GROUP_M": tile.group_m,
                 "EVEN_N": N % tile.block_k == 0,
                 "PRECISION": precision,

@@ -14,10 +14,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dropout import Dropout
-from .gemm_tables import Tile, rank_block
+from .gemm_tables import Tile
 from .gemm_tile import tile_of_program
 from .launch import Call, cdiv, is_aligned, nbytes, strides
-from .lora_expand import expand_arguments, expand_tile, triton_dtype
+from .lora_expand import expand_arguments, expand_rank_block, expand_tile, triton_dtype
 from .multi_tile import MixedFactor
 
 
@@ -97,7 +97,7 @@ def tma_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
-                "BLOCK_R": rank_block(R, x.dtype, narrow=dropout is not None or b.dtype.itemsize > x.dtype.itemsize),
+                "BLOCK_R": expand_rank_block(b, x.dtype, dropout),
                 "GROUP_M": tile.group_m,
                 "PRECISION": precision,
             },
