@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bench.cases import LLAMA_8B
+from bench.static_cases_4bit import weight_on_meta
 from peftkern.ops import _multi_lora_linear_triton
 from peftkern_kernels.adapters import Adapters
 from peftkern_kernels.dropout import Dropout
@@ -48,7 +49,7 @@ class MultiLoraLinear:
 
     Attributes:
         M, K, N, R: tokens, in_features, out_features, the largest rank.
-        path: as `_multi_lora_linear_triton.forward_calls` takes it.
+        path: as `_multi_lora_linear_triton.forward_calls` takes it; those named 4bit are over a 4-bit weight.
         slots_: adapters that there is room for.
         dtype: of x and the weight. masters: whether the adapters are fp32 whatever that is.
         dropout, bias, training: whether there is any.
@@ -69,7 +70,7 @@ class MultiLoraLinear:
     @property
     def aligned(self) -> bool:
         """Whether every row of x, weight and y starts at a multiple of 16 elements."""
-        return self.K % 16 == 0 and self.N % 16 == 0
+        return self.K % (128 if "4bit" in self.path else 16) == 0 and self.N % 16 == 0
 
     def label(self) -> str:
         """The case in a few words."""
@@ -80,7 +81,10 @@ class MultiLoraLinear:
     def launches(self, arch: int) -> list[Call]:
         """The kernel launches on an architecture; cuBLAS's are left out."""
         x = torch.empty(self.M, self.K, dtype=self.dtype, device="meta")
-        weight, bias = x.new_empty(self.N, self.K), x.new_empty(self.N) if self.bias else None
+        weight: Any = x.new_empty(self.N, self.K)
+        if "4bit" in self.path:
+            weight = weight_on_meta(self.N, self.K, dtype=self.dtype)
+        bias = x.new_empty(self.N) if self.bias else None
         adapters = adapters_on_meta(self.slots_, self.R, self.N, self.K, torch.float32 if self.masters else self.dtype)
         routing = empty_routing(self.M, self.slots_, "meta")
         dropout = Dropout(x.new_empty(1, dtype=torch.int64), 0.1) if self.dropout else None
@@ -121,4 +125,12 @@ def all_cases_multi() -> list[MultiLoraLinear]:
     variants = [replace(case, **change) for case, change in product(plain, changes)]
     small = [c for c in plain if c.R == 16]
     variants += [replace(c, **change) for c in small for change in ({"bias": True}, {"slots_": 1024}, {"R": 8})]
-    return [*dict.fromkeys([*decode, *train, *variants])]
+    packed = [
+        MultiLoraLinear(M, K, N, R, path)
+        for (_, K, N), (M, path), R in product(
+            LLAMA_8B, ((1, "decode_4bit"), (16, "decode_4bit"), (64, "fused_4bit"), (512, "fused_4bit")), (16, 64)
+        )
+        if (R == 16 and M == 64) or square == (K, N)
+    ]
+    packed += [replace(case, dropout=True) for case in packed if case.path == "fused_4bit" and case.K == case.N]
+    return [*dict.fromkeys([*decode, *train, *variants, *packed])]

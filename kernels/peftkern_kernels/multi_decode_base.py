@@ -1,8 +1,8 @@
 """Decoding with many adapters and the base in two launches: `y[m] = x[m] W^T + bias + scaling[s] * x[m] A_s^T B_s^T`.
 
 For at most 16 rows. The first launch is that of one adapter (lora_decode.py; over a 4-bit weight lora_decode_4bit.py):
-W's programs beside A's, of which here each has the rows of one adapter. The second is multi_decode.py's, with the planes
-of x W^T for its base, so that y is rounded once.
+W's programs beside A's, of which here each has the rows of one adapter. The second is multi_decode.py's, with the
+planes of x W^T for its base, so that y is rounded once.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def multi_linear_decode_calls(
         y_planes, s_planes, planes = planes_4bit_call(x, weight, factor, **options)
     else:
         y_planes, s_planes, planes = planes_call(x, weight, factor, **options)
-    sizes = {"M": M, "N": N, "K": K, "R": adapters.max_rank}
+    sizes: dict[str, Any] = {"M": M, "N": N, "K": K, "R": adapters.max_rank}
     tile = multi_decode_tile(arch=arch, dtype=x.dtype, **sizes, aligned=pools_vectorize(adapters))
     return [
         planes,

@@ -29,11 +29,12 @@ def multi_shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned:
     return replace(tile, block_m=min(block_rows(M), most))
 
 
-def multi_expand_tile(*, arch: int, dtype: torch.dtype, M: int, R: int) -> Tile:
+def multi_expand_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool) -> Tile:
     """Tile of the grouped expand: a block's rows by BLOCK_C columns of the output."""
     wide = dtype.itemsize == 4
     rows = min(block_rows(M), 32 if wide or arch == 0 else 64)
-    return Tile(rows, 64 if wide or arch == 0 else 128, rank_block(R, 16 if wide else 64), 4, 1)
+    columns = 64 if wide or arch == 0 or not aligned else 128
+    return Tile(rows, columns, rank_block(R, 16 if wide else 64), 4, 1)
 
 
 def multi_weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, dropout: bool) -> Tile:
