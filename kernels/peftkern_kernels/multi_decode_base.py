@@ -7,6 +7,7 @@ planes of x W^T for its base, so that y is rounded once.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ def multi_linear_decode_calls(
         y_planes, s_planes, planes = planes_call(x, weight, factor, **options)
     sizes: dict[str, Any] = {"M": M, "N": N, "K": K, "R": adapters.max_rank}
     tile = multi_decode_tile(arch=arch, dtype=x.dtype, **sizes, aligned=pools_vectorize(adapters))
+    tile = replace(tile, block_n=64)  # the loads of up to 16 planes of the base are under way together
     return [
         planes,
         expand_planes_call(
