@@ -98,7 +98,8 @@ def plan_lora_linear(
     return Plan("triton", "expand inside the base GEMM's accumulator, y written once (predicted)")
 
 
-# Tokens up to which many adapters' parts are two launches of small programs, K split between them (predicted).
+# Tokens up to which many adapters' parts are two launches of small programs, K split between them (predicted): what
+# the kernels allow.
 MULTI_DECODE_TOKENS = 64
 
 # Tokens up to which decoding a 4-bit weight inside the GEMM beats writing it out first (predicted). Decoding repeats
@@ -173,16 +174,23 @@ def plan_multi_lora_linear(
     rows_aligned = aligned and (blocksize is None or K * dtype.itemsize % 16 == 0)
     dense = plan_lora_linear.__wrapped__(M, N, K, R, dtype, device, rows_aligned, backend)
     if dense.path in ("torch", "torch_fp32"):
-        path, reason = dense.path, f"{dense.reason}; rows grouped by adapter, batched products"
-        if device.type != "cpu":
-            reason += ", ids read on the host"
-    elif M <= MULTI_DECODE_TOKENS:
-        path, reason = "decode", f"{M} tokens: cuBLAS for the base, the adapters in two launches"
-    else:
-        path, reason = "cublas", "cuBLAS for the base, grouped kernels for the adapters (predicted)"
+        where = "" if device.type == "cpu" else ", ids read on the host"
+        reason = f"{dense.reason}; rows grouped by adapter, batched products{where}"
+        if blocksize is None:
+            return Plan(dense.path, reason)
+        return Plan(f"dequantize:{dense.path}", f"{reason}; the weight is written out dense for each product")
+    path, reason = dense.path, f"{dense.reason}; rows grouped by adapter"
+    if M <= MULTI_DECODE_TOKENS:
+        path, reason = "decode", f"{M} tokens: the adapters, and the base of at most {DECODE_TOKENS}, in two launches"
     if blocksize is None:
         return Plan(path, reason)
-    return Plan(f"dequantize:{path}", f"{reason}; the weight is written out dense for each product")
+    unfit = "8-bit weight" if not blocksize else fused_4bit_fits(N, K, blocksize, dtype)
+    most = FUSED_4BIT_TOKENS.get(device.arch, FUSED_4BIT_TOKENS_ELSEWHERE)
+    if unfit or most < M:
+        return Plan(f"dequantize:{path}", f"{unfit or f'more than {most} tokens'}: written out by one launch; {reason}")
+    if M <= DECODE_TOKENS:
+        return Plan("decode_4bit", f"{M} tokens: bound by reading the 4-bit weight, base and adapters in two launches")
+    return Plan("fused_4bit", f"at most {most} tokens: decoded inside the GEMM, rows grouped by adapter (predicted)")
 
 
 @functools.lru_cache(maxsize=1024)
