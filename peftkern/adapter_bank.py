@@ -312,7 +312,9 @@ class AdapterBank:
 
         Args:
             adapters: a name for each row, "__base__" for the base alone; or slots, int32 or int64 [rows], one for each
-                sequence of the batch or for each of its tokens, where what is no slot is the base alone.
+                sequence of the batch or for each of its tokens, where what is no slot is the base alone. They are read
+                once, by the first layer: after writing other ids into the tensor begin another block. (A graph that was
+                captured with the block in it reads them at each replay.)
 
         Raises:
             UnknownAdapterError: (a ValueError) a name that is not here.

@@ -84,6 +84,7 @@ class LayerAdapters:
         """Adapters that there is room for."""
         return len(self.entries)
 
+    @torch.inference_mode(False)  # a pool made there could not be trained later
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         rows = self.slots * self.max_rank
         self.pool_a = torch.zeros(rows, self.K, dtype=dtype, device=device)
@@ -128,6 +129,7 @@ class LayerAdapters:
         if lora_B.shape != (self.N, lora_A.shape[0]):
             raise ValueError(f"lora_B: expected shape {[self.N, lora_A.shape[0]]}, got {list(lora_B.shape)}")
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def put(self, slot: int, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> None:
         """Give a slot an adapter; the two tensors become views into the pool, with the values that they have.

@@ -258,6 +258,20 @@ def test_adapters_that_change_between_batches(tmp_path):
         torch.testing.assert_close(again(x), model(x, adapter_names=["two"] * 4), rtol=1e-6, atol=1e-7)
 
 
+def test_a_first_batch_in_inference_mode_leaves_the_adapters_trainable():
+    """Would catch a pool that is made under inference_mode, whose tensors autograd refuses for ever."""
+    model = adapted(peftkern, mlp(), {"r": 4}, {"r": 2}, target_modules=["up", "down"])
+    with torch.inference_mode():
+        first = model(ids(4), adapter_names=NAMES)
+    model.set_requires_grad(["one", "two"])
+    again = model(ids(4), adapter_names=NAMES)
+    again.sum().backward()
+    assert torch.equal(first, again) and gradients(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer.step()
+    assert not torch.equal(model(ids(4), adapter_names=NAMES), first)
+
+
 def test_a_method_without_mixed_batches_says_so():
     """Would catch a method that takes the names and ignores them, as PEFT does for IA3."""
     from peftkern.tuners.tuners_utils import BaseTuner
