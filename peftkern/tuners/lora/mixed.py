@@ -86,7 +86,7 @@ class MixedAdapters:
         """Look for the model's adapted layers again, after some came or went."""
         kinds = (self._layer_class, ModulesToSaveWrapper)
         self._layers: list[Any] = [module for module in self._model.modules() if isinstance(module, kinds)]
-        self._lora = [layer for layer in self._layers if isinstance(layer, self._layer_class)]
+        self._lora: list[Any] = [layer for layer in self._layers if isinstance(layer, self._layer_class)]
 
     def make_pool(self, layer: Any, dtype: torch.dtype, device: torch.device) -> LayerAdapters:
         """The pool of a linear layer; one that has none gets an empty one."""
