@@ -265,7 +265,7 @@ def test_report_reads_every_result_that_is_shipped(capsys):
     assert "training" in capsys.readouterr().out
 
 
-def test_many_adapters_run_end_to_end(tmp_path):
+def test_many_adapters_run_end_to_end(tmp_path, capsys):
     """Bug: a benchmark of a mixed batch that times a wrong result, or no longer runs."""
     pytest.importorskip("peft")
     from bench import cpu_many
@@ -274,4 +274,5 @@ def test_many_adapters_run_end_to_end(tmp_path):
     result = records.read(tmp_path / "many.json")
     assert [row["training"] for row in result["rows"]] == [False, True]
     assert all(row["speedup"] > 0 and row["errors"]["logits"] < 1e-4 for row in result["rows"])
+    assert report.main([str(tmp_path)]) == 0 and "8 rows of 2 tokens, training" in capsys.readouterr().out
     assert cpu_many.main(["--smoke"]) == 2
