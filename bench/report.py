@@ -98,9 +98,39 @@ def step_table(result: dict[str, Any]) -> str:
     return markdown_table(header, lines) + "\n\n" + markdown_table(head, calls)
 
 
+def many_table(result: dict[str, Any]) -> str:
+    """A batch of many adapters: the time of all, and what adapters add to the model without them."""
+    header = [
+        "hidden",
+        "batch",
+        "peftkern ms",
+        "PEFT ms",
+        "without adapters ms",
+        "PEFT over peftkern",
+        "10-90 %",
+        "target",
+    ]
+    header.append("adapters alone")
+    lines = []
+    for row in result["rows"]:
+        added = (row["peft_ms"] - row["frozen_ms"]) / max(row["peftkern_ms"] - row["frozen_ms"], 1e-9)
+        lines.append(
+            [
+                str(result["size"]["hidden"]),
+                row["case"],
+                *(f"{row[f'{name}_ms']:.2f}" for name in ("peftkern", "peft", "frozen")),
+                f"{row['speedup']:.2f}",
+                f"{row['speedup_p10']:.2f}-{row['speedup_p90']:.2f}",
+                f"{row['targets']['speedup']:.1f}",
+                f"{added:.1f}",
+            ]
+        )
+    return markdown_table(header, lines)
+
+
 def table(result: dict[str, Any]) -> str:
     """A result as Markdown, with its conditions; "" for a kind that has no table."""
-    tables = {"headline": headline_table, "step": step_table, **report_quantized.TABLES}
+    tables = {"headline": headline_table, "step": step_table, "many": many_table, **report_quantized.TABLES}
     if result["kind"] not in tables:
         return ""
     return f"{conditions(result)}\n\n{tables[result['kind']](result)}"

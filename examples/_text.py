@@ -1,4 +1,4 @@
-"""The two texts of the examples, both part of every Python: English documentation and Python source.
+"""The texts of the examples, all part of every Python: English documentation and Python source.
 
 Each has a held-out split that is fixed by name, and whose paragraphs (or files) are kept out of the training split.
 """
@@ -69,6 +69,21 @@ def python_sources() -> tuple[bytes, bytes]:
     train = [file for file in files if file not in held_out]
     if not train or not held_out:
         raise FileNotFoundError(f"{folder}: expected the standard library's .py files, found {len(files)}")
+    return b"".join(file.read_bytes() for file in train), b"".join(file.read_bytes() for file in held_out)
+
+
+def package_sources(name: str) -> tuple[bytes, bytes]:
+    """A package of the standard library, as (training text, held-out text): every fifth file is held out.
+
+    Raises:
+        FileNotFoundError: this Python has no sources of the package.
+    """
+    folder = Path(sysconfig.get_paths()["stdlib"]) / name
+    files = sorted(folder.glob("*.py"))
+    held_out = files[1::5]
+    train = [file for file in files if file not in held_out]
+    if not train or not held_out:
+        raise FileNotFoundError(f"{folder}: expected a package's .py files, found {len(files)}")
     return b"".join(file.read_bytes() for file in train), b"".join(file.read_bytes() for file in held_out)
 
 

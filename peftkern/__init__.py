@@ -13,6 +13,8 @@ from peftkern.backend import use_backend
 
 if TYPE_CHECKING:
     from peftkern import nn, ops
+    from peftkern.adapter_bank import AdapterBank, BankFullError, UnknownAdapterError
+    from peftkern.adapter_loss import per_adapter_loss, per_slot_loss
     from peftkern.auto import AutoPeftModel, AutoPeftModelForCausalLM
     from peftkern.config import PeftConfig
     from peftkern.estimate import estimate_memory
@@ -37,7 +39,9 @@ _TASKS += ["ForQuestionAnswering", "ForFeatureExtraction"]
 
 # Where each public name lives; a module is imported when one of its names is first used.
 _HOMES = {
+    "peftkern.adapter_bank": ["AdapterBank", "BankFullError", "UnknownAdapterError"],
     "peftkern.explain": ["explain"],
+    "peftkern.adapter_loss": ["per_adapter_loss", "per_slot_loss"],
     "peftkern.estimate": ["estimate_memory"],
     "peftkern.integrations.chunked_loss": ["use_chunked_loss"],
     "peftkern.config": ["PeftConfig", "PeftConfigMixin"],

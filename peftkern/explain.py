@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -30,11 +31,13 @@ class Explanation:
 
     Attributes:
         tokens: rows of x that the plans were made for.
+        mixed: whether the rows of a batch want different adapters.
         rows: a `LayerPath` for each adapted layer, in the model's order.
     """
 
     tokens: int
     rows: tuple[LayerPath, ...]
+    mixed: bool = False
 
     @property
     def paths(self) -> Counter[str]:
@@ -58,15 +61,18 @@ class Explanation:
         ]
         widths = [max(len(row[i]) for row in table) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
-        return "\n".join([f"for {self.tokens} tokens a call:", lines[0], "-" * len(lines[0]), *lines[1:]])
+        what = f"{self.tokens} tokens a call" + (", an adapter for each row of the batch" if self.mixed else "")
+        return "\n".join([f"for {what}:", lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
+def explain(model: nn.Module, tokens: int = 2048, mixed: bool = False) -> Explanation:
     """Tell which path each adapted layer of `model` would take, and why.
 
     Args:
         model: any module; its adapted layers are found wherever they are.
         tokens: rows of x in a call (batch times sequence). Few tokens take other paths than many.
+        mixed: for a batch whose rows want different adapters (`AdapterBank.batch`, `adapter_names`); the rank that is
+            listed is then the largest, and "refused" is a layer that has no way to do it.
 
     Returns:
         An `Explanation`, which prints as a table.
@@ -84,8 +90,16 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
         if not hasattr(module, "explain_row"):
             continue
         row = module.explain_row(name)
-        plan: Plan = module.plan(tokens)
+        plan: Plan = _plan_mixed(module, tokens) if mixed else module.plan(tokens)
         dtype = "" if row.dtype is None else str(row.dtype).removeprefix("torch.")
-        sizes = (row.in_features, row.out_features, row.r)
+        r = max(module.r.values(), default=0) if mixed and hasattr(module, "r") else row.r
+        sizes = (row.in_features, row.out_features, r)
         rows.append(LayerPath(name or "(itself)", row.kind, *sizes, dtype, plan.path, plan.reason))
-    return Explanation(tokens, tuple(rows))
+    return Explanation(tokens, tuple(rows), mixed)
+
+
+def _plan_mixed(module: Any, tokens: int) -> Plan:
+    """The path of a layer's forward for a batch of many adapters."""
+    if not hasattr(module, "plan_mixed"):
+        return Plan("refused", f"{type(module).__name__} cannot mix adapters in a batch")
+    return module.plan_mixed(tokens)

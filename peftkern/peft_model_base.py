@@ -158,16 +158,32 @@ class PeftModel(nn.Module):
     # --- running -----------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward, adapters included."""
+        """The base model's forward, adapters included.
+
+        `adapter_names`, a name for each row of the batch ("__base__" for the base alone), has each row take the adapter
+        of that name, in training too: give those that learn `set_requires_grad`, and see `peftkern.per_adapter_loss`.
+        """
         with self._enable_peft_forward_hooks(*args, **kwargs):
             return self.get_base_model()(*args, **self._model_kwargs(kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`, adapters included."""
+        """The base model's `generate`, adapters included; `adapter_names` has a name for each prompt."""
         if "generation_config" in self.__dict__:  # set on this wrapper by the user
             self.get_base_model().generation_config = self.__dict__["generation_config"]
+        if kwargs.get("adapter_names") is not None:
+            copies = self._copies_of_a_prompt(kwargs)
+            kwargs["adapter_names"] = [name for name in kwargs["adapter_names"] for _ in range(copies)]
         with self._enable_peft_forward_hooks(*args, **kwargs):
             return self.get_base_model().generate(*args, **self._model_kwargs(kwargs))
+
+    def _copies_of_a_prompt(self, kwargs: dict[str, Any]) -> int:
+        """How many rows generation makes of each prompt: beams, or several answers."""
+        configs = [kwargs.get("generation_config"), getattr(self.get_base_model(), "generation_config", None)]
+        counts = []
+        for name in ("num_beams", "num_return_sequences"):
+            given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+            counts.append(next((count for count in given if count is not None), 1))
+        return max(counts)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -6,9 +6,12 @@ the names of the kernels: M tokens, K in_features, N out_features, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from peftkern.weights import Weight4bit, Weight8bit
+from peftkern_kernels.routing import slot_seed
 
 # Philox-4x32 constants: J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -68,6 +71,29 @@ def multi_ia3_linear(
     return ia3_linear(x, weight, rows, bias, is_feedforward=is_feedforward)
 
 
+def multi_lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    adapters: Sequence[tuple[torch.Tensor, torch.Tensor, float] | None],
+    ids: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """`y[m] = x[m] W^T + bias + scaling[i] * (keep * x / (1 - p))[m] A_i^T B_i^T`, `i = ids[m]`.
+
+    x [M, K], weight [N, K], bias [N] or None; adapters: (A [r, K], B [N, r], scaling) or None for each slot, any r;
+    ids: int [M]. An id that is no slot, or that of an empty one, is the base alone.
+    """
+    y = x @ weight.T if bias is None else x @ weight.T + bias
+    dropped = x if keep is None else x * keep / (1.0 - dropout_p)
+    for slot, adapter in enumerate(adapters):
+        if adapter is not None:
+            lora_A, lora_B, scaling = adapter
+            y = y + (ids == slot)[:, None] * (scaling * (dropped @ lora_A.T) @ lora_B.T)
+    return y
+
+
 def lora_embedding(
     input: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
 ) -> torch.Tensor:
@@ -121,6 +147,27 @@ def dropout_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:
     words = _philox_4x32([columns, rows, zero, zero], (seed & _MASK32, (seed >> 32) & _MASK32))
     bits = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
     return bits.reshape(M, groups * 8)[:, :K] >= dropout_threshold(p)
+
+
+def multi_dropout_mask(seed: torch.Tensor, ids: torch.Tensor, K: int, p: float) -> torch.Tensor:
+    """The mask for rows of many adapters: those of one slot draw `dropout_mask(slot_seed(seed, slot), ...)`.
+
+    So an adapter's rows draw the same mask whatever other rows lie between them, and two adapters draw different ones.
+    Rows without an adapter drop nothing.
+
+    Args:
+        seed: int64 tensor of one element.
+        ids: int [M], the slot of each row or a negative number.
+        K, p: as for `dropout_mask`.
+
+    Returns:
+        bool [M, K] on the seed's device.
+    """
+    mask = torch.ones(ids.numel(), K, dtype=torch.bool, device=seed.device)
+    for slot in ids[ids >= 0].unique().tolist():
+        mine = ids == slot
+        mask[mine] = dropout_mask(slot_seed(seed, slot), int(mine.sum()), K, p)
+    return mask
 
 
 def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> torch.Tensor:

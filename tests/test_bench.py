@@ -263,3 +263,16 @@ def test_report_reads_every_result_that_is_shipped(capsys):
     """Catches a file under bench/results that the report takes for one of its own and stumbles over."""
     assert report.main(["--no-plots"]) == 0
     assert "training" in capsys.readouterr().out
+
+
+def test_many_adapters_run_end_to_end(tmp_path, capsys):
+    """Bug: a benchmark of a mixed batch that times a wrong result, or no longer runs."""
+    pytest.importorskip("peft")
+    from bench import cpu_many
+
+    assert cpu_many.main(["--smoke", "--out", str(tmp_path)]) == 0
+    result = records.read(tmp_path / "many.json")
+    assert [row["training"] for row in result["rows"]] == [False, True]
+    assert all(row["speedup"] > 0 and row["errors"]["logits"] < 1e-4 for row in result["rows"])
+    assert report.main([str(tmp_path)]) == 0 and "8 rows of 2 tokens, training" in capsys.readouterr().out
+    assert cpu_many.main(["--smoke"]) == 2

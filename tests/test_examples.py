@@ -284,3 +284,17 @@ def test_plain_progress_bar_counts_every_step(example, capsys):
     bar.set_postfix_str("loss 1.0")
     assert list(bar) == [0, 1, 2, 3, 4]
     assert "5/5" in capsys.readouterr().err
+
+
+def test_train_many(tmp_path):
+    """Bug: adapters that learn from each other's rows, or a loop that gives one adapter less than its own run does."""
+    results = tmp_path / "results.json"
+    settings = ["--steps", "12", "--windows", "8", "--points", "2", "--seq", "64", "--json", str(results)]
+    printed = run_example(EXAMPLES / "train_many.py", *settings, cwd=tmp_path)
+    result = json.loads(results.read_text())
+    assert result["ok"] and result["largest_difference"] < 1e-3
+    for name, curve in result["together"].items():
+        assert len(curve) == len(result["apart"][name]) == 2 and curve[-1] < result["before"][name]
+        assert (tmp_path / "outputs" / "train_many" / name / "adapter_model.safetensors").is_file()
+    assert "21 layers" in printed and "equal: they differ" in printed
+    assert result["seconds_together"] > 0 and result["seconds_apart"] > 0

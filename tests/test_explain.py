@@ -76,3 +76,18 @@ def test_environment_variable(value, expected):
     env = os.environ | {"PEFTKERN_BACKEND": value, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert expected in done.stdout + done.stderr
+
+
+def test_a_mixed_batch_is_explained():
+    """Would catch a mixed batch that is silently slow: each layer says what it does for rows of different adapters."""
+    from tiny_models import mlp
+
+    model = peftkern.get_peft_model(mlp(), peftkern.LoraConfig(r=4, target_modules=["emb", "up", "down"]))
+    model.add_adapter("other", peftkern.LoraConfig(r=2, target_modules=["down"]))
+    model.get_base_model().down.base_layer.register_forward_hook(lambda *_: None)
+    explanation = peftkern.explain(model, tokens=64, mixed=True)
+    by_name = {row.name.rpartition(".")[2]: row for row in explanation.rows}
+    assert [by_name[name].path for name in ("emb", "up", "down")] == ["unfused", "torch", "unfused"]
+    assert "grouped by adapter" in by_name["up"].reason and by_name["down"].r == 4
+    assert "hooks" in by_name["down"].reason and "added for its rows" in by_name["down"].reason
+    assert "an adapter for each row" in str(explanation)

@@ -19,6 +19,7 @@ FLOORS = {
     "peftkern.reference": 1,
     "peftkern.backend": 1,
     "peftkern.weights": 1,
+    "peftkern.adapter_pool": 2,
     "peftkern.ops": 2,
     "peftkern.utils": 3,  # with config: what the tuners share
     "peftkern.config": 3,

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_python_blocks_run(tmp_path, monkeypatch, capsys):
-    """Would catch an example that no longer works: on the first screen, and the one of QLoRA, which goes on from it."""
+    """Would catch an example that no longer works: on the first screen, and those that go on from it."""
     pytest.importorskip("transformers")
-    first, qlora = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    first, qlora, many = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
@@ -35,6 +35,8 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "base-4bit" / "model.safetensors").stat().st_size < 1e6
     assert len(gradients) == 2 * 21 and all(g is not None for g in gradients)
     assert not any("4bit" in type(module).__name__ for module in namespace["merged"].modules())
+    exec(compile(many, "README.md", "exec"), namespace)
+    assert namespace["bank"].names == ["code"] and (tmp_path / "law-adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_every_relative_link_leads_somewhere():

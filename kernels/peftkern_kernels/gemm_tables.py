@@ -143,6 +143,7 @@ def choose_tile(
     aligned: bool,
     weight_is_kn: bool = False,
     persistent: bool = True,
+    crowded: bool = False,
 ) -> Tile:
     """The tile of `out[M, N] = x[M, K] weight[N, K]^T`, with `split_k` set so that few rows still fill the device.
 
@@ -153,6 +154,7 @@ def choose_tile(
         aligned: every row of both operands starts on a 16-byte boundary and one stride of each is 1.
         weight_is_kn: the weight's unit stride is along N.
         persistent: whether a persistent tile will do (no dropout, `out` aligned).
+        crowded: beside the accumulator there is so much in registers that the largest tile would spill.
     """
     rows = _rows(arch, 16 if dtype.itemsize == 2 else 32, aligned)
     processors = MULTIPROCESSORS.get(arch, 64)
@@ -163,7 +165,7 @@ def choose_tile(
         tile = rows["tiny"]
     elif M <= 64:
         tile = rows["small"]
-    elif cdiv(M, large.block_m) * cdiv(N, large.block_n) >= 0.75 * processors:
+    elif cdiv(M, large.block_m) * cdiv(N, large.block_n) >= 0.75 * processors and not crowded:
         return large
     else:
         tile = rows["medium"]

@@ -111,6 +111,10 @@ def plan_lora_linear(
     return Plan("triton", f"{FOLDED} (predicted)")
 
 
+# Tokens up to which many adapters' parts are two launches of small programs, K split between them (predicted): what
+# the kernels allow.
+MULTI_DECODE_TOKENS = 64
+
 # Tokens up to which decoding a 4-bit weight inside the GEMM beats writing it out first (predicted). Decoding repeats
 # for each tile of rows, about 10 instructions an element, against 4.5 bytes an element written and read once: a card
 # with little bandwidth for its arithmetic fuses longer.
@@ -156,6 +160,50 @@ def plan_lora_linear_quantized(
     if most >= M:
         return Plan("fused_4bit", f"at most {most} tokens: decoded inside the GEMM (predicted)")
     return Plan(f"dequantize:{dense.path}", f"more than {most} tokens: written out by one launch; {dense.reason}")
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_multi_lora_linear(
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    blocksize: int | None,
+    dtype: torch.dtype,
+    device: DeviceInfo,
+    aligned: bool = True,
+    backend: str = "auto",
+) -> Plan:
+    """The path of `multi_lora_linear`, forward and backward.
+
+    Args:
+        M, N, K, dtype, device, aligned, backend: as for `plan_lora_linear`.
+        R: the largest rank that there is room for.
+        blocksize: None over a dense weight; over a quantized one as for `plan_lora_linear_quantized`.
+
+    Raises:
+        RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
+    """
+    rows_aligned = aligned and (blocksize is None or K * dtype.itemsize % 16 == 0)
+    dense = plan_lora_linear.__wrapped__(M, N, K, R, dtype, device, rows_aligned, backend)
+    if dense.path in ("torch", "torch_fp32"):
+        where = "" if device.type == "cpu" else ", ids read on the host"
+        reason = f"{dense.reason}; rows grouped by adapter, batched products{where}"
+        if blocksize is None:
+            return Plan(dense.path, reason)
+        return Plan(f"dequantize:{dense.path}", f"{reason}; the weight is written out dense for each product")
+    path, reason = dense.path, f"{dense.reason}; rows grouped by adapter"
+    if M <= MULTI_DECODE_TOKENS:
+        path, reason = "decode", f"{M} tokens: the adapters, and the base of at most {DECODE_TOKENS}, in two launches"
+    if blocksize is None:
+        return Plan(path, reason)
+    unfit = "8-bit weight" if not blocksize else fused_4bit_fits(N, K, blocksize, dtype)
+    most = FUSED_4BIT_TOKENS.get(device.arch, FUSED_4BIT_TOKENS_ELSEWHERE)
+    if unfit or most < M:
+        return Plan(f"dequantize:{path}", f"{unfit or f'more than {most} tokens'}: written out by one launch; {reason}")
+    if M <= DECODE_TOKENS:
+        return Plan("decode_4bit", f"{M} tokens: bound by reading the 4-bit weight, base and adapters in two launches")
+    return Plan("fused_4bit", f"at most {most} tokens: decoded inside the GEMM, rows grouped by adapter (predicted)")
 
 
 @functools.lru_cache(maxsize=1024)

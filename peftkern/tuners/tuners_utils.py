@@ -194,11 +194,24 @@ class BaseTuner(nn.Module, ABC):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's door for arguments of forward that are meant for adapters; none is built, so it only refuses them."""
-        for name in ("adapter_names", "alora_offsets"):
-            if kwargs.get(name) is not None:
-                raise NotImplementedError(f"{name} in forward is not built in peftkern, got {kwargs[name]!r}")
-        yield
+        """PEFT's door for arguments of forward and generate that are meant for adapters: `adapter_names`."""
+        if kwargs.get("alora_offsets") is not None:
+            raise NotImplementedError(f"alora_offsets is not built in peftkern, got {kwargs['alora_offsets']!r}")
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        with self.mixed_batch(list(names)):
+            yield
+
+    def mixed_batch(self, adapter_names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+        """Within the block, row i of the batch takes the adapter adapter_names[i]; a method that can do it says how.
+
+        Raises:
+            NotImplementedError: this method cannot.
+            ValueError: an unknown name, or adapters that are merged or disabled.
+        """
+        raise NotImplementedError(f"adapter_names: {type(self).__name__} cannot mix adapters in a batch")
 
     # -- switching ---------------------------------------------------------------------------------------------
 

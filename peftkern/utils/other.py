@@ -41,6 +41,20 @@ def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
             parameter.requires_grad = False
 
 
+def batch_in_force(layer: Any) -> Any:
+    """The batch of many adapters that a layer's forward is to serve, or None (see `tuners.lora.mixed`).
+
+    That of the block which the call is in; or the last one, where backward computes a checkpointed forward again. A
+    forward outside of any block forgets the last one.
+    """
+    mixed = layer._mixed
+    if mixed is None and layer._mixed_before is not None:
+        if torch._C._current_graph_task_id() != -1:  # this thread runs a backward pass
+            return layer._mixed_before
+        layer._mixed_before = None
+    return mixed
+
+
 class AuxiliaryTrainingWrapper(nn.Module):
     """Base of what wraps a module to train it in another way than by an adapter inside it."""
 
@@ -58,6 +72,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     # For code that walks adapters: the containers keyed by adapter name.
     adapter_layer_names: tuple[str, ...] = ("modules_to_save",)
+    # The batch whose rows want different copies, and the last one, for checkpointing: see `tuners.lora.mixed`.
+    _mixed: Any = None
+    _mixed_before: Any = None
     other_param_names: tuple[str, ...] = ()
 
     def __init__(self, module_to_save: nn.Module, adapter_name: str) -> None:
@@ -105,7 +122,36 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return self.modules_to_save[self._active_adapter[0]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mixed = batch_in_force(self)
+        if mixed is not None:
+            return self._forward_mixed(mixed.rows_of(), len(mixed.batch), *args, **kwargs)
         return self.active_module()(*args, **kwargs)
+
+    def _forward_mixed(self, rows_of: dict[str, list[int]], n: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The rows of each adapter through its copy, all others through the original.
+
+        Raises:
+            ValueError: the input's first dimension is not the batch.
+            TypeError: the module returns something else than a tensor.
+        """
+        if not isinstance(x, torch.Tensor) or x.dim() == 0 or x.shape[0] != n:
+            shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f"adapter_names: modules_to_save: expected an input of {n} rows, got {shape}")
+        groups = {name: rows for name, rows in rows_of.items() if name in self.modules_to_save}
+        taken = {row for rows in groups.values() for row in rows}
+        calls = [(self.modules_to_save[name], rows) for name, rows in groups.items()]
+        others = [row for row in range(n) if row not in taken]
+        calls += [(self.original_module, others)] if others or not calls else []
+        parts = []
+        for module, rows in calls:
+            part = module(x[torch.tensor(rows, dtype=torch.int64, device=x.device)], *args, **kwargs)
+            if not isinstance(part, torch.Tensor):
+                kind = type(module).__name__
+                raise TypeError(f"adapter_names: {kind} of modules_to_save returns {type(part).__name__}, not a tensor")
+            parts.append(part)
+        order = [row for _, rows in calls for row in rows]
+        back = sorted(range(n), key=order.__getitem__)
+        return torch.cat(parts)[torch.tensor(back, dtype=torch.int64, device=x.device)]
 
     def __getattr__(self, name: str) -> Any:
         try:

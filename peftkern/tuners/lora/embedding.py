@@ -19,7 +19,9 @@ from peftkern.tuners.fusing import plain_weight, why_called_as_is
 from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.layer import LoraLayer
 from peftkern.tuners.lora.merging import delta_weight
+from peftkern.tuners.lora.mixed import add_parts
 from peftkern.tuners.tuner_layer import refuse_adapter_names
+from peftkern.utils.other import batch_in_force
 
 
 class Embedding(LoraLayer, nn.Module):
@@ -90,7 +92,14 @@ class Embedding(LoraLayer, nn.Module):
             return Plan("unfused", row.reason)
         return plan_lora_embedding(tokens, self.weight.dtype, device_info(self.weight.device), current_backend())
 
+    def plan_mixed(self, tokens: int) -> Plan:
+        """The path that forward takes for a batch whose rows want different adapters."""
+        return Plan("unfused", "an embedding: each adapter is added for its rows by plain PyTorch")
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        mixed = batch_in_force(self)
+        if mixed is not None:
+            return add_parts(self, self.base_layer(x, *args, **kwargs), x, mixed)
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
@@ -116,21 +125,25 @@ class Embedding(LoraLayer, nn.Module):
 
     def _add_plain(self, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
         """`y` plus each adapter's part by plain PyTorch, looked up with the base layer's own settings; in y's dtype."""
+        total = y
+        for name in names:
+            total = total + self._part(x, name)
+        return total.to(y.dtype)
+
+    def _part(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """What an adapter adds; in its own dtype."""
         base = self.get_base_layer()
         scale = getattr(base, "embed_scale", None)
         if isinstance(scale, torch.Tensor) and scale.numel() != 1:
             raise ValueError(f"embed_scale of {type(base).__name__} must be one number, got shape {tuple(scale.shape)}")
-        total = y
-        for name in names:
-            rows = F.embedding(
-                x,
-                self.lora_embedding_A[name].T,
-                base.padding_idx,
-                base.max_norm,
-                base.norm_type,
-                base.scale_grad_by_freq,
-                base.sparse,
-            )
-            part = (rows @ self.lora_embedding_B[name].T) * self.scaling[name]
-            total = total + (part if scale is None else part * scale)
-        return total.to(y.dtype)
+        rows = F.embedding(
+            x,
+            self.lora_embedding_A[name].T,
+            base.padding_idx,
+            base.max_norm,
+            base.norm_type,
+            base.scale_grad_by_freq,
+            base.sparse,
+        )
+        part = (rows @ self.lora_embedding_B[name].T) * self.scaling[name]
+        return part if scale is None else part * scale

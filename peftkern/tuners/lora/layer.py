@@ -19,6 +19,7 @@ from peftkern.backend import current_backend
 from peftkern.ops import lora_linear
 from peftkern.ops.lora_linear import plan_for
 from peftkern.ops.lora_linear_quantized import plan_for as plan_for_quantized
+from peftkern.ops.multi_lora_linear import plan_for as plan_for_many
 from peftkern.ops.plan import Plan
 from peftkern.tuners.fusing import (
     ExplainRow,
@@ -36,8 +37,10 @@ from peftkern.tuners.fusing import (
 from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.loftq import initialize_loftq
 from peftkern.tuners.lora.merging import delta_weight, merge_adapters, unmerge_adapters
+from peftkern.tuners.lora.mixed import LayerBatch, linear_forward
 from peftkern.tuners.targets import conv1d_class, linear_sizes
 from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, refuse_adapter_names
+from peftkern.utils.other import batch_in_force
 from peftkern.weights import Weight
 
 
@@ -50,6 +53,10 @@ class LoraLayer(BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
     other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_bias")
+
+    # The batch of many adapters that forward serves now, and the last one, for checkpointing: see `mixed`.
+    _mixed: LayerBatch | None = None
+    _mixed_before: LayerBatch | None = None
 
     in_features: int
     out_features: int
@@ -308,11 +315,26 @@ class Linear(LoraLayer, nn.Module):
             return plan_for(x, weight, row.r, current_backend())
         return plan_for_quantized(x, weight, row.r, current_backend())
 
+    def plan_mixed(self, tokens: int) -> Plan:
+        """The path that forward takes for `tokens` rows of a batch whose rows want different adapters."""
+        names = list(self.scaling)
+        reason = self._why_not_fused(names) if names else "no adapter here: the base layer runs alone"
+        if reason:
+            return Plan("unfused", f"{reason}; each adapter is added for its rows" if names else reason)
+        weight = self._weight_by_rows()
+        dtype = compute_dtype(self._modules["base_layer"], weight.dtype)  # type: ignore[arg-type]
+        x = torch.empty(1, 1, self.in_features, dtype=dtype, device=weight.device).expand(tokens, 1, -1)
+        return plan_for_many(x, weight, max(self.r.values()), current_backend())
+
     def _weight_by_rows(self) -> Weight:
         """The base weight as [out_features, in_features]."""
         return weight_by_rows(self._modules["base_layer"], self.fan_in_fan_out)  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._mixed is not None or self._mixed_before is not None:
+            mixed = batch_in_force(self)
+            if mixed is not None:
+                return linear_forward(self, mixed, x, args, kwargs)
         if not args and not kwargs:
             operands = self._operands_if_simple()
             if operands is not None:
@@ -401,7 +423,10 @@ class Linear(LoraLayer, nn.Module):
         """`y` plus each adapter's part, by calling the modules; in y's dtype."""
         total = y
         for name in names:
-            A: Any = self.lora_A[name]
-            dropped = self.lora_dropout[name](x.to(A.weight.dtype))
-            total = total + self.lora_B[name](A(dropped)) * self.scaling[name]
+            total = total + self._part(x, name)
         return total.to(y.dtype)
+
+    def _part(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """What an adapter adds, by calling its modules; in its own dtype."""
+        A: Any = self.lora_A[name]
+        return self.lora_B[name](A(self.lora_dropout[name](x.to(A.weight.dtype)))) * self.scaling[name]

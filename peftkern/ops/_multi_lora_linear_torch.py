@@ -1,0 +1,189 @@
+"""`multi_lora_linear` in plain PyTorch: the default on a CPU, and any device's path where kernels cannot run.
+
+The base product is one product for the whole batch. To it, in place, the adapters' parts are added group by group (see
+`_adapter_groups`): for 8 adapters at 8 rows that is two batched products. Neither x nor y is copied or widened, but for
+rows of an adapter that do not lie together. The dropout mask is drawn again in backward from its seed.
+
+On a GPU this path reads ids and tables on the host, which waits for the device: kernels are for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import linear
+
+from peftkern.ops._adapter_groups import Group
+from peftkern.ops._lora_linear_fp32 import _row_blocks
+from peftkern.ops._lora_linear_torch import Kept, _as_number, apply_mask, dense_rows, keep_mask
+from peftkern_kernels.routing import slot_seed
+
+Gradients = dict[int, list[torch.Tensor | None]]  # slot -> [dA, dB]
+
+
+def base(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, path: str) -> torch.Tensor:
+    """x [M, K] -> x W^T + bias, in x's dtype; by fp32 products, block by block, on "torch_fp32"."""
+    if path != "torch_fp32":
+        return linear(dense_rows(x), weight, bias)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    with torch.autocast("cpu", enabled=False):
+        wide = weight.float()
+        wide_bias = None if bias is None else bias.float()
+        for rows in _row_blocks(x.shape[0]):
+            y[rows] = linear(x[rows].float(), wide, wide_bias)
+    return y
+
+
+def masks(groups: Sequence[Group], seed: torch.Tensor | None, K: int, p: float) -> list[torch.Tensor] | list[None]:
+    """The dropout mask [P * L, K] of each group's rows; an adapter's are those that its rows draw alone."""
+    if seed is None:
+        return [None] * len(groups)
+    counts: dict[int, int] = {}
+    for group in groups:
+        for slot in group.slots:
+            counts[slot] = counts.get(slot, 0) + group.length
+    drawn = {slot: keep_mask(slot_seed(seed, slot), count, K, p) for slot, count in counts.items()}
+    used = dict.fromkeys(counts, 0)
+    found = []
+    for group in groups:
+        parts = []
+        for slot in group.slots:  # an adapter's pieces come in the batch's order
+            parts.append(drawn[slot][used[slot] : used[slot] + group.length])
+            used[slot] += group.length
+        found.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+    return found
+
+
+def add_adapters(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    pool_a: torch.Tensor,
+    pool_b: torch.Tensor,
+    groups: Sequence[Group],
+    scalings: Sequence[float],
+    kept: Sequence[torch.Tensor | None],
+    p: float,
+    s: torch.Tensor | None,
+    wide: bool,
+) -> None:
+    """Adds the adapters' parts to y [M, N] in place, and writes S = scaling * dropout(x) A^T to s [M, max_rank].
+
+    Args:
+        x: [M, K] in y's dtype.
+        pool_a, pool_b: in y's dtype or float32.
+        scalings: of each slot.
+        kept: the mask of each group, or None.
+        s: zeros, or None where nobody asks for S.
+        wide: multiply in fp32.
+    """
+    work = torch.float32 if wide else x.dtype
+    N = y.shape[1]
+    for group, mask in zip(groups, kept, strict=True):
+        P, L, rows = len(group.slots), group.length, group.rows
+        part = _take(x, rows)
+        if part.dtype != work:
+            part = part.to(work)
+        if mask is not None:
+            part = apply_mask(part, mask)
+        a, b = _to(group.factors_a(pool_a), work), _to(group.factors_b(pool_b, N), work)
+        low = torch.bmm(part.view(P, L, -1), a.transpose(1, 2))
+        low.mul_(_scale(group, scalings, p if mask is not None else 0.0, low))
+        if s is not None:
+            _write(s, rows, group.rank, low)
+        _add_product(y, rows, low, b.transpose(1, 2), None, wide)
+
+
+def backward(
+    dy: torch.Tensor,
+    x: Kept,
+    dx: torch.Tensor | None,
+    pool_a: torch.Tensor,
+    pool_b: torch.Tensor,
+    groups: Sequence[Group],
+    scalings: Sequence[float],
+    kept: Sequence[torch.Tensor | None],
+    p: float,
+    s: Kept,
+    wanted: Gradients,
+    wide: bool,
+) -> None:
+    """Adds the adapters' parts to dx [M, K] in place, and their gradients into `wanted`.
+
+    `wanted` names the slots whose gradients are asked for; [dA, dB] of each are added up there, in the pools' dtype.
+    """
+    work = torch.float32 if wide else dy.dtype
+    N, K = dy.shape[1], pool_a.shape[1]
+    for group, mask in zip(groups, kept, strict=True):
+        P, L, rows = len(group.slots), group.length, group.rows
+        needs = any(slot in wanted for slot in group.slots)
+        if not needs and dx is None:
+            continue
+        part = _to(_take(dy, rows), work).view(P, L, N)
+        b = _to(group.factors_b(pool_b, N), work)
+        low = torch.bmm(part, b)
+        low.mul_(_scale(group, scalings, p if mask is not None else 0.0, low))
+        if dx is not None:
+            _add_product(dx, rows, low, _to(group.factors_a(pool_a), work), mask, wide)
+        if needs:
+            seen = _to(_take(x, rows), work)
+            if mask is not None:
+                seen = apply_mask(seen, mask)
+            da = torch.bmm(low.transpose(1, 2), seen.view(P, L, K))
+            s_part = _take(s, rows)[:, : group.rank]
+            db = torch.bmm(part.transpose(1, 2), _to(s_part, work).view(P, L, group.rank))
+            _collect(wanted, group.slots, _to(da, pool_a.dtype), _to(db, pool_b.dtype))
+
+
+def _add_product(
+    out: torch.Tensor, rows: slice | torch.Tensor, low: torch.Tensor, factor: torch.Tensor, mask: Kept, wide: bool
+) -> None:
+    """Adds low [P, L, r] x factor [P, r, C], where the mask keeps it, to the rows of out [M, C]."""
+    P, L, _ = low.shape
+    C = out.shape[1]
+    # Rows that do not lie together are taken out and put back: `index_add_` takes far longer on a CPU.
+    part = out[rows] if isinstance(rows, slice) else out.index_select(0, rows)
+    if mask is None and not wide:
+        part.view(P, L, C).baddbmm_(low, factor)
+    else:
+        added = torch.bmm(low, factor).view(-1, C)
+        part.add_(added if mask is None else added.mul_(_as_number(mask, added.dtype)))
+    if not isinstance(rows, slice):
+        out.index_copy_(0, rows, part)
+
+
+def _collect(wanted: Gradients, slots: Sequence[int], da: torch.Tensor, db: torch.Tensor) -> None:
+    """Adds [P, r, K] and [P, N, r] to the gradients of the slots that they are of."""
+    for slot, *parts in zip(slots, da.unbind(0), db.unbind(0), strict=True):
+        sums = wanted.get(slot)
+        if sums is None:
+            continue
+        for i, part in enumerate(parts):
+            have = sums[i]
+            # Out of place: the first was a view of a group's whole.
+            sums[i] = part if have is None else have + part
+
+
+def _take(t: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
+    """These rows of t [M, C], as a product's operand: a view where they lie together."""
+    return dense_rows(t[rows]) if isinstance(rows, slice) else t.index_select(0, rows)
+
+
+def _to(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def _scale(group: Group, scalings: Sequence[float], p: float, like: torch.Tensor) -> float | torch.Tensor:
+    """What multiplies S of each piece: a number, or [P, 1, 1]."""
+    numbers = [scalings[slot] / (1.0 - p) for slot in group.slots]
+    if len(set(numbers)) == 1:
+        return numbers[0]
+    return torch.tensor(numbers, dtype=torch.float32, device=like.device).to(like.dtype)[:, None, None]
+
+
+def _write(s: torch.Tensor, rows: slice | torch.Tensor, rank: int, low: torch.Tensor) -> None:
+    flat = _to(low, s.dtype).view(-1, rank)
+    if isinstance(rows, slice):
+        s[rows, :rank] = flat
+    else:
+        s[:, :rank].index_copy_(0, rows, flat)

@@ -1,0 +1,113 @@
+"""`AdapterBatch`: which adapter each row of a batch wants, and what is worked out from it once for all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from peftkern.adapter_pool import Layout
+from peftkern.backend import device_info
+from peftkern.ops._adapter_groups import Group, make_groups
+from peftkern_kernels.routing import Routing, build_routing, empty_routing
+
+
+class AdapterBatch:
+    """The slots of a batch's rows, and the tables and lists that layers need of them, each made once.
+
+    Args:
+        ids: int32 or int64 [n], a slot for each row of the batch (a sequence, or a token); others mean the base alone.
+        slots: adapters that there is room for.
+        host: the same as a sequence of ints, where the caller knows them, from names (ids on the CPU are read anyway).
+
+    Attributes:
+        named: whether `host` was given: then torch.compile takes what occurs as a constant.
+
+    Raises:
+        TypeError, ValueError: `ids` is no such tensor.
+    """
+
+    def __init__(self, ids: torch.Tensor, slots: int, host: Sequence[int] | None = None) -> None:
+        if not isinstance(ids, torch.Tensor):
+            raise TypeError(f"adapter_ids: expected a tensor, got {type(ids).__name__}")
+        if ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"adapter_ids: expected int32 or int64 [rows], got {ids.dtype} {list(ids.shape)}")
+        self.named = host is not None
+        if host is None and ids.is_cpu and not torch.compiler.is_compiling() and type(ids) is torch.Tensor:
+            host = ids.tolist()
+        self.ids, self.slots = ids, slots
+        self.host = None if host is None else tuple(host)
+        # The slots that occur, where the host knows them.
+        self.present = None if host is None else tuple(sorted({i for i in host if 0 <= i < slots}))
+        self._groups: dict[Any, list[Group]] = {}
+        self._routings: dict[int, Routing] = {}
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def check_rows(self, x: torch.Tensor, operation: str = "multi_lora_linear") -> int:
+        """How many rows of x [..., K] there are, if they can be told apart by these ids.
+
+        Raises:
+            ValueError: x has neither a row for each id nor a first dimension of that size.
+        """
+        n = self.ids.shape[0]
+        M = x.numel() // x.shape[-1]
+        if n != M and (x.dim() < 2 or x.shape[0] != n):
+            raise ValueError(
+                f"{operation}: adapter_ids: expected an id for each of x's {M} rows, or for each entry of its first "
+                f"dimension, got {n} ids for x {list(x.shape)}"
+            )
+        return M
+
+    def groups(self, M: int, layout: Layout) -> list[Group]:
+        """The products that the plain path computes for M rows; ids that are not on the host are read."""
+        key = (M, layout)
+        found = self._groups.get(key)
+        if found is None:
+            host = self.ids.tolist() if self.host is None else self.host
+            each = M // len(host) if host else 0
+            found = self._groups[key] = make_groups(host, each, layout, self.ids.device)
+        return found
+
+    def row_ids(self, M: int) -> torch.Tensor:
+        """An id for each of M rows."""
+        n = self.ids.shape[0]
+        return self.ids if n == M else self.ids.repeat_interleave(M // max(n, 1), output_size=M)
+
+    def routing(self, M: int) -> Routing:
+        """The kernels' tables for M rows."""
+        found = self._routings.get(M)
+        if found is None:
+            found = self._routings[M] = route(self.row_ids(M), self.slots)
+        return found
+
+
+def route(ids: torch.Tensor, slots: int) -> Routing:
+    """The kernels' tables for `ids` [M] over `slots` adapters, made on the device without waiting for it.
+
+    One operator under torch.compile, which need not look inside.
+    """
+    if torch.compiler.is_compiling():
+        return Routing(*_operator(ids, slots))
+    return _route(ids, slots)
+
+
+def _route(ids: torch.Tensor, slots: int) -> Routing:
+    if device_info(ids.device).triton:
+        return build_routing(ids, slots)
+    from peftkern.ops import _route_triton
+
+    return _route_triton.route(ids, slots)
+
+
+@torch.library.custom_op("peftkern::adapter_route", mutates_args=())
+def _operator(ids: torch.Tensor, slots: int) -> list[torch.Tensor]:
+    # An operator's results must not share memory with its arguments.
+    return [t.clone() if t.data_ptr() == ids.data_ptr() else t for t in _route(ids, slots).tensors]
+
+
+@_operator.register_fake
+def _(ids: torch.Tensor, slots: int) -> list[torch.Tensor]:
+    return list(empty_routing(ids.shape[0], slots, ids.device).tensors)

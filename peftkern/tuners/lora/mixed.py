@@ -1,0 +1,317 @@
+"""A batch whose rows want different LoRA adapters: what a model's layers need for it, and their forward.
+
+`MixedAdapters` keeps the adapters of each linear layer in a pool (`LayerAdapters`) and gives names slots, the same on
+all layers. `use` hands a batch to every layer for the time of a forward; a layer without the adapter that a row names
+is the base layer for that row. Where a layer cannot be one operation it is called as it is, and each adapter's part is
+added for its rows by plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftkern.adapter_pool import LayerAdapters
+from peftkern.ops import multi_lora_linear
+from peftkern.ops.adapter_route import AdapterBatch
+from peftkern.tuners.fusing import bare_weight
+from peftkern.utils.other import ModulesToSaveWrapper
+
+BASE = "__base__"  # the name that PEFT gives a row without an adapter
+
+
+class MixedAdapters:
+    """The adapters of a model by slot, and each layer's pool of them.
+
+    Args:
+        model: holds the layers.
+        slots: adapters that there is room for.
+        max_rank: the largest rank that there is room for.
+        layer_class: of the layers with adapters (`LoraLayer`).
+
+    Attributes:
+        names: the adapter in each slot, None where it is empty.
+    """
+
+    def __init__(self, model: nn.Module, slots: int, max_rank: int, layer_class: type) -> None:
+        self.names: list[str | None] = [None] * slots
+        self.max_rank = max_rank
+        self._model, self._layer_class = model, layer_class
+        self._pools: dict[nn.Module, LayerAdapters] = {}
+        self.find_layers()
+
+    @property
+    def slots(self) -> int:
+        """Adapters that there is room for."""
+        return len(self.names)
+
+    @property
+    def pools(self) -> dict[nn.Module, LayerAdapters]:
+        """The pool of each linear layer that has one."""
+        return self._pools
+
+    def slot_of(self, name: str) -> int:
+        """The slot of an adapter.
+
+        Raises:
+            ValueError: no adapter of that name has one.
+        """
+        if name not in self.names:
+            known = sorted(held for held in self.names if held is not None)
+            raise ValueError(f"adapter_names: no adapter is named {name!r}; there are {known}")
+        return self.names.index(name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapters are, and so the ids."""
+        for layer in self._layers:
+            for parameter in layer.parameters():
+                return parameter.device
+        return torch.device("cpu")
+
+    def seat(self, names: Sequence[str]) -> None:
+        """Give each of these adapters a slot, which it keeps, and take that of any other."""
+        if len(names) == sum(name is not None for name in self.names) and all(name in self.names for name in names):
+            return
+        self.names = [name if name in names else None for name in self.names]
+        for name in names:
+            if name not in self.names:
+                self.names[self.names.index(None)] = name
+
+    def find_layers(self) -> None:
+        """Look for the model's adapted layers again, after some came or went."""
+        kinds = (self._layer_class, ModulesToSaveWrapper)
+        self._layers: list[Any] = [module for module in self._model.modules() if isinstance(module, kinds)]
+        self._lora: list[Any] = [layer for layer in self._layers if isinstance(layer, self._layer_class)]
+
+    def make_pool(self, layer: Any, dtype: torch.dtype, device: torch.device) -> LayerAdapters:
+        """The pool of a linear layer; one that has none gets an empty one."""
+        pool = self._pools.get(layer)
+        if pool is None:
+            sizes = (layer.in_features, layer.out_features, self.slots, self.max_rank)
+            pool = self._pools[layer] = LayerAdapters(*sizes, dtype, device)
+        return pool
+
+    def sync(self) -> None:
+        """Bring pools and layers into agreement: adapters that came or went, scalings, parameters made anew or moved.
+
+        Raises:
+            TypeError, ValueError: an adapter does not fit into its layer's pool.
+        """
+        if not torch.compiler.is_compiling():
+            for layer in self._lora:
+                self._sync_layer(layer)
+
+    def _sync_layer(self, layer: Any) -> None:
+        held = layer._modules
+        As, Bs, scalings = held["lora_A"]._modules, held["lora_B"]._modules, layer.scaling
+        pool = self._pools.get(layer)
+        entries: Any = [None] * self.slots if pool is None else pool.entries
+        for slot, name in enumerate(self.names):
+            entry, A = entries[slot], As.get(name)
+            if A is None:
+                if entry is not None and pool is not None:
+                    pool.drop(slot)
+                continue
+            a, b = A._parameters.get("weight"), Bs[name]._parameters.get("weight")
+            if entry is not None and entry.lora_A is a and entry.lora_B is b:
+                if entry.scaling != scalings[name] and pool is not None:
+                    pool.rescale(slot, scalings[name])
+            elif type(a) is nn.Parameter and type(b) is nn.Parameter and not a.is_meta:
+                # Any other weight is parametrized or sharded: `_why_not_fused` will say so.
+                pool = self._put(layer, slot, a, b, scalings[name])
+                entries = pool.entries
+        if pool is not None:
+            pool.settle()
+
+    def _put(self, layer: Any, slot: int, a: torch.Tensor, b: torch.Tensor, scaling: float) -> LayerAdapters:
+        pool = self.make_pool(layer, a.dtype, a.device)
+        if all(entry is None for i, entry in enumerate(pool.entries) if i != slot):
+            pool.adopt_kind(a)
+        pool.put(slot, a, b, scaling)
+        return pool
+
+    def batch(self, adapters: Sequence[str] | torch.Tensor, device: torch.device | str) -> AdapterBatch:
+        """The batch of these rows: names ("__base__" for the base alone), or slots in a tensor.
+
+        Raises:
+            ValueError: an unknown name.
+            TypeError: neither names nor a tensor.
+        """
+        if isinstance(adapters, torch.Tensor):
+            return AdapterBatch(adapters, self.slots)
+        if isinstance(adapters, str) or not all(isinstance(name, str) for name in adapters):
+            raise TypeError(f"adapter_names: expected a list of names, got {adapters!r}")
+        slots = {name: -1 if name == BASE else self.slot_of(name) for name in dict.fromkeys(adapters)}
+        host = [slots[name] for name in adapters]
+        return AdapterBatch(torch.tensor(host, dtype=torch.int64, device=device), self.slots, host)
+
+    @contextlib.contextmanager
+    def use(self, batch: AdapterBatch) -> Iterator[None]:
+        """Within the block, every adapted layer takes for each row of its input the adapter that `batch` names.
+
+        Afterwards layers remember the batch for as long as gradients are recorded, so that what gradient checkpointing
+        computes again in backward is the same.
+
+        Raises:
+            ValueError: adapters are merged or disabled, so that none could be taken.
+        """
+        self.sync()
+        for layer in self._layers:
+            if getattr(layer, "merged_adapters", None):
+                raise ValueError("adapter_names: adapters are merged into the base weights: call unmerge_adapter first")
+            if layer.disable_adapters:
+                raise ValueError("adapter_names: adapters are disabled, so that no row could take one")
+        names = tuple(self.names)
+        before = [layer.__dict__.get("_mixed") for layer in self._layers]
+        for layer in self._layers:
+            layer._mixed = LayerBatch(batch, names, self._pools.get(layer))
+        for layer in self._lora:
+            layer._mixed.decide(layer)
+        try:
+            yield
+        finally:
+            recorded = torch.is_grad_enabled()
+            for layer, old in zip(self._layers, before, strict=True):
+                layer._mixed_before = layer._mixed if recorded else None
+                layer._mixed = old
+
+
+class LayerBatch:
+    """A batch as one layer sees it.
+
+    Args:
+        batch: the slots of the rows.
+        names: the adapter of each slot.
+        pool: the layer's, if it is linear and has one.
+    """
+
+    __slots__ = ("_fresh", "batch", "biased", "dropout_p", "empty", "fused", "names", "pool", "training")
+
+    def __init__(self, batch: AdapterBatch, names: Sequence[str | None], pool: LayerAdapters | None) -> None:
+        self.batch, self.names, self.pool = batch, names, pool
+        self._fresh = True
+
+    def decide(self, layer: Any) -> None:
+        """How the linear layer's forward will run: told by `fused`, `empty`, `dropout_p` and `biased`.
+
+        Before the model runs, so that a compiled model sees the decision and not what it was made from: it is the same
+        for adapters that come and go.
+        """
+        here = [name for name in self.present() if name in layer.scaling]
+        self.training = layer.training
+        self.empty = not here and (self.pool is None or self.batch.named)
+        self.dropout_p = _shared_dropout(layer, here)
+        self.biased = tuple(name for name in here if layer.lora_bias[name])
+        self.fused = self.pool is not None and self.dropout_p is not None
+        if self.fused and not _is_simple(layer, here) and layer._why_not_fused(here):
+            self.fused = False
+
+    def present(self) -> list[str]:
+        """Names of the adapters that rows take; all of them where rows were told by slots."""
+        slots: Any = self.batch.present if self.batch.named else range(len(self.names))
+        return [name for name in (self.names[slot] for slot in slots) if name is not None]
+
+    def rows_of(self) -> dict[str, list[int]]:
+        """The rows of each adapter that is present. Ids that are on a device are read, which waits for it."""
+        host = self.batch.ids.tolist() if self.batch.host is None else self.batch.host
+        found: dict[str, list[int]] = {}
+        for i, slot in enumerate(host):
+            name = self.names[slot] if 0 <= slot < len(self.names) else None
+            if name is not None:
+                found.setdefault(name, []).append(i)
+        return found
+
+    def settle(self) -> None:
+        """Notice parameters that left the pool since the last forward; before the first one `sync` has done so."""
+        if torch.compiler.is_compiling() or self.pool is None:
+            return
+        if not self._fresh:
+            self.pool.settle(self.batch.present)
+        self._fresh = False
+
+
+def _is_simple(layer: Any, names: list[str]) -> bool:
+    """A quick yes to `_why_not_fused`: a bare linear layer, adapters of bare ones, and their weights in the pool."""
+    held = layer._modules
+    base = bare_weight(held["base_layer"])
+    if base is None or layer.fan_in_fan_out:
+        return False
+    As, Bs, dropouts = held["lora_A"]._modules, held["lora_B"]._modules, held["lora_dropout"]._modules
+    for name in names:
+        for module in (As[name], Bs[name], dropouts[name]):
+            kind, inside = type(module), module.__dict__
+            if kind is not nn.Linear and kind is not nn.Identity and kind is not nn.Dropout:
+                return False
+            if inside["_forward_hooks"] or inside["_forward_pre_hooks"] or "forward" in inside:
+                return False
+            if inside["_backward_hooks"] or inside["_backward_pre_hooks"] or "_hf_hook" in inside:
+                return False
+        dtype = As[name]._parameters["weight"].dtype
+        if dtype is not base.dtype and dtype is not torch.float32:
+            return False
+    return True
+
+
+def linear_forward(layer: Any, mixed: LayerBatch, x: torch.Tensor, args: tuple[Any, ...], kwargs: Any) -> torch.Tensor:
+    """Forward of a linear layer for a batch of many adapters."""
+    if layer.training is not mixed.training and not torch.compiler.is_compiling():
+        mixed.decide(layer)
+    if mixed.empty:
+        mixed.batch.check_rows(x, "adapter_names")
+        return layer._base_alone(x, *args, **kwargs)
+    pool, p = mixed.pool, mixed.dropout_p
+    if args or kwargs or not mixed.fused or pool is None or p is None:
+        return add_parts(layer, layer.base_layer(x, *args, **kwargs), x, mixed)
+    mixed.settle()
+    weight = layer._weight_by_rows()
+    bias = layer.base_layer.bias
+    if isinstance(weight, torch.Tensor):
+        y = multi_lora_linear(x, weight, pool, mixed.batch, bias, dropout_p=p)
+    else:
+        # As a quantized layer does by itself: computed in its own dtype, whatever x has.
+        dtype = layer._compute_dtype(x.dtype)
+        y = multi_lora_linear(x.to(dtype), weight, pool, mixed.batch, bias, dropout_p=p).to(x.dtype)
+    return _add_biases(layer, y, mixed) if mixed.biased else y
+
+
+def _shared_dropout(layer: Any, names: list[str]) -> float | None:
+    """The probability that all these adapters drop with now; None if they differ."""
+    held = layer.lora_dropout._modules
+    found = {d.p if isinstance(d, nn.Dropout) and d.training else 0.0 for d in (held[name] for name in names)}
+    return found.pop() if len(found) == 1 else None if found else 0.0
+
+
+def _add_biases(layer: Any, y: torch.Tensor, mixed: LayerBatch) -> torch.Tensor:
+    """`y` plus scaling times the bias of each row's lora_B."""
+    total = y if len(mixed.batch) == y.shape[0] else y.reshape(-1, y.shape[-1])
+    for name, rows in mixed.rows_of().items():
+        if name in mixed.biased:
+            index = torch.tensor(rows, device=y.device)
+            added = (layer.lora_B[name].bias * layer.scaling[name]).to(y.dtype)
+            total = total.index_add(0, index, added.expand(len(rows), *total.shape[1:]))
+    return total.view(y.shape)
+
+
+def add_parts(layer: Any, y: torch.Tensor, x: torch.Tensor, mixed: LayerBatch) -> torch.Tensor:
+    """`y` plus each adapter's part for its rows, by calling the adapter's modules; in y's dtype."""
+    n = len(mixed.batch)
+    flat = x.shape[0] != n
+    features = 1 if x.is_floating_point() else 0  # an embedding's input has none
+    if flat and x.numel() != n * (x.shape[-1] if features else 1):
+        raise ValueError(
+            f"adapter_names: expected an input whose first dimension is the batch, {n} rows, got {list(x.shape)}"
+        )
+    rows_x = x.reshape(n, *x.shape[-1:][:features]) if flat else x
+    total = y.reshape(n, y.shape[-1]) if flat else y
+    for name, rows in mixed.rows_of().items():
+        if name not in layer.scaling:
+            continue
+        index = torch.tensor(rows, device=x.device)
+        part = layer._part(rows_x.index_select(0, index), name)
+        total = total.index_add(0, index, part.to(y.dtype))
+    return total.view(y.shape)

@@ -1,0 +1,359 @@
+"""`AdapterBank`: adapters that come and go over one model, mixed batches by name and by slot, files, training."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+import peftkern
+from peftkern import AdapterBank, BankFullError, LoraConfig, UnknownAdapterError, per_adapter_loss, per_slot_loss
+from peftkern.utils.adapter_error import AdapterFileError
+from tiny_models import fingerprint, ids, mlp, randomize, tiny_llama
+
+NAMES = ["law", "__base__", "code", "law"]
+
+
+def bank_of(slots=3, max_rank=4, trainable=True):
+    """An `Mlp` with "law" of rank 4 on two layers and "code" of rank 2 on one of them, random values in both."""
+    bank = AdapterBank(mlp(), slots=slots, max_rank=max_rank, target_modules=["up", "down"])
+    bank.add("law", trainable=trainable)
+    bank.add("code", LoraConfig(r=2, lora_alpha=6, target_modules=["down"]), trainable=trainable)
+    randomize(bank.model)
+    return bank
+
+
+def alone(model, name, x):
+    """The output of one adapter by itself, by `lora_linear`'s own way."""
+    if name == "__base__":
+        return mlp()(x)
+    model.set_adapter(name)
+    y = model(x)
+    model.base_model.set_adapter([])
+    return y
+
+
+def test_a_batch_by_names_and_by_slots():
+    """Would catch rows that take another's adapter, and a model that is adapted outside of a batch."""
+    bank, x = bank_of(), ids(4)
+    with bank.batch(NAMES):
+        got = bank.model(x)
+    with torch.no_grad():
+        want = torch.cat([alone(bank.model, name, x[i : i + 1]) for i, name in enumerate(NAMES)])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert bank.ids(NAMES).tolist() == [0, -1, 1, 0]
+    for each in (bank.ids(NAMES), bank.ids(NAMES).int(), torch.tensor([0, 7, 1, 0])):
+        with bank.batch(each):
+            assert torch.equal(bank.model(x), got)
+    with bank.batch(bank.ids(NAMES).repeat_interleave(12)):  # an id for each token
+        assert torch.equal(bank.model(x), got)
+    assert torch.equal(bank.model.get_base_model()(x), mlp()(x))
+
+
+def test_adapters_come_and_go():
+    """Would catch a slot that keeps its old rows, a removed adapter that still adapts, a pool that is made anew."""
+    bank, x = bank_of(slots=2), ids(4)
+    pools = [pool.pool_a.data_ptr() for pool in bank._mixed.pools.values()]
+    assert (bank.names, len(bank), bank.slots, "law" in bank, "x" in bank) == (["law", "code"], 2, 2, True, False)
+    with pytest.raises(BankFullError, match="all 2 slots"):
+        bank.add("third")
+    bank.remove("law")
+    with bank.batch(torch.tensor([0, 0, 0, 0])):
+        assert torch.equal(bank.model(x), mlp()(x))
+    assert bank.add("third", LoraConfig(r=3, target_modules=["up"])) == 0
+    randomize(bank.model, seed=7)
+    with bank.batch(["third", "code", "third", "__base__"]):
+        got = bank.model(x)
+    order = ["third", "code", "third", "__base__"]
+    with torch.no_grad():
+        want = torch.cat([alone(bank.model, name, x[i : i + 1]) for i, name in enumerate(order)])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert [pool.pool_a.data_ptr() for pool in bank._mixed.pools.values()] == pools
+    bank.remove("third")
+    bank.remove("code")
+    assert bank.names == [] and torch.equal(bank.model(x), mlp()(x))
+
+
+def test_replace_keeps_the_slot_even_in_a_full_bank():
+    """Would catch ids that mean another adapter after a replacement."""
+    bank, x = bank_of(slots=2), ids(2)
+    values = {key: torch.full_like(value, 0.1) for key, value in bank.state_dict("law").items()}
+    assert bank.replace("law", state_dict=values) == 0
+    assert bank.names == ["law", "code"] and all((t == 0.1).all() for t in bank.state_dict("law").values())
+    with bank.batch(torch.tensor([0, 1])):
+        got = bank.model(x)
+    with torch.no_grad():
+        want = torch.cat([alone(bank.model, name, x[i : i + 1]) for i, name in enumerate(["law", "code"])])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    before = {key: value.clone() for key, value in bank.state_dict("law").items()}
+    with pytest.raises(ValueError, match="rank is 9"):
+        bank.replace("law", LoraConfig(r=9, target_modules=["up"]))
+    assert all(torch.equal(value, before[key]) for key, value in bank.state_dict("law").items())
+
+
+BAD = [
+    (lambda b, _: b.add("law"), ValueError, "'law' is taken"),
+    (lambda b, _: b.add("__base__"), ValueError, "taken"),
+    (lambda b, _: b.add("x", LoraConfig(r=9, target_modules=["up"])), ValueError, "rank is 9, the bank has room for 4"),
+    (lambda b, _: b.add("x", LoraConfig(r=2, target_modules=["head"])), ValueError, "does not cover 'head'"),
+    (lambda b, _: b.add("x", LoraConfig(r=2, target_modules=["nope"])), ValueError, "nope"),
+    (lambda b, _: b.add("x", LoraConfig(r=2, bias="all", target_modules=["up"])), ValueError, "biases that all"),
+    (lambda b, _: b.add("x", state_dict={"a": torch.ones(1)}), AdapterFileError, "no tensor of this adapter"),
+    (lambda b, p: b.add("x", p), AdapterFileError, "adapter_config.json"),
+    (lambda b, _: b.remove("x"), UnknownAdapterError, "'x' is not in the bank, which has"),
+    (lambda b, _: b.ids(["law", "x"]), UnknownAdapterError, "'x' is not in the bank"),
+    (lambda b, _: b.ids("law"), TypeError, "list of names"),
+    (lambda b, _: b.batch(["x"]).__enter__(), UnknownAdapterError, "'x' is not in the bank"),
+    (lambda b, _: b.state_dict("x"), UnknownAdapterError, "'x'"),
+    (lambda b, p: b.save("x", p), UnknownAdapterError, "'x'"),
+    (lambda b, _: b.load_state_dict("law", {"a": torch.ones(1)}), AdapterFileError, "no tensor of this adapter"),
+]
+
+
+@pytest.mark.parametrize("act, error, message", BAD)
+def test_what_cannot_be_done_changes_nothing(act, error, message, tmp_path):
+    """Would catch a bank, or its model, that is half changed by an adapter that it then refuses."""
+    bank = bank_of()
+    before, names = fingerprint(bank.model.get_base_model()), bank.names
+    with pytest.raises(error, match=message):
+        act(bank, tmp_path)
+    assert bank.names == names and fingerprint(bank.model.get_base_model())["values"] == before["values"]
+    with bank.batch(NAMES):
+        bank.model(ids(4))
+
+
+def test_save_and_load_as_peft_folders(tmp_path):
+    """Would catch a folder that PEFT cannot read, values that are another adapter's, or a bar that writes to a file."""
+    bank, x = bank_of(), ids(4)
+    for name in bank.names:
+        bank.save(name, tmp_path / name)
+    folders = {name: tmp_path / name for name in bank.names}
+    again = AdapterBank.from_pretrained(mlp(), folders, slots=5)
+    assert (again.names, again.slots, again.max_rank) == (["law", "code"], 5, 4)
+    assert not any(p.requires_grad for p in again.model.parameters())
+    with bank.batch(NAMES), again.batch(NAMES):
+        assert torch.equal(bank.model(x), again.model(x))
+    again.add("more", tmp_path / "code")
+    with bank.batch(["code"] * 4), again.batch(["more"] * 4):
+        assert torch.equal(bank.model(x), again.model(x))
+    peft = pytest.importorskip("peft")
+    theirs = peft.PeftModel.from_pretrained(mlp(), tmp_path / "law")
+    with bank.batch(["law"] * 4):
+        torch.testing.assert_close(theirs(x), bank.model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["missing", "other model", "cut"])
+def test_an_adapter_that_does_not_fit_leaves_the_model_alone(damage, tmp_path):
+    """Would catch a model that is left with some of the adapters when a later one is refused."""
+    bank = bank_of()
+    for name in bank.names:
+        bank.save(name, tmp_path / name)
+    file = tmp_path / "code" / "adapter_model.safetensors"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-7])
+    else:
+        config = LoraConfig(r=2, target_modules=["q_proj"])
+        other = AdapterBank(tiny_llama(), slots=1, max_rank=2, target_modules=["q_proj"])
+        other.add("code", config)
+        other.save("code", tmp_path / "code")
+    base = mlp()
+    before = fingerprint(base)
+    with pytest.raises(ValueError, match="code"):
+        AdapterBank.from_pretrained(base, {"law": tmp_path / "law", "code": tmp_path / "code"}, progress=False)
+    assert fingerprint(base) == before
+
+
+def test_parameters_stay_parameters():
+    """Would catch `.to()`, `.half()` or an optimizer that swaps `p.data` leaving stale rows in the pool."""
+    bank, x = bank_of(), ids(4)
+    assert len(list(bank.parameters("law"))) == 4 and len(dict(bank.named_parameters("code"))) == 2
+    assert all("code" in key for key, _ in bank.named_parameters("code"))
+
+    def check():
+        with torch.no_grad(), bank.batch(NAMES):
+            got = bank.model(x)
+            base = [copy.deepcopy(bank.model).unload()(x[1:2])]
+        with torch.no_grad():
+            parts = [alone(bank.model, n, x[i : i + 1]) if n != "__base__" else base[0] for i, n in enumerate(NAMES)]
+        torch.testing.assert_close(got, torch.cat(parts), rtol=2e-3, atol=2e-3)
+
+    with torch.no_grad():
+        with bank.batch(NAMES):
+            bank.model(x)
+            for p in bank.parameters("law"):
+                p.data = p.data * 2  # within a batch, as an 8-bit optimizer may
+            moved = bank.model(x)
+        with bank.batch(NAMES):
+            assert torch.equal(bank.model(x), moved)
+    check()
+    bank.model.double()
+    check()
+    bank.model.bfloat16().float()
+    check()
+    state = bank.state_dict("law")
+    bank.load_state_dict("law", {key: value * 3 for key, value in state.items()})
+    check()
+
+
+def test_adapters_trained_together_are_as_trained_apart():
+    """Would catch an optimizer step of an absent adapter, and a loss in which short rows count for less."""
+    data = [ids(4, seed=s) for s in range(4)]
+    orders = [
+        ["law", "code", "law", "law"],
+        ["code", "code", "code", "code"],
+        ["law", "law", "code", "__base__"],
+        NAMES,
+    ]
+
+    def run(only):
+        bank = bank_of()
+        optimizers = {
+            name: torch.optim.AdamW(bank.parameters(name), lr=0.05, weight_decay=0.1) for name in ("law", "code")
+        }
+        for x, names in zip(data, orders, strict=True):
+            rows = [i for i, name in enumerate(names) if only in (None, name)]
+            if not rows:
+                continue
+            mine = [names[i] for i in rows]
+            with bank.batch(mine):
+                logits = bank.model(x[rows])
+            labels = x % 5
+            labels[0, 3:] = -100  # rows of different lengths
+            losses = per_adapter_loss(logits, labels[rows], mine)
+            sum(loss for name, loss in losses.items() if name != "__base__").backward()
+            for optimizer in optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad()
+        return bank
+
+    together = run(None)
+    for name in ("law", "code"):
+        apart = run(name)
+        for key, want in apart.state_dict(name).items():
+            torch.testing.assert_close(together.state_dict(name)[key], want, rtol=1e-4, atol=1e-5)
+
+
+def test_each_loss_is_that_of_its_rows_alone():
+    """Would catch a mean over the whole batch, labels that are not shifted, or a row without labels that gives NaN."""
+    logits, labels = torch.randn(4, 6, 9, dtype=torch.float64), torch.randint(0, 9, (4, 6))
+    labels[0, 2:] = labels[3] = -100
+    losses = per_adapter_loss(logits, labels, ["a", "b", "a", "c"])
+    assert list(losses) == ["a", "b", "c"] and losses["c"] == 0
+    for name, rows in (("a", [0, 2]), ("b", [1])):
+        own, wanted = logits[rows][:, :-1].flatten(0, 1), labels[rows][:, 1:].flatten()
+        want = torch.nn.functional.cross_entropy(own.float(), wanted)
+        torch.testing.assert_close(losses[name], want)
+    by_slot = per_slot_loss(logits, labels, torch.tensor([2, 0, 2, -1]), 3)
+    torch.testing.assert_close(by_slot, torch.stack([losses["b"], losses["c"], losses["a"]]))
+    flat = per_adapter_loss(logits[:, 0], labels[:, 0].clamp(min=0), ["a"] * 4, shift=False)
+    assert flat["a"] > 0
+    with pytest.raises(ValueError, match="labels: expected shape"):
+        per_adapter_loss(logits, labels[:, 1:], ["a"] * 4)
+    with pytest.raises(ValueError, match="one for each of 4 rows"):
+        per_adapter_loss(logits, labels, ["a"] * 3)
+    with pytest.raises(TypeError, match="list of names"):
+        per_adapter_loss(logits, labels, "abcd")
+
+
+def test_a_compiled_model_serves_adapters_that_come_later():
+    """Would catch tables, slots or an adapter that became constants of the graph."""
+    bank, x = bank_of(trainable=False), ids(4)
+    model = bank.model.get_base_model()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    slots, frames = torch.tensor([0, -1, 1, 0]), []
+    with torch.no_grad():
+        for step in range(4):
+            if step == 1:
+                slots = torch.tensor([1, 0, 0, -1])
+            elif step == 2:
+                bank.remove("law")
+                bank.add("late", LoraConfig(r=3, target_modules=["up", "down"]), trainable=False)
+                randomize(bank.model, seed=9)
+            elif step == 3:
+                bank.replace("code", LoraConfig(r=1, target_modules=["down"]), trainable=False)
+            with bank.batch(slots):
+                torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
+            if step == 0:
+                frames.append(counter.frame_count)
+    assert frames == [counter.frame_count]
+
+
+def test_modules_trained_whole_and_embeddings_are_the_adapters_own(tmp_path):
+    """Would catch a head that all adapters share, or one that a replaced adapter leaves behind."""
+    bank, x = AdapterBank(mlp(), slots=2, max_rank=4, target_modules=["emb", "down"]), ids(3)
+    for name in ("law", "code"):
+        bank.add(name, LoraConfig(r=2, target_modules=["emb", "down"], modules_to_save=["head"]))
+    randomize(bank.model)
+    order = ["law", "code", "__base__"]
+
+    def check():
+        with torch.no_grad():
+            with bank.batch(order):
+                got = bank.model(x)
+            want = torch.cat([alone(bank.model, name, x[i : i + 1]) for i, name in enumerate(order)])
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        return got
+
+    first = check()
+    assert len(list(bank.parameters("law"))) == 6
+    bank.save("code", tmp_path)
+    bank.replace("law", tmp_path)
+    second = check()
+    assert not torch.equal(first[0], second[0]) and torch.equal(first[1:], second[1:])
+    bank.remove("code")
+    order = ["law", "__base__", "law"]
+    check()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_adapters_dtype(dtype):
+    """Would catch adapters of a 16-bit base whose dtype is not the pool's."""
+    bank = AdapterBank(mlp().bfloat16(), slots=1, max_rank=2, target_modules=["up"], dtype=dtype)
+    bank.add("law")
+    assert {p.dtype for p in bank.parameters("law")} == {dtype or torch.float32}
+    with bank.batch(["law", "__base__"]):
+        assert bank.model(ids(2)).dtype == torch.bfloat16
+
+
+def test_over_a_model_that_get_peft_model_made():
+    """Would catch a bank that forgets the adapters that were there, or takes those of another method."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peftkern.get_peft_model(mlp(), LoraConfig(r=4, target_modules=["up", "down"]), adapter_name="law")
+        model.add_adapter("code", LoraConfig(r=2, target_modules=["down"]))
+    randomize(model)
+    x = ids(4)
+    bank = AdapterBank(model, slots=3, max_rank=4)
+    assert bank.names == ["law", "code"] and bank.model is model
+    with bank.batch(NAMES):
+        got = model(x)
+    torch.testing.assert_close(got, model(x, adapter_names=NAMES))
+    bank.add("third")
+    assert bank.ids(["third"]).tolist() == [2]
+    with pytest.raises(BankFullError, match="slots: expected at least 3"):
+        AdapterBank(model, slots=1)
+    with pytest.raises(ValueError, match="slots: expected an int"):
+        AdapterBank(mlp(), slots=0, target_modules=["up"])
+    with pytest.raises(ValueError, match="got none"):
+        AdapterBank.from_pretrained(mlp(), {})
+
+
+def test_generate_with_a_transformers_model():
+    """Would catch a batch that ends with the first token, or rows that generate with another's adapter."""
+    bank = AdapterBank(tiny_llama(), slots=2, max_rank=4, target_modules=["q_proj", "v_proj"])
+    bank.add("law")
+    bank.add("code")
+    randomize(bank.model)
+    x = ids(3)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    with torch.no_grad():
+        with bank.batch(["code", "law", "__base__"]):
+            got = bank.model.generate(input_ids=x, **options)
+        assert torch.equal(got, bank.model.generate(input_ids=x, adapter_names=["code", "law", "__base__"], **options))
+        assert torch.equal(got[2:], tiny_llama().generate(input_ids=x[2:], **options))

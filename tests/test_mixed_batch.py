@@ -1,0 +1,288 @@
+"""`adapter_names` on LoRA models: against PEFT's in inference, against separate runs in training."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import peftkern
+from tiny_models import ids, mlp, randomize, tiny_llama
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+NAMES = ["one", "__base__", "two", "one"]
+LLAMA = {"target_modules": ["q_proj", "v_proj", "down_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+
+
+def adapted(library, base, *configs, **options):
+    """`base` with the adapters "one", "two", ... of these configurations, random values in all."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = None
+        for name, config in zip(("one", "two", "three"), configs, strict=False):
+            made = library.LoraConfig(**(options | config))
+            if model is None:
+                model = library.get_peft_model(base, made, adapter_name=name)
+            else:
+                model.add_adapter(name, made)
+    randomize(model)
+    return model.eval()
+
+
+def llamas():
+    """The same two adapters, of different ranks and layers, on equal Llamas by peftkern and by PEFT."""
+    first = LLAMA | {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
+    second = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "k_proj"], "modules_to_save": ["lm_head"]}
+    second |= {"task_type": "CAUSAL_LM"}
+    return [adapted(library, tiny_llama(), first, second) for library in (peftkern, peft)]
+
+
+def separately(model, names, run):
+    """What each row gives with its adapter alone: `run(i)` is called for each row i."""
+    results = []
+    for i, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                results.append(run(i))
+        else:
+            model.set_adapter(name)
+            results.append(run(i))
+    return results
+
+
+@torch.no_grad()
+def test_forward_and_generate_agree_with_peft():
+    """Would catch embeddings or whole modules that ignore the names, and beams that take another prompt's adapter."""
+    ours, theirs = llamas()
+    x = ids(4)
+    got, want = (model(input_ids=x, adapter_names=NAMES).logits for model in (ours, theirs))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(got[1], ours(input_ids=x).logits[1], atol=1e-2)
+    for beams in (1, 3):
+        options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+        first, second = (m.generate(input_ids=x, adapter_names=NAMES, **options) for m in (ours, theirs))
+        assert torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_several_answers_of_a_prompt():
+    """Would catch num_return_sequences, whose rows PEFT does not count."""
+    ours = llamas()[0]
+    torch.manual_seed(0)
+    out = ours.generate(input_ids=ids(2), adapter_names=["one", "two"], do_sample=True, num_return_sequences=3)
+    assert out.shape[0] == 6
+
+
+@pytest.mark.parametrize("lora_bias", [False, True])
+@pytest.mark.parametrize("fan", [False, True])
+def test_linear_layers_and_conv1d(fan, lora_bias):
+    """Would catch a transposed weight, or a lora_B's bias that is lost or not scaled."""
+    base = mlp()
+    if fan:
+        conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        base.up, up = conv1d(24, 16), base.up
+        base.up.weight.data, base.up.bias.data = up.weight.data.t().contiguous(), up.bias.data
+    configs = [{"r": 4, "lora_alpha": 8}, {"r": 2, "lora_alpha": 7}]
+    options = {"target_modules": ["up", "down"], "lora_bias": lora_bias}
+    ours, theirs = (adapted(lib, copy.deepcopy(base), *configs, **options) for lib in (peftkern, peft))
+    with torch.no_grad():
+        got, want = (model(ids(4), adapter_names=NAMES) for model in (ours, theirs))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "how, lora_bias", [("fused", False), ("fused", True), ("hooked", False), ("hooked", True), ("embedding", False)]
+)
+def test_training_gives_each_adapter_its_own_gradients(how, lora_bias):
+    """Would catch a gradient that another adapter's rows reach, and one for an adapter that no row named."""
+    targets = ["emb", "up"] if how == "embedding" else ["up", "down"]
+    configs = [{"r": 4}, {"r": 2}, {"r": 3}]
+    options = {"target_modules": targets, "modules_to_save": ["head"], "lora_bias": lora_bias}
+    model = adapted(peftkern, mlp(), *configs, **options)
+    model.set_requires_grad(["one", "two", "three"])
+    if how == "hooked":
+        model.get_base_model().down.base_layer.register_forward_hook(lambda *_: None)
+    x, dy = ids(4), torch.randn(4, 12, 5)
+    model(x, adapter_names=NAMES).backward(dy)
+    together = gradients(model)
+    assert together and not any("three" in name for name in together)
+    model.zero_grad()
+
+    def alone(i):
+        model.set_requires_grad(["one", "two"])
+        y = model(x[i : i + 1])
+        if y.requires_grad:
+            y.backward(dy[i : i + 1])
+
+    separately(model, NAMES, alone)
+    apart = gradients(model)
+    assert set(together) == set(apart)
+    for name, want in apart.items():
+        torch.testing.assert_close(together[name], want, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_4bit_base():
+    """Would catch a base decoded in another dtype, or rows of the base alone that take bitsandbytes' own forward."""
+    base = peftkern.quantize_model(tiny_llama(), {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, progress=False)
+    options = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    model = adapted(peftkern, base, {"r": 4}, {"r": 2}, **options)
+    x = ids(4)
+    with torch.no_grad():
+        got = model(input_ids=x, adapter_names=NAMES).logits
+        want = torch.cat(separately(model, NAMES, lambda i: model(input_ids=x[i : i + 1]).logits))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    """Would catch layers that are computed again in backward with the active adapter in place of the rows' own."""
+    options = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    model = adapted(peftkern, tiny_llama(), {"r": 4}, {"r": 2}, **options).train()
+    model.set_requires_grad(["one", "two"])
+    model.enable_input_require_grads()
+    x, found = ids(4), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        model(input_ids=x, adapter_names=NAMES, use_cache=False).logits.square().mean().backward()
+        found.append(gradients(model))
+    assert set(found[0]) == set(found[1])
+    for name, want in found[0].items():
+        torch.testing.assert_close(found[1][name], want, rtol=1e-5, atol=1e-8)
+
+
+def test_checkpointed_layers_under_another_batch_are_refused():
+    """Would catch gradients silently taken with a later batch's adapters."""
+    options = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    model = adapted(peftkern, tiny_llama(), {"r": 4}, {"r": 4}, **options).train()
+    model.set_requires_grad(["one", "two"])
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    first = model(input_ids=ids(2), adapter_names=["one", "two"], use_cache=False).logits.sum()
+    model(input_ids=ids(2), adapter_names=["two", "one"], use_cache=False)
+    with pytest.raises(RuntimeError, match="another batch's adapters"):
+        first.backward()
+
+
+def test_adapters_with_dropouts_of_their_own():
+    """Would catch one adapter dropping with another's probability: then they are added one by one."""
+    model = adapted(
+        peftkern, mlp(), {"r": 4, "lora_dropout": 0.5}, {"r": 2, "lora_dropout": 0.0}, target_modules=["up", "down"]
+    )
+    x = ids(4)
+    plain = model(x, adapter_names=NAMES)
+    model.train()
+    first, second = model(x, adapter_names=NAMES), model(x, adapter_names=NAMES)
+    assert torch.allclose(first[1:3], plain[1:3], atol=1e-6) and torch.allclose(second[1:3], plain[1:3], atol=1e-6)
+    assert not torch.equal(first[0], second[0])
+    shared = adapted(peftkern, mlp(), *[{"r": 4, "lora_dropout": 0.5}] * 2, target_modules=["up", "down"]).train()
+    assert not torch.equal(shared(x, adapter_names=NAMES)[2], shared(x, adapter_names=NAMES)[2])
+
+
+def test_what_cannot_be_done_is_named():
+    """Would catch names that are silently ignored."""
+    model = adapted(peftkern, mlp(), {"r": 4}, {"r": 2}, target_modules=["up", "down"])
+    x = ids(4)
+    with pytest.raises(ValueError, match="no adapter is named .'nobody'"):
+        model(x, adapter_names=["one", "nobody", "two", "one"])
+    with pytest.raises(ValueError, match="got 3 ids for x"):
+        model(x, adapter_names=NAMES[:3])
+    with pytest.raises(ValueError, match=r"no adapter is named \[1, 2"):
+        model(x, adapter_names=[1, 2, 1, 2])
+    with model.disable_adapter(), pytest.raises(ValueError, match="disabled"):
+        model(x, adapter_names=NAMES)
+    model.merge_adapter(["one"])
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model(x, adapter_names=NAMES)
+    model.unmerge_adapter()
+    with pytest.raises(NotImplementedError, match="alora_offsets"):
+        model(x, alora_offsets=[1])
+    biased = adapted(peftkern, mlp(), {"bias": "all", "target_modules": ["up"]})
+    with pytest.raises(NotImplementedError, match="biases of the base model"):
+        biased(x, adapter_names=["one"] * 4)
+
+
+def test_afterwards_the_model_is_as_before():
+    """Would catch a batch that stays on a layer after its forward, or after an error in it."""
+    model = adapted(peftkern, mlp(), {"r": 4}, {"r": 2}, target_modules=["emb", "up", "down"])
+    x = ids(4)
+    before = model(x)
+    mixed = model(x, adapter_names=NAMES)
+    with pytest.raises(ValueError, match="expected an input whose first dimension"):
+        model(x, adapter_names=NAMES[:3])
+    assert torch.equal(model(x), before) and not torch.equal(mixed, before)
+    assert torch.equal(model(x, adapter_names=["one"] * 4), before)
+
+
+def test_adapters_that_change_between_batches(tmp_path):
+    """Would catch a pool of old values, scalings, dtypes or adapters, and files that do not hold what is in it."""
+    model = adapted(peftkern, mlp(), {"r": 4}, {"r": 2}, target_modules=["up", "down"])
+    x = ids(4)
+
+    def check(names):
+        with torch.no_grad():
+            got = model(x, adapter_names=names)
+            want = torch.cat(separately(model, names, lambda i: model(x[i : i + 1])))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+    check(NAMES)
+    randomize(model, seed=5)
+    check(NAMES)
+    model.get_base_model().up.set_scale("one", 3.0)
+    check(NAMES)
+    model.add_adapter("three", peftkern.LoraConfig(r=7, target_modules=["down"]))
+    randomize(model, seed=6)
+    check(["three", "one", "two", "__base__"])
+    model.delete_adapter("one")
+    check(["three", "two", "two", "__base__"])
+    model.double()
+    check(["three", "two", "two", "__base__"])
+    twin = copy.deepcopy(model)
+    randomize(model, seed=8)
+    with torch.no_grad():
+        assert not torch.allclose(twin(x, adapter_names=["two"] * 4), model(x, adapter_names=["two"] * 4))
+    check(["three", "two", "two", "__base__"])
+    model.save_pretrained(tmp_path)
+    again = peftkern.PeftModel.from_pretrained(mlp().double(), tmp_path / "two", autocast_adapter_dtype=False)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), model(x, adapter_names=["two"] * 4), rtol=1e-6, atol=1e-7)
+
+
+def test_a_first_batch_in_inference_mode_leaves_the_adapters_trainable():
+    """Would catch a pool that is made under inference_mode, whose tensors autograd refuses for ever."""
+    model = adapted(peftkern, mlp(), {"r": 4}, {"r": 2}, target_modules=["up", "down"])
+    with torch.inference_mode():
+        first = model(ids(4), adapter_names=NAMES)
+    model.set_requires_grad(["one", "two"])
+    again = model(ids(4), adapter_names=NAMES)
+    again.sum().backward()
+    assert torch.equal(first, again) and gradients(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer.step()
+    assert not torch.equal(model(ids(4), adapter_names=NAMES), first)
+
+
+def test_a_method_without_mixed_batches_says_so():
+    """Would catch a method that takes the names and ignores them, as PEFT does for IA3."""
+    from peftkern.tuners.tuners_utils import BaseTuner
+
+    class Other(BaseTuner):
+        check_target = create_layer = None
+
+    tuner = object.__new__(Other)
+    nn.Module.__init__(tuner)
+    with (
+        pytest.raises(NotImplementedError, match="Other cannot mix adapters"),
+        tuner._enable_peft_forward_hooks(adapter_names=["a"]),
+    ):
+        pass
