@@ -170,10 +170,13 @@ class PeftModel(nn.Module):
         """The base model's `generate`, adapters included; `adapter_names` has a name for each prompt."""
         if "generation_config" in self.__dict__:  # set on this wrapper by the user
             self.get_base_model().generation_config = self.__dict__["generation_config"]
-        if kwargs.get("adapter_names") is not None:
+        names = kwargs.pop("adapter_names", None)
+        meant: dict[str, Any] = {}
+        if names is not None:
             copies = self._copies_of_a_prompt(kwargs)
-            kwargs["adapter_names"] = [name for name in kwargs["adapter_names"] for _ in range(copies)]
-        with self._enable_peft_forward_hooks(*args, **kwargs):
+            meant["adapter_names"] = [name for name in names for _ in range(copies)]
+            meant["encoder_adapter_names"] = list(names)  # an encoder sees each prompt once
+        with self._enable_peft_forward_hooks(*args, **kwargs, **meant):
             return self.get_base_model().generate(*args, **self._model_kwargs(kwargs))
 
     def _copies_of_a_prompt(self, kwargs: dict[str, Any]) -> int:

@@ -70,6 +70,26 @@ def test_forward_and_generate_agree_with_peft():
 
 
 @torch.no_grad()
+def test_an_encoder_sees_each_prompt_once():
+    """Would catch names that are repeated for an encoder's rows too, which beams are made of only afterwards."""
+    import transformers
+
+    sizes = dict(vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)
+    first, second = {"r": 4, "target_modules": ["q", "v", "wo"]}, {"r": 2, "target_modules": ["q", "k"]}
+    models = []
+    for library in (peftkern, peft):
+        torch.manual_seed(0)
+        base = transformers.T5ForConditionalGeneration(config)
+        models.append(adapted(library, base, first, second, task_type="SEQ_2_SEQ_LM"))
+    x, names = ids(3), ["one", "__base__", "two"]
+    for beams in (1, 3):
+        options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}
+        got, want = (m.generate(input_ids=x, adapter_names=names, **options) for m in models)
+        assert torch.equal(got, want)
+
+
+@torch.no_grad()
 def test_several_answers_of_a_prompt():
     """Would catch num_return_sequences, whose rows PEFT does not count."""
     ours = llamas()[0]

@@ -201,11 +201,17 @@ class BaseTuner(nn.Module, ABC):
         if names is None:
             yield
             return
-        with self.mixed_batch(list(names)):
+        with self.mixed_batch(list(names), kwargs.get("encoder_adapter_names")):
             yield
 
-    def mixed_batch(self, adapter_names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+    def mixed_batch(
+        self, adapter_names: Sequence[str], encoder_names: Sequence[str] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Within the block, row i of the batch takes the adapter adapter_names[i]; a method that can do it says how.
+
+        Args:
+            adapter_names: a name for each row; "__base__" for the base alone.
+            encoder_names: those of the rows that an encoder sees, where they are others: before beams are made of them.
 
         Raises:
             NotImplementedError: this method cannot.

@@ -151,11 +151,17 @@ class MixedAdapters:
         return AdapterBatch(torch.tensor(host, dtype=torch.int64, device=device), self.slots, host)
 
     @contextlib.contextmanager
-    def use(self, batch: AdapterBatch) -> Iterator[None]:
+    def use(
+        self, batch: AdapterBatch, encoder: nn.Module | None = None, encoder_batch: AdapterBatch | None = None
+    ) -> Iterator[None]:
         """Within the block, every adapted layer takes for each row of its input the adapter that `batch` names.
 
         Afterwards layers remember the batch for as long as gradients are recorded, so that what gradient checkpointing
         computes again in backward is the same.
+
+        Args:
+            batch: the rows of all layers.
+            encoder, encoder_batch: a module, and the rows of the layers in it, where they are others.
 
         Raises:
             ValueError: adapters are merged or disabled, so that none could be taken.
@@ -168,8 +174,10 @@ class MixedAdapters:
                 raise ValueError("adapter_names: adapters are disabled, so that no row could take one")
         names = tuple(self.names)
         before = [layer.__dict__.get("_mixed") for layer in self._layers]
+        inside = set() if encoder is None or encoder_batch is None else set(encoder.modules())
         for layer in self._layers:
-            layer._mixed = LayerBatch(batch, names, self._pools.get(layer))
+            rows = encoder_batch if encoder_batch is not None and layer in inside else batch
+            layer._mixed = LayerBatch(rows, names, self._pools.get(layer))
         for layer in self._lora:
             layer._mixed.decide(layer)
         try:

@@ -67,8 +67,13 @@ class LoraModel(BaseTuner):
 
     # -- many adapters in a batch ------------------------------------------------------------------------------
 
-    def mixed_batch(self, adapter_names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+    def mixed_batch(
+        self, adapter_names: Sequence[str], encoder_names: Sequence[str] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Within the block, row i of the batch takes the adapter adapter_names[i]; "__base__" is the base alone.
+
+        Args:
+            adapter_names, encoder_names: as for `BaseTuner.mixed_batch`.
 
         Raises:
             ValueError: an unknown name, or adapters that are merged or disabled.
@@ -83,7 +88,12 @@ class LoraModel(BaseTuner):
                     f"adapter_names: {name!r} trains biases of the base model (bias={bias!r}), which all rows share"
                 )
         mixed = self.mixed_adapters()
-        return mixed.use(mixed.batch(adapter_names, mixed.device))
+        batch = mixed.batch(adapter_names, mixed.device)
+        if encoder_names is None or len(encoder_names) == len(adapter_names):
+            return mixed.use(batch)
+        is_pair = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        encoder = self.model.get_encoder() if is_pair else None
+        return mixed.use(batch, encoder, mixed.batch(encoder_names, mixed.device))
 
     def mixed_adapters(self) -> MixedAdapters:
         """The pools that mixed batches take; made at the first one, and anew when there is no room for an adapter."""
