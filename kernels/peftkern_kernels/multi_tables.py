@@ -26,15 +26,18 @@ def multi_shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned:
     """Tile of the grouped shrink: a block's rows by BLOCK_C of the contraction by BLOCK_R of the rank."""
     tile = shrink_tile(arch=arch, dtype=dtype, M=min(M, 64), R=R, aligned=aligned, dropout=dropout)
     most = 64 if tile.block_m == min(64, 16 if M <= 16 else 32 if M <= 32 else 64) else tile.block_m
-    return replace(tile, block_m=min(block_rows(M), most))
+    # B's ranks of no known multiple, and RDNA's fewer registers, leave less room than one adapter's.
+    block_r = tile.block_r if aligned and arch != 1100 else min(tile.block_r, 32)
+    return replace(tile, block_m=min(block_rows(M), most), block_r=block_r)
 
 
 def multi_expand_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool) -> Tile:
     """Tile of the grouped expand: a block's rows by BLOCK_C columns of the output."""
     wide = dtype.itemsize == 4
     rows = min(block_rows(M), 32 if wide or arch == 0 else 64)
-    columns = 64 if wide or arch == 0 or not aligned else 128
-    return Tile(rows, columns, rank_block(R, 16 if wide else 64), 4, 1)
+    crowded = not aligned or arch == 1100
+    columns = 64 if wide or arch == 0 or crowded else 128
+    return Tile(rows, columns, rank_block(R, 16 if wide else 32 if crowded else 64), 4, 1)
 
 
 def multi_weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, dropout: bool) -> Tile:
@@ -77,10 +80,12 @@ def multi_decode_tile(
     half = dtype.itemsize == 2
     block_r = rank_block(R, (32 if masters else 64) if half else 16)
     block_k, stages = (128, 4) if aligned and half else (64, 3) if aligned else (64, 2)
+    if arch >= 900:
+        block_k, stages = 64, 2
     programs = 4 * MULTIPROCESSORS.get(arch, 64)
     split = 1
     while split < 16 and M * cdiv(R, block_r) * split * 2 <= 1.1 * programs and K // (2 * split) >= 2 * block_k:
         split *= 2
     block_n = max(64, min(256, 4096 // block_r if half else 1024 // block_r))
-    warps = 4 if not half else block_r // 16  # fp32's operands are in registers, tensor cores' are not
+    warps = 4 if not half or arch >= 900 else block_r // 16  # fp32's operands are in registers, tensor cores' are not
     return DecodeTile(block_k, split, stages, block_r, warps, block_n, 4 if aligned else 8)

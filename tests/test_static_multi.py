@@ -1,0 +1,53 @@
+"""The static check over many adapters: its cases build launches, and its judge knows what a gathered kernel loads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench.static_cases_multi import MultiLoraLinear, all_cases_multi  # noqa: E402
+from bench.static_judge import Code, Dot, Loop, Record, judge  # noqa: E402
+
+
+def record(loop: Loop, *, gathers: bool) -> Record:
+    signature = {"x_ptr": "*bf16"} | ({"perm_ptr": "*i32"} if gathers else {})
+    code = Code(128, 0, 0, 4096, {"HMMA": 8}, {"LDGSTS": 9}, [loop])
+    dots = [Dot(128, 16, 64, "bf16")]
+    return Record(89, "_kernel", "", ["case"], {}, signature, 4, 3, (1, 1, 1), True, True, dots=dots, code=code)
+
+
+def test_row_numbers_may_be_loaded_in_the_main_loop():
+    """Bugs: a gathered kernel refused for its row numbers; a whole tile loaded synchronously let pass beside them."""
+    assert judge(record(Loop(9, 9, 0), gathers=True)) == []
+    assert "synchronous loads: 2" in judge(record(Loop(9, 9, 2), gathers=True))[0]
+    assert "synchronous loads: 9" in judge(record(Loop(9, 9, 0), gathers=False))[0]
+
+
+@pytest.mark.parametrize("arch", [86, 90, 942])
+def test_every_case_has_launches_and_a_name_of_its_own(arch):
+    """Bugs: a builder that needs data, a grid past what a launch allows, two cases under one name."""
+    cases = all_cases_multi()
+    assert len({case.label() for case in cases}) == len(cases)
+    for case in cases:
+        calls = case.launches(arch)
+        assert calls, case.label()
+        for call in calls:
+            assert all(0 < n <= most for n, most in zip(call.grid, (2**31 - 1, 65535, 65535), strict=True))
+
+
+@pytest.mark.parametrize("M, kernels", [(1, 2), (16, 2), (64, 2)])
+def test_a_decode_step_is_two_launches_and_the_route(M, kernels):
+    """Bug: launches that crept in; at 64 rows cuBLAS's is the third, and not counted here."""
+    calls = MultiLoraLinear(M, 4096, 4096, 16, "decode", training=False).launches(90)
+    assert [call.name for call in calls].count("route") == 1 and len(calls) == kernels + 1
+
+
+def test_traffic_of_a_decode_step_is_near_its_floor():
+    """Bug: planes that cost more than the adapters, at 64 tokens of 64 adapters, or too few programs to read them."""
+    shrink, expand = MultiLoraLinear(64, 4096, 4096, 16, "decode", training=False).launches(90)[1:]
+    floor = 64 * 2 * 16 * 4096 * torch.bfloat16.itemsize
+    assert floor < shrink.bytes + expand.bytes < 1.35 * floor
+    for call in (shrink, expand):
+        assert call.grid[0] * call.grid[1] >= 3.8 * 132
