@@ -17,6 +17,29 @@ from .launch import Call, cdiv, compile_options, nbytes, strides
 
 
 @triton.jit
+def low_rank_product(
+    s_ptr, b_ptr, rows, columns, R, s_columns, stride_sm, stride_sr, stride_bn, stride_br,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BLOCK_M, BLOCK_N] = s[rows] b[columns]^T, both cast to DTYPE in registers.
+
+    Of s, `s_columns` >= R columns may be read: those past R must be finite.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Mostly one step. As a loop even so: straight-line code holds S's and B's shared memory beside the main loop's.
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
+        mask_r = offs_r < R
+        s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
+        b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r[:, None] * stride_br
+        s = tl.load(s_ptrs, mask=(offs_r < s_columns)[None, :], other=0.0).to(DTYPE)  # [BLOCK_M, BLOCK_R]
+        b = tl.load(b_ptrs, mask=mask_r[:, None], other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
+        acc = tl.dot(s, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def expand_tile(
     s_ptr, b_ptr, bias_ptr, seed_ptr,  # [M, R] [N, R] [N] or None, [1] or None
     offs_m, rows, column_start, columns,
@@ -31,16 +54,10 @@ def expand_tile(
     """
     if seed_ptr is not None:  # drawn while the accumulator does not yet hold registers: after the dots it spills
         keep = keep_tile(tl.load(seed_ptr), offs_m, column_start, threshold, BLOCK_M, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Mostly one step. As a loop even so: straight-line code holds S's and B's shared memory beside the main loop's.
-    for r in tl.range(0, R, BLOCK_R, num_stages=1):
-        offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
-        mask_r = offs_r < R
-        s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
-        b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r[:, None] * stride_br
-        s = tl.load(s_ptrs, mask=mask_r[None, :], other=0.0).to(DTYPE)  # [BLOCK_M, BLOCK_R]
-        b = tl.load(b_ptrs, mask=mask_r[:, None], other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
-        acc = tl.dot(s, b, acc, input_precision=PRECISION)
+    acc = low_rank_product(
+        s_ptr, b_ptr, rows, columns, R, R, stride_sm, stride_sr, stride_bn, stride_br,
+        DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+    )  # fmt: skip
     if seed_ptr is not None:
         acc = tl.where(keep, acc * keep_scale, 0.0)
     if bias_ptr is not None:

@@ -1,0 +1,155 @@
+"""The expand of a mixed batch: each row from the rank of its own adapter to the output's columns.
+
+    out[m] = s[m] B_i^T + bias                       i = ids[m]; the bias alone where i = -1
+    out[m] = keep / (1 - p) * (ds[m] A_i)            backward: the low-rank part of dX
+
+or the same added to what `out` holds. S carries the scaling. A program takes one block of the routing, rows of one
+adapter, and BLOCK_N columns; rows are gathered and scattered by `perm`, so that S and out stay in the batch's order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .adapters import Adapters
+from .dropout import Dropout, keep_tile
+from .launch import Call, cdiv, compile_options, nbytes, strides
+from .lora_expand import low_rank_product, triton_dtype
+from .multi_tables import multi_expand_tile
+from .multi_tile import adapter_of, check_rows, dropout_arguments, piece_of, slot_key, table_arguments
+from .reduction_tables import Tile
+from .routing import Routing, block_rows
+
+
+@triton.jit(do_not_specialize=["B", "threshold"])
+def _multi_expand_kernel(
+    s_ptr, pool_ptr, bias_ptr, out_ptr, perm_ptr, blocks_ptr, seg_start_ptr, row_offset_ptr, rank_ptr, seed_ptr,
+    B, N, max_rank, stride_sm, stride_sr, stride_pool, stride_bias, stride_om, stride_on, threshold, keep_scale,
+    PARTS: tl.constexpr, POOL_IS_B: tl.constexpr, ACCUMULATE: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Columns run fastest, so that neighbouring programs share S's rows and write neighbouring memory.
+    programs_n = tl.cdiv(N, BLOCK_N)
+    part = tl.program_id(0) // programs_n
+    slot, first, length = piece_of(blocks_ptr, B, part // PARTS)
+    skipped = part % PARTS * BLOCK_M
+    length -= skipped
+    if length > 0:
+        row_offset, rank = adapter_of(slot, row_offset_ptr, rank_ptr)
+        offs_m = first + skipped + tl.arange(0, BLOCK_M)
+        mask_m = tl.arange(0, BLOCK_M) < length
+        rows = tl.load(perm_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+        column = (tl.program_id(0) % programs_n).to(tl.int64) * BLOCK_N
+        offs_n = column + tl.arange(0, BLOCK_N)
+        columns = offs_n % N
+        if seed_ptr is not None:  # drawn while the accumulator does not yet hold registers
+            mask_rows = offs_m - tl.load(seg_start_ptr + tl.maximum(slot, 0))
+            keep = keep_tile(slot_key(seed_ptr, slot), mask_rows, column, threshold, BLOCK_M, BLOCK_N)
+        if POOL_IS_B:
+            b_ptr = pool_ptr + row_offset * N
+            if rank % 8 == 0:  # a stride that the compiler knows to be a multiple of 8: loads of 16 bytes
+                even_rank = rank // 8 * 8
+                acc = low_rank_product(
+                    s_ptr, b_ptr, rows, columns, even_rank, max_rank, stride_sm, stride_sr, even_rank, 1,
+                    DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+                )  # fmt: skip
+            else:
+                acc = low_rank_product(
+                    s_ptr, b_ptr, rows, columns, rank, max_rank, stride_sm, stride_sr, rank, 1,
+                    DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+                )  # fmt: skip
+        else:
+            acc = low_rank_product(
+                s_ptr, pool_ptr + row_offset * stride_pool, rows, columns, rank, max_rank, stride_sm, stride_sr,
+                1, stride_pool,
+                DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+            )  # fmt: skip
+        if seed_ptr is not None:
+            acc = tl.where(keep, acc * keep_scale, 0.0)
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + columns * stride_bias).to(tl.float32)[None, :]
+        out_ptrs = out_ptr + rows[:, None] * stride_om + offs_n[None, :] * stride_on
+        mask = mask_m[:, None] & (offs_n < N)[None, :]
+        if ACCUMULATE:
+            acc += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def multi_expand_calls(
+    s: torch.Tensor,
+    adapters: Adapters,
+    routing: Routing,
+    out: torch.Tensor,
+    *,
+    pool: str = "b",
+    accumulate: bool = False,
+    bias: torch.Tensor | None = None,
+    dropout: Dropout | None = None,
+    arch: int,
+    precision: str = "ieee",
+    tile: Tile | None = None,
+) -> list[Call]:
+    """Launches that write `out[m] = s[m] B_i^T + bias`, or `out[m] = keep / (1 - p) * (s[m] A_i)`.
+
+    Args:
+        s: [M, max_rank], S or dS with the scaling in it, finite past each row's rank; any strides.
+        adapters: fp32 masters are cast to `out`'s dtype in registers. routing: of the batch.
+        out: [M, N] (of pool "a": [M, K]) any strides; every row is written.
+        pool: "b" for y, "a" for dX. accumulate: add to what `out` holds, rounding once.
+        bias: [N]. dropout: the forward's mask over x, whose shape is dX's.
+        arch, precision: as in `lora_expand.expand_calls`. tile: overrides the table (tuning and tests).
+
+    Raises:
+        ValueError: shapes that do not agree.
+    """
+    check_rows(adapters, routing, s=s, out=out)
+    (M, N), R = out.shape, adapters.max_rank
+    if (adapters.N if pool == "b" else adapters.K) != N or s.shape[1] != R:
+        raise ValueError(
+            f"s, out: {tuple(s.shape)} and {tuple(out.shape)} do not fit pool {pool} of {R} x {adapters.N}"
+        )
+    if M == 0:
+        return []
+    if tile is None:
+        tile = multi_expand_tile(arch=arch, dtype=out.dtype, M=M, R=R)
+    parts = block_rows(M) // tile.block_m
+    source = adapters.pool_b if pool == "b" else adapters.pool_a
+    moved = nbytes(s, bias, out) + min(routing.slots, M) * R * N * source.element_size()
+    return [
+        Call(
+            name="expand of many adapters",
+            kernel=_multi_expand_kernel,
+            grid=(routing.blocks.shape[1] * parts * cdiv(N, tile.block_c), 1, 1),
+            args={
+                **table_arguments(adapters, routing),
+                **dropout_arguments(dropout),
+                "s_ptr": s,
+                "pool_ptr": source,
+                "bias_ptr": bias,
+                "out_ptr": out,
+                "N": N,
+                "max_rank": R,
+                **strides(s, "sm", "sr"),
+                "stride_pool": 0 if pool == "b" else adapters.pool_a.stride(0),
+                **strides(bias, "bias"),
+                **strides(out, "om", "on"),
+            },
+            constants={
+                "PARTS": parts,
+                "POOL_IS_B": pool == "b",
+                "ACCUMULATE": accumulate,
+                "DTYPE": triton_dtype(out.dtype),
+                "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_c,
+                "BLOCK_R": tile.block_r,
+                "PRECISION": precision,
+            },
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            options=compile_options(arch),
+            bytes=moved + (nbytes(out) if accumulate else 0),
+            flops=2 * M * N * R,
+        )
+    ]

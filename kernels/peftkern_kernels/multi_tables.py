@@ -1,0 +1,82 @@
+"""Launch parameters of the kernels over many adapters, as pure functions. All predicted: none is timed yet.
+
+They follow those of one adapter (reduction_tables.py), on blocks whose rows the routing has fixed: a tile has at most
+`block_rows(M)` rows and divides it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .adapters import Adapters
+from .gemm_tables import MULTIPROCESSORS
+from .launch import cdiv
+from .reduction_tables import Tile, rank_block, shrink_tile, weight_gradient_tile
+from .routing import block_rows
+
+
+def pools_vectorize(adapters: Adapters) -> bool:
+    """Whether the rows of A, and the blocks of B where ranks are multiples of 8, start at multiples of 16 elements."""
+    return adapters.K % 16 == 0 and adapters.N % 16 == 0 and adapters.pool_a.stride(0) % 16 == 0
+
+
+def multi_shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, dropout: bool) -> Tile:
+    """Tile of the grouped shrink: a block's rows by BLOCK_C of the contraction by BLOCK_R of the rank."""
+    tile = shrink_tile(arch=arch, dtype=dtype, M=min(M, 64), R=R, aligned=aligned, dropout=dropout)
+    most = 64 if tile.block_m == min(64, 16 if M <= 16 else 32 if M <= 32 else 64) else tile.block_m
+    return replace(tile, block_m=min(block_rows(M), most))
+
+
+def multi_expand_tile(*, arch: int, dtype: torch.dtype, M: int, R: int) -> Tile:
+    """Tile of the grouped expand: a block's rows by BLOCK_C columns of the output."""
+    wide = dtype.itemsize == 4
+    rows = min(block_rows(M), 32 if wide or arch == 0 else 64)
+    return Tile(rows, 64 if wide or arch == 0 else 128, rank_block(R, 16 if wide else 64), 4, 1)
+
+
+def multi_weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, dropout: bool) -> Tile:
+    """Tile of the grouped weight gradient: BLOCK_C columns of x or dY, walking down a chunk's rows by BLOCK_M."""
+    return weight_gradient_tile(arch=arch, dtype=dtype, M=min(M, 64), R=R, aligned=aligned, dropout=dropout)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTile:
+    """How the two launches of a mixed decode step are cut up.
+
+    Attributes:
+        block_k, split_k, num_stages: the shrink's step along K, programs along K, and steps that are loaded ahead.
+        block_r: ranks of a program of either launch. shrink_warps: of the first.
+        block_n, expand_warps: columns and warps of a program of the second.
+        overlap: whether the second launch starts while the first runs, its loads of B under way (sm_90 and later).
+    """
+
+    block_k: int
+    split_k: int
+    num_stages: int
+    block_r: int
+    shrink_warps: int
+    block_n: int
+    expand_warps: int
+    overlap: bool = False
+
+
+def multi_decode_tile(*, arch: int, dtype: torch.dtype, M: int, N: int, K: int, R: int, aligned: bool) -> DecodeTile:
+    """The tile of a decode step over as many adapters as there are rows.
+
+    The shrink has a warp for 16 ranks, so that each reads its own rows of A once, by asynchronous copies of which
+    `num_stages - 1` are under way; K is split until each multiprocessor has four programs. The expand's programs read
+    8 KB of B each (rank 16), all at once.
+    """
+    if arch == 0:
+        return DecodeTile(32, min(4, cdiv(K, 32)), 1, rank_block(R, 32), 4, 64, 4)
+    block_r = rank_block(R, 64 if dtype.itemsize == 2 else 32)
+    block_k, stages = (128, 4) if aligned and dtype.itemsize == 2 else (64, 3) if aligned else (64, 2)
+    programs = 4 * MULTIPROCESSORS.get(arch, 64)
+    split = 1
+    while split < 16 and M * cdiv(R, block_r) * split * 2 <= 1.1 * programs and K // (2 * split) >= 2 * block_k:
+        split *= 2
+    block_n = max(64, min(256, 4096 // block_r if dtype.itemsize == 2 else 1024 // block_r))
+    warps = 4 if dtype.itemsize > 2 else block_r // 16  # fp32's operands are in registers, tensor cores' are not
+    return DecodeTile(block_k, split, stages, block_r, warps, block_n, 4)

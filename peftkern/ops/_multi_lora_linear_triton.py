@@ -1,0 +1,138 @@
+"""`multi_lora_linear` as a list of kernel launches, forward and backward, for adapters and a routing that are given.
+
+As in _lora_linear_triton.py nothing runs here: outputs are allocated and returned with the `Call`s that fill them.
+Paths: "cublas" (the grouped expand writes first, cuBLAS adds the base in place) and "decode" (at most 64 rows).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from peftkern.ops._lora_linear_torch import dense_rows
+from peftkern.ops._lora_linear_triton import Calls, Kept, _add_base, precision
+from peftkern_kernels.adapters import Adapters
+from peftkern_kernels.dropout import Dropout
+from peftkern_kernels.launch import TorchCall, nbytes
+from peftkern_kernels.multi_decode import MAX_ROWS, multi_decode_calls
+from peftkern_kernels.multi_expand import multi_expand_calls
+from peftkern_kernels.multi_shrink import multi_shrink_calls
+from peftkern_kernels.multi_tables import DecodeTile
+from peftkern_kernels.multi_weight_gradient import multi_weight_gradient_calls
+from peftkern_kernels.routing import Routing
+
+__all__ = ["MAX_ROWS", "backward_calls", "forward_calls", "multi_calls"]
+
+
+def _write_base(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> TorchCall:
+    """`out = x weight^T` by cuBLAS."""
+    write = functools.partial(torch.mm, out=out)
+    return TorchCall(
+        "base (cuBLAS)", write, (dense_rows(x), weight.t()), nbytes(x, weight, out), 2 * x.shape[0] * weight.numel()
+    )
+
+
+def forward_calls(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    adapters: Adapters,
+    routing: Routing,
+    bias: torch.Tensor | None,
+    dropout: Dropout | None,
+    path: str,
+    arch: int,
+    keep_s: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, Calls]:
+    """x [M, K] -> y [M, N], S [M, max_rank] (scaling in it, zeros past each row's rank), and the launches.
+
+    `keep_s` False lets the path "decode" leave S out (None): nothing but a backward needs it.
+    """
+    M, N, R = x.shape[0], weight.shape[0], adapters.max_rank
+    y = x.new_empty(M, N)
+    common: dict[str, Any] = {"arch": arch, "precision": precision()}
+    if path == "decode" and dropout is None:
+        s_out = x.new_empty(M, R) if keep_s else None
+        calls: Calls = [_write_base(x, weight, y)] if M else []
+        calls += multi_decode_calls(x, adapters, routing, y, base=y, bias=bias, s_out=s_out, **common)
+        return y, s_out, calls
+    s = x.new_empty(M, R)
+    calls = [*multi_shrink_calls(x, adapters, routing, s, dropout=dropout, **common)]
+    calls += multi_expand_calls(s, adapters, routing, y, bias=bias, **common)
+    if M:
+        calls.append(_add_base(x, weight, y))
+    return y, s, calls
+
+
+def backward_calls(
+    dy: torch.Tensor,
+    x: Kept,
+    weight: torch.Tensor,
+    adapters: Adapters,
+    s: Kept,
+    routing: Routing,
+    dropout: Dropout | None,
+    path: str,
+    arch: int,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Calls]:
+    """dy [M, N] -> (dX [M, K], gradient of pool_a, gradient of pool_b, launches), each only if `needs` asks for it.
+
+    The pools' gradients are contiguous, in the pools' dtype, zero for adapters without rows and rows of no adapter.
+    `x` may be None if pool_a's is not asked for, `s` if pool_b's is not.
+    """
+    needs_x, needs_a, needs_b = needs
+    M, K = dy.shape[0], weight.shape[1]
+    common: dict[str, Any] = {"arch": arch, "precision": precision()}
+    dx = dy.new_empty(M, K) if needs_x else None
+    # One fill of memory, where finding out who is absent would take a kernel of its own.
+    da = torch.zeros_like(adapters.pool_a, memory_format=torch.contiguous_format) if needs_a else None
+    db = torch.zeros_like(adapters.pool_b) if needs_b else None
+    ds: Kept = dy.new_empty(M, adapters.max_rank) if needs_x or needs_a else None
+    calls: Calls = []
+    if ds is not None:
+        calls += multi_shrink_calls(dy, adapters, routing, ds, pool="b", **common)
+    if dx is not None and M:
+        calls += multi_expand_calls(ds, adapters, routing, dx, pool="a", dropout=dropout, **common)
+        calls.append(_add_base(dy, weight.t(), dx))
+    if da is not None or db is not None:
+        calls += multi_weight_gradient_calls(
+            ds if da is not None else None,
+            x if da is not None else None,
+            s if db is not None else None,
+            dy if db is not None else None,
+            da,
+            db,
+            adapters,
+            routing,
+            dropout=dropout,
+            **common,
+        )
+    return dx, da, db, calls
+
+
+def multi_calls(
+    x: torch.Tensor,
+    adapters: Adapters,
+    routing: Routing,
+    y: torch.Tensor,
+    *,
+    arch: int,
+    decode: bool | None = None,
+    tile: DecodeTile | None = None,
+) -> Calls:
+    """Launches of the low-rank part alone, `y[m] += scaling[s] * x[m] A_s^T B_s^T`: what a benchmark times as a pair.
+
+    Args:
+        x: [M, K]. y: [M, N], added to in place. decode: which kernels; None takes the decode path up to 64 rows.
+        tile: overrides the decode path's table.
+    """
+    common: dict[str, Any] = {"arch": arch, "precision": precision()}
+    if decode is None:
+        decode = x.shape[0] <= MAX_ROWS
+    if decode:
+        return [*multi_decode_calls(x, adapters, routing, y, base=y, tile=tile, **common)]
+    s = x.new_empty(x.shape[0], adapters.max_rank)
+    calls: Calls = [*multi_shrink_calls(x, adapters, routing, s, **common)]
+    return calls + multi_expand_calls(s, adapters, routing, y, accumulate=True, **common)

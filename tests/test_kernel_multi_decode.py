@@ -1,0 +1,107 @@
+"""The decode kernels over many adapters against fp64: at most 64 rows, K split, planes summed in the expand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from adapter_batches import RANKS, factors, make_adapters, routed, rows_of, wide  # noqa: E402
+from numerics import arch_of, assert_rounded  # noqa: E402
+from peftkern_kernels.launch import run_all  # noqa: E402
+from peftkern_kernels.multi_decode import multi_decode_calls  # noqa: E402
+from peftkern_kernels.multi_tables import DecodeTile  # noqa: E402
+from peftkern_kernels.routing import build_routing  # noqa: E402
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SIZES = [(1, 17, 33), (5, 48, 64), (16, 70, 130), (64, 33, 100)]  # M, N, K
+
+
+def check(x, adapters, routing, *, base=None, in_place=False, bias=None, keep_s=True, **options):
+    """out and S against fp64, slot by slot; nothing stored outside them."""
+    M, N, R, dtype = x.shape[0], adapters.N, adapters.max_rank, x.dtype
+    storage = torch.full((M + 1, N + 3), float("nan"), dtype=dtype, device=x.device)
+    out = storage[:M, :N]
+    if in_place:
+        base = out.copy_(torch.randn(M, N))
+    start = torch.zeros(M, N, dtype=torch.float64, device=x.device)
+    size = start.clone()
+    if base is not None:
+        planes = base.double() if base.dim() == 3 else base.double()[None]
+        start, size = planes.sum(0), planes.abs().sum(0)
+    if bias is not None:
+        start, size = start + bias.double(), size + bias.double().abs()
+    s = torch.full((M, R), float("nan"), dtype=dtype, device=x.device) if keep_s else None
+    options = {"base": base, "bias": bias, "s_out": s, "arch": arch_of(x.device.type), **options}
+    calls = multi_decode_calls(x, adapters, routing, out, **options)
+    run_all(calls)
+    for slot in range(-1, adapters.slots):
+        rows = rows_of(routing, slot)
+        rank = int(adapters.rank[slot]) if slot >= 0 else 0
+        if len(rows) == 0:
+            continue
+        truth, magnitude, terms = start[rows], size[rows], 20
+        if s is not None:
+            assert (s[rows, rank:] == 0).all(), f"slot {slot}: S is not zero past its rank"
+        if rank:
+            a, b = factors(adapters, slot, dtype)
+            part, scale = x[rows].double(), float(adapters.scaling[slot])
+            exact, exact_size = scale * part @ a.T, scale * part.abs() @ a.abs().T
+            if s is not None:
+                assert_rounded(s[rows, :rank], exact, exact_size, terms=x.shape[1] + 20)
+                exact, exact_size = s[rows, :rank].double(), s[rows, :rank].double().abs()
+            truth, magnitude = truth + exact @ b.T, magnitude + exact_size @ b.abs().T
+            terms += rank + (0 if s is not None else x.shape[1])
+        assert_rounded(out[rows], truth, magnitude, terms=terms, rounded=0 if s is not None else 1)
+    assert storage[M].isnan().all() and storage[:, N:].isnan().all(), "stored outside"
+    return out.clone(), calls
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M, N, K", SIZES)
+def test_matches_fp64(M, N, K, dtype, device):
+    """Bugs: ranks read from the next adapter (NaN between them), planes mixed up, rows of -1 left unwritten."""
+    check(wide(M, K, dtype, device), make_adapters(N, K, dtype, device), routed(M, 6, device))
+
+
+@pytest.mark.parametrize("kind", ["mixed", "none", "one"])
+def test_onto_a_base(kind, device):
+    """Bugs: base or bias forgotten for the rows of -1, added twice in place, or rounded between."""
+    adapters, routing = make_adapters(33, 100, torch.bfloat16, device), routed(40, 6, device, kind)
+    x, bias = wide(40, 100, torch.bfloat16, device), torch.randn(66, device=device)[::2]
+    check(x, adapters, routing, in_place=True)
+    check(x, adapters, routing, in_place=True, bias=bias, keep_s=False)
+    check(x, adapters, routing, base=wide(40, 33, torch.bfloat16, device), keep_s=False)
+    check(x, adapters, routing, base=torch.randn(3, 40, 33, device=device), bias=bias)
+
+
+def test_distinct_adapters_strides_and_masters(device):
+    """Bugs: a block for each row of which some are dropped; strides swapped; fp32 masters reinterpreted."""
+    ranks = tuple((1, 3, 8, 16)[i % 4] for i in range(64))
+    adapters = make_adapters(40, 72, torch.float32, device, ranks, max_rank=20)
+    ids = torch.randperm(64, generator=torch.Generator().manual_seed(1)).to(torch.int32)
+    check(wide(64, 72, torch.float16, device, transposed=True), adapters, build_routing(ids.to(device), 64))
+
+
+def test_other_tiles_and_the_same_bits_twice(device):
+    """Bugs: more parts of K than steps, ranks in several blocks, an order of planes that depends on scheduling."""
+    adapters, routing = make_adapters(100, 200, torch.bfloat16, device, max_rank=70), routed(20, 6, device)
+    x = wide(20, 200, torch.bfloat16, device)
+    for tile in (DecodeTile(32, 64, 2, 16, 1, 32, 2), DecodeTile(64, 3, 3, 32, 2, 128, 4)):
+        first, calls = check(x, adapters, routing, tile=tile)
+        assert len(calls) == 2 and torch.equal(first, check(x, adapters, routing, tile=tile)[0])
+
+
+def test_empty_and_refused(device):
+    """Bugs: a grid of zero programs; a batch too large for the path; a base of another shape."""
+    adapters = make_adapters(17, 33, torch.float32, device)
+    out = torch.empty(65, 17, device=device)
+    x = torch.empty(65, 33, device=device)
+    assert multi_decode_calls(x[:0], adapters, routed(0, len(RANKS), device), out[:0], arch=0) == []
+    with pytest.raises(ValueError, match="at most 64 rows"):
+        multi_decode_calls(x, adapters, routed(65, len(RANKS), device), out, arch=0)
+    with pytest.raises(ValueError, match=r"base: expected \[3, 17\]"):
+        multi_decode_calls(x[:3], adapters, routed(3, 6, device), out[:3], base=out, arch=0)
+    with pytest.raises(ValueError, match="expected widths 33, 17 and 64"):
+        multi_decode_calls(x[:3, :9], adapters, routed(3, 6, device), out[:3], arch=0)
