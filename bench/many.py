@@ -8,8 +8,8 @@ CUDA graph and replayed from a cold cache; the routing by itself and together wi
 kernel, the least that any of these times can be. Prefill and train: the whole layer, beside the same with one adapter
 and the frozen one. Everything is checked against float64 before it is timed.
 
-The result goes to bench/results/<device>/many.json, or to DIR, and to $OUT where that is set. bench/README.md says where
-the servers' kernels come from; without them their rows say "not run".
+The result goes to bench/results/<device>/many.json, or to DIR, and to $OUT where that is set. bench/README.md says
+where the servers' kernels come from; without them their rows say "not run".
 """
 
 from __future__ import annotations
@@ -28,7 +28,17 @@ import torch
 from bench import environment, limits, measure, records
 from bench.check import WrongResultError
 from bench.many_cases import (
-    ADAPTERS, DECODE_TOKENS, HEADLINE, PREFILL_TOKENS, SHAPES, Batch, Case, Pool, decode_cases, layer_cases, smoke_cases
+    ADAPTERS,
+    DECODE_TOKENS,
+    HEADLINE,
+    PREFILL_TOKENS,
+    SHAPES,
+    Batch,
+    Case,
+    Pool,
+    decode_cases,
+    layer_cases,
+    smoke_cases,
 )  # fmt: skip
 from bench.run import interpret_kernels, save
 

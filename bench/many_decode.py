@@ -13,7 +13,7 @@ import torch
 
 from bench import environment, measure, records
 from bench.check import WrongResultError
-from bench.many_cases import HEADLINE, RANK, SLOTS, SMOKE_SHAPE, Batch, Case, Pool
+from bench.many_cases import HEADLINE, LEAST_SLOTS, RANK, SMOKE_SHAPE, Batch, Case, Pool
 from bench.many_rivals import Made, Server
 from bench.run import save
 from peftkern import __version__ as peftkern_version
@@ -118,7 +118,7 @@ def tune(options: argparse.Namespace, device: torch.device, folder: Path) -> int
     dtype = torch.bfloat16 if on_gpu else torch.float16
     rows: list[dict[str, Any]] = []
     for M in options.tokens or ((3,) if options.smoke else TUNED_TOKENS):
-        case = Case("decode", M, K, N, SLOTS, "distinct", (RANK,), dtype)
+        case = Case("decode", M, K, N, max(LEAST_SLOTS, M), "distinct", (RANK,), dtype)
         batch = Batch(case, Pool(case, device), device)
         y = torch.empty(M, N, dtype=dtype, device=device)
         table = multi_decode_tile(arch=arch, dtype=dtype, M=M, N=N, K=K, R=RANK, aligned=True)

@@ -176,12 +176,11 @@ def _sglang() -> Server:
         stub("msgspec", Struct=_Struct)
     for package in ("sglang", "sglang.srt", "sglang.srt.lora", "sglang.kernels", "sglang.kernels.ops", LORA):
         stub(package, __path__=[str(folder.joinpath(*package.split(".")))])
-    stub("sglang.kernels.ops.moe", __path__=[])
 
     def no_alignment(*_: Any, **__: Any) -> None:
         raise NotImplementedError("batches of more than 512 tokens need a compiled kernel of the server")
 
-    stub("sglang.kernels.ops.moe.moe_align", moe_align_block_size=no_alignment)
+    stub(f"{LORA}.moe.virtual_experts", _align_block_size_jit=no_alignment)
     utils = stub("sglang.srt.lora.utils", Enum=Enum)
     definitions(dense.parent / "utils.py", {"Phase", "architecture_for_capability"}, vars(utils))
     plan = stub("sglang.srt.lora.dense.plan", dataclass=dataclass, field=field, Enum=Enum, Phase=utils.Phase)
