@@ -6,6 +6,7 @@ PyTorch's grouped matrix product, whose tokens come sorted by adapter and cost i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -147,7 +148,9 @@ def _peft(batch: Batch) -> tuple[Callable[[], Any], Callable[[], Results]]:
     for slot in range(case.slots):
         r, alpha = pool.ranks[slot], pool.ranks[slot] * pool.scaling[slot].item()
         config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=["linear"])
-        holder = peft.inject_adapter_in_model(config, holder, adapter_name=f"a{slot}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there are several adapters
+            holder = peft.inject_adapter_in_model(config, holder, adapter_name=f"a{slot}")
     layer = holder["linear"].eval()
     for slot in range(case.slots):
         layer.lora_A[f"a{slot}"].to(case.dtype).weight.data.copy_(pool.A[slot])
