@@ -15,6 +15,7 @@ where the servers' kernels come from; without them their rows say "not run".
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 import traceback
@@ -182,7 +183,7 @@ class ManyBench:
             if make is None:
                 row["reason"] = why_not
             else:
-                made = self._attempt(row, lambda make=make: make(batch, y))
+                made = self._attempt(row, functools.partial(make, batch, y))
             if made is None:
                 self.rows.append(row)
                 continue

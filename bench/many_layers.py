@@ -57,10 +57,11 @@ def _one_adapter(batch: Batch) -> tuple[Callable[[], Any], None]:
     a, b = batch.pool.A[0].clone(), batch.pool.B[0].clone()
     if batch.case.part != "train":
         return lambda: lora_linear(batch.x, batch.weight, a, b, 1.0), None
-    inputs = [batch.x.detach().requires_grad_(), a.requires_grad_(), b.requires_grad_()]
+    x = batch.x.detach().requires_grad_()
+    inputs = [x, a.requires_grad_(), b.requires_grad_()]
 
     def call() -> Any:
-        return torch.autograd.grad(lora_linear(inputs[0], batch.weight, *inputs[1:], 1.0), inputs, batch.dy)
+        return torch.autograd.grad(lora_linear(x, batch.weight, a, b, 1.0), inputs, batch.dy)
 
     return call, None
 
@@ -73,7 +74,7 @@ def _peftkern(routed: bool) -> Callable[[Batch], tuple[Callable[[], Any], Callab
         device, arch, train = batch.device, device_info(batch.device).arch, case.part == "train"
         made = route(batch.ids, case.slots)
 
-        def call() -> tuple[torch.Tensor | None, ...]:
+        def call() -> Any:
             routing = made if routed else route(batch.ids, case.slots)
             path = "cublas"
             y, s, calls = forward_calls(batch.x, batch.weight, adapters, routing, None, None, path, arch, train)

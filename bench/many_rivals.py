@@ -6,6 +6,7 @@ the kernels' launchers ask of it, with the defaults of the server: no tuned conf
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import sys
@@ -170,9 +171,7 @@ class _Rows:
 def _sglang() -> Server:
     folder, version = unpacked("sglang")
     dense = folder / "sglang" / "srt" / "lora" / "dense"
-    try:
-        import msgspec  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("msgspec") is None:
         stub("msgspec", Struct=_Struct)
     for package in ("sglang", "sglang.srt", "sglang.srt.lora", "sglang.kernels", "sglang.kernels.ops", LORA):
         stub(package, __path__=[str(folder.joinpath(*package.split(".")))])
