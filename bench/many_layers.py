@@ -24,6 +24,7 @@ from peftkern.ops._multi_lora_linear_triton import backward_calls, forward_calls
 from peftkern.ops._route_triton import route
 from peftkern_kernels.launch import run_all
 
+PATHS = ("cublas", "triton")
 Results = dict[str, torch.Tensor]
 
 
@@ -66,8 +67,8 @@ def _one_adapter(batch: Batch) -> tuple[Callable[[], Any], None]:
     return call, None
 
 
-def _peftkern(routed: bool) -> Callable[[Batch], tuple[Callable[[], Any], Callable[[], Results]]]:
-    """The launches of `multi_lora_linear`; `routed` leaves the routing, once for all layers, to another row."""
+def _peftkern(path: str, routed: bool = True) -> Callable[[Batch], tuple[Callable[[], Any], Callable[[], Results]]]:
+    """The launches of `multi_lora_linear` on a path; `routed`: the routing, made once for all layers, is left out."""
 
     def make(batch: Batch) -> tuple[Callable[[], Any], Callable[[], Results]]:
         case, adapters = batch.case, batch.pool.adapters
@@ -76,7 +77,6 @@ def _peftkern(routed: bool) -> Callable[[Batch], tuple[Callable[[], Any], Callab
 
         def call() -> Any:
             routing = made if routed else route(batch.ids, case.slots)
-            path = "cublas"
             y, s, calls = forward_calls(batch.x, batch.weight, adapters, routing, None, None, path, arch, train)
             run_all(calls, device)
             if not train:
@@ -171,8 +171,8 @@ def layers() -> list[Layer]:
     torch_version, ours = version_of("torch"), peftkern_version
     return [
         Layer("frozen", torch_version, _frozen),
-        Layer("peftkern", ours, _peftkern(True)),
-        Layer("peftkern + routing", ours, _peftkern(False)),
+        *(Layer(f"peftkern: {path}", ours, _peftkern(path)) for path in PATHS),
+        Layer("peftkern: cublas + routing", ours, _peftkern("cublas", routed=False)),
         Layer("peftkern one adapter", ours, _one_adapter),
         Layer("torch grouped_mm", torch_version, _grouped_mm),
         Layer("peft adapter_names", version_of("peft"), _peft, train=False),

@@ -14,7 +14,8 @@ PAIRS = {
     "torch": ("one tiny kernel", GREY),
 }
 LAYERS = {
-    "peftkern + routing": ("peftkern, many adapters", COLOURS["peftkern"], "-"),
+    "peftkern: cublas": ("peftkern, expand first", COLOURS["peftkern"], "-"),
+    "peftkern: triton": ("peftkern, expand inside the base product", COLOURS["peftkern fp32 adapters"], "-"),
     "peftkern one adapter": ("peftkern, one adapter", COLOURS["peftkern compiled"], "--"),
     "torch grouped_mm": ("grouped_mm, tokens sorted", COLOURS["unsloth"], "-"),
     "peft adapter_names": ("PEFT, adapter_names", COLOURS["peft"], "-"),

@@ -1,4 +1,5 @@
-"""The grid of real calls whose kernel launches the static check compiles; over 4-bit weights: static_cases_4bit.py.
+"""The grid of real calls whose kernel launches the static check compiles; over 4-bit weights: static_cases_4bit.py,
+over many adapters: static_cases_multi.py.
 
 A case is an operation with its sizes, dtypes and options. Its launches are the library's own: tensors on the meta
 device go through `plan` and the functions that an operation takes its launches from; what is compiled would run.
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from bench.static_cases_4bit import Case4bit, all_cases_4bit, quick_cases_4bit
+from bench.static_cases_multi import MultiLoraLinear, all_cases_multi
 from peftkern.backend import DeviceInfo
 from peftkern.ops import _lora_linear_triton
 from peftkern.ops.plan import plan_lora_embedding, plan_lora_linear
@@ -132,7 +134,7 @@ class LoraEmbedding:
         return [call for call in (*forward, *backward) if isinstance(call, Call)]
 
 
-Case = LoraLinear | LoraEmbedding | Case4bit
+Case = LoraLinear | LoraEmbedding | Case4bit | MultiLoraLinear
 
 
 def quick_cases() -> list[Case]:
@@ -181,4 +183,4 @@ def all_cases() -> list[Case]:
     ]
     forced += [replace(case, path="triton") for case in (*sizes[:4], *awkward)]
     linear = dict.fromkeys([*headline, *llama, *variants, *awkward, *options, *forced])
-    return [*linear, *embedding_cases(), *all_cases_4bit()]
+    return [*linear, *embedding_cases(), *all_cases_4bit(), *all_cases_multi()]

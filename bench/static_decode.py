@@ -14,13 +14,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.static_judge import ASYNCHRONOUS_LOADS, SYNCHRONOUS_LOADS, Decode, Instruction
+from bench.static_judge import ASYNCHRONOUS_LOADS, SYNCHRONOUS_LOADS, WIDE_LOADS, Decode, Instruction
 
 # What the matrix instruction comes with: its own opcode, and the fences of Hopper's.
 _MATRIX = r"\w*MMA\b|WARPGROUP\b"
 _NO_WORK = r"NOP\b"
-# Loads of more than 32 bits: codes, or rows of the other operand; a scale is one byte or one float32.
-_WIDE = re.compile(SYNCHRONOUS_LOADS + r"\S*\.(64|128)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,7 @@ def read_decode(code: Sequence[Instruction], turn: Turn) -> Decode | None:
         repeats.append(round(products / turn.products))
     turns = max(1, min(repeats)) if turn.loop else 1
     outside = len(body) - _count(body, _MATRIX) - _count(body, _NO_WORK)
-    wide = _count(body, _WIDE)
+    wide = _count(body, WIDE_LOADS)  # of codes, or of the other operand: a scale is one byte or one float32
     return Decode(
         per_element=round(outside / (each * turns), 2),
         elements=each * turns,

@@ -51,6 +51,7 @@ WIDE_TILE_INSTRUCTION = {90: "HGMMA", 100: "UTCMMA"}
 # Copies into shared memory that a program issues and does not wait for.
 ASYNCHRONOUS_LOADS = r"(LDGSTS|UTMALDG|UBLKCP)\b"
 SYNCHRONOUS_LOADS = r"LDG\b"
+WIDE_LOADS = SYNCHRONOUS_LOADS + r"\S*\.(64|128)\b"
 # Instructions for a decoded element that the arithmetic bears, where that was worked out.
 MOST_PER_ELEMENT = {89: 12.0, 90: 12.0}
 # A scale of a double-quantized block: its own byte, its group's scale, the value of its code, the offset.
@@ -79,10 +80,14 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """A pipelined loop: how many asynchronous and synchronous loads from device memory its body has."""
+    """A pipelined loop: how many asynchronous and synchronous loads from device memory its body has.
+
+    `wide` are those of the synchronous ones that load more than 32 bits.
+    """
 
     asynchronous: int
     synchronous: int
+    wide: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +212,8 @@ def pipelined_loops(code: Sequence[Instruction]) -> list[Loop]:
     spans = {(i.target, i.address) for i in code if i.target is not None and i.target < i.address}
     pipelined = [span for span in sorted(spans) if count(span, ASYNCHRONOUS_LOADS)]
     smallest = [s for s in pipelined if not any(t != s and s[0] <= t[0] and t[1] <= s[1] for t in pipelined)]
-    return [Loop(count(span, ASYNCHRONOUS_LOADS), count(span, SYNCHRONOUS_LOADS)) for span in smallest]
+    loads = (ASYNCHRONOUS_LOADS, SYNCHRONOUS_LOADS, WIDE_LOADS)
+    return [Loop(*(count(span, pattern) for pattern in loads)) for span in smallest]
 
 
 def count_matrix_instructions(opcodes: Sequence[str]) -> dict[str, int]:
@@ -295,12 +301,16 @@ def judge(record: Record) -> list[str]:
 
 
 def _load_faults(record: Record, code: Code, arch: Architecture) -> list[str]:
-    """An aligned, pipelined main loop must copy asynchronously. Not asked on AMD, where every load is asynchronous."""
+    """An aligned, pipelined main loop must copy asynchronously. Not asked on AMD, where every load is asynchronous.
+
+    A kernel that gathers rows loads their numbers a step ahead, synchronously and 32 bits wide.
+    """
     if arch.vendor == "amd" or not record.aligned or record.num_stages < 2 or not record.dots:
         return []
     if not code.loops:
         return ["synchronous loads: no loop has an asynchronous load, though sizes are aligned"]
-    least = min(loop.synchronous for loop in code.loops)
+    gathers = "perm_ptr" in record.signature
+    least = min(loop.wide if gathers else loop.synchronous for loop in code.loops)
     if record.all_aligned and least:
         return [f"synchronous loads: {least} beside asynchronous ones in the main loop, though all rows are aligned"]
     return []

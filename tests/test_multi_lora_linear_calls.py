@@ -14,8 +14,9 @@ from peftkern.ops._lora_linear_triton import run_all  # noqa: E402
 from peftkern.ops._multi_lora_linear_triton import backward_calls, forward_calls, multi_calls  # noqa: E402
 from peftkern_kernels.dropout import Dropout  # noqa: E402
 from peftkern_kernels.routing import slot_seed  # noqa: E402
+from quantized_data import random_4bit  # noqa: E402
 
-PATHS = ["cublas", "decode"]
+PATHS = ["triton", "cublas", "decode"]
 NEEDS = (True, True, True)
 
 
@@ -109,6 +110,42 @@ def test_no_rows(path, device):
     layer = make_layer(0, 17, 33, torch.bfloat16, device)
     y, dx, da, db = run(layer, routed(0, 6, device), None, path)
     assert y.shape == (0, 17) and dx.shape == (0, 33) and not da.any() and not db.any()
+
+
+@pytest.mark.parametrize("path, M", [("decode_4bit", 7), ("decode_4bit", 1), ("fused_4bit", 24)])
+def test_over_a_4bit_weight(path, M, device):
+    """Bugs: planes of the base given to the wrong rows; a backward that takes another path's operands."""
+    N, K, dtype = 64, 128, torch.float16
+    x, _, bias, dy, adapters = make_layer(M, N, K, dtype, device)
+    stored, routing, arch = random_4bit(N, K, dtype=dtype, device=device), routed(M, 6, device), arch_of(device)
+    y, s, calls = forward_calls(x, stored, adapters, routing, bias, None, path, arch)
+    run_all(calls)
+    *gradients, calls = backward_calls(dy, x, stored, adapters, s, routing, None, path, arch, NEEDS)
+    run_all(calls)
+    dense = reference.dequantize_4bit(stored, dtype)
+    layer = (x, dense, bias, dy, adapters)
+    for slot in range(-1, adapters.slots):
+        rows = rows_of(routing, slot)
+        if len(rows) == 0:
+            continue
+        truths, magnitudes = (alone(layer, slot, rows, None, f) for f in (lambda t: t, lambda t: t.abs()))
+        for out, truth, magnitude in zip((y, gradients[0]), truths[:2], magnitudes[:2], strict=True):
+            assert_rounded(out[rows], truth, magnitude, terms=M + N + K + 64, rounded=1)
+
+
+@pytest.mark.parametrize("M, launches", [(16, 2), (17, 3), (64, 3)])
+def test_launches_of_a_decode_step(M, launches, device):
+    """Bug: more launches than the path promises, which is what it is for."""
+    layer, routing = make_layer(M, 33, 70, torch.float32, device), routed(M, 6, device)
+    x, weight, bias, _, adapters = layer
+    y, s, calls = forward_calls(x, weight, adapters, routing, bias, None, "decode", arch_of(device), keep_s=False)
+    assert len(calls) == launches and s is None
+    run_all(calls)
+    for slot in range(-1, adapters.slots):
+        rows = rows_of(routing, slot)
+        if len(rows):
+            truth, magnitude = (alone(layer, slot, rows, None, f)[0] for f in (lambda t: t, lambda t: t.abs()))
+            assert_rounded(y[rows], truth, magnitude, terms=200, rounded=2)
 
 
 def test_the_low_rank_part_alone(device):

@@ -127,7 +127,7 @@ def _rows(arch: int, bits: int, aligned: bool) -> dict[str, Tile]:
     return _TILES[family, 16, True]
 
 
-def choose_tile(arch: int, dtype: torch.dtype, *, M: int, N: int, K: int, aligned: bool) -> Tile:
+def choose_tile(arch: int, dtype: torch.dtype, *, M: int, N: int, K: int, aligned: bool, crowded: bool = False) -> Tile:
     """The tile of `out[M, N] = x[M, K] weight[N, K]^T`, with `split_k` set so that few rows still fill the device.
 
     Args:
@@ -135,6 +135,7 @@ def choose_tile(arch: int, dtype: torch.dtype, *, M: int, N: int, K: int, aligne
         dtype: of x and weight.
         M, N, K: sizes.
         aligned: every row of both operands starts on a 16-byte boundary and one stride of each is 1.
+        crowded: beside the accumulator there is so much in registers that the largest tile would spill.
     """
     rows = _rows(arch, 16 if dtype.itemsize == 2 else 32, aligned)
     processors = MULTIPROCESSORS.get(arch, 64)
@@ -143,7 +144,7 @@ def choose_tile(arch: int, dtype: torch.dtype, *, M: int, N: int, K: int, aligne
         tile = rows["tiny"]
     elif M <= 64:
         tile = rows["small"]
-    elif cdiv(M, large.block_m) * cdiv(N, large.block_n) >= 0.75 * processors:
+    elif cdiv(M, large.block_m) * cdiv(N, large.block_n) >= 0.75 * processors and not crowded:
         return large
     else:
         tile = rows["medium"]

@@ -25,6 +25,7 @@ from .gemm_tables import rank_block
 from .launch import Call, cdiv, nbytes, scratch, strides
 from .lora_expand import expand_arguments, triton_dtype
 from .lora_linear_split import _sum_planes_kernel
+from .multi_tile import MixedFactor
 
 
 @triton.jit
@@ -100,7 +101,7 @@ def weight_arguments(weight: Packed4bit, unit: int) -> tuple[dict[str, Any], dic
 def base_calls(
     call_of: Callable[[torch.Tensor, dict[str, Any], int, int], Call],
     s: torch.Tensor,
-    b: torch.Tensor,
+    b: torch.Tensor | MixedFactor,
     out: torch.Tensor,
     *,
     steps: int,

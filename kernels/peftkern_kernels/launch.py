@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -110,7 +110,14 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def nbytes(*tensors: torch.Tensor | None) -> int:
+class Sized(Protocol):
+    """What has elements of a size, as a tensor has."""
+
+    def numel(self) -> int: ...
+    def element_size(self) -> int: ...
+
+
+def nbytes(*tensors: Sized | None) -> int:
     """Bytes of the tensors' elements, for `Call.bytes`."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 

@@ -15,9 +15,11 @@ import triton.language as tl
 
 from .dropout import Dropout
 from .format_4bit import NO_FUSION, Packed4bit, load_codes
+from .gemm_tables import rank_block
 from .gemm_tile_4bit import decode_tile, start_scales, step_scales
 from .launch import Call, cdiv, compile_options, is_aligned, nbytes, scratch, strides
-from .lora_decode import MAX_ROWS, finish_call, rows_times_tokens
+from .lora_decode import MAX_ROWS, factor_arguments, factor_programs, finish_call, rows_times_tokens
+from .multi_tile import MixedFactor, shrink_part
 from .tables_4bit import choose_decode_4bit
 
 
@@ -72,26 +74,39 @@ def _packed_rows_times_tokens(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M", "threshold", "B"])
 def _decode_4bit_planes_kernel(
     x_ptr, packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, a_ptr, seed_ptr,
     y_planes_ptr, s_planes_ptr,  # ... -> [SPLIT, M, N] [SPLIT, M, R]
     M, N, K, R, row_words, k_part, part_words, stride_xm, stride_xk, stride_ar, stride_ak, threshold,
+    perm_ptr, blocks_ptr, row_offset_ptr, rank_ptr, B,  # None and 0 for one adapter
     GROUP: tl.constexpr, SHIFT: tl.constexpr, WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_K: tl.constexpr, NUM_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    programs_r = tl.cdiv(R, BLOCK_N)  # A's come first, as in lora_decode.py
+    if blocks_ptr is not None:  # many adapters: a program for each block of rows and BLOCK_R of the ranks
+        programs_r = B * tl.cdiv(R, BLOCK_R)
+    else:
+        programs_r = tl.cdiv(R, BLOCK_N)  # A's come first, as in lora_decode.py
     k_start = tl.program_id(1) * k_part
     k_stop = tl.minimum(k_start + k_part, K)
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     if tl.program_id(0) < programs_r:
-        offs_r = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        acc = rows_times_tokens(
-            a_ptr, x_ptr, seed_ptr, offs_r % R, offs_m, M, k_start, k_stop, stride_ar, stride_ak, stride_xm, stride_xk,
-            threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, 1, PRECISION,
-        )  # fmt: skip
-        s_ptrs = s_planes_ptr + (tl.program_id(1) * M + offs_m)[None, :] * R + offs_r[:, None]
-        tl.store(s_ptrs, acc, mask=(offs_m < M)[None, :] & (offs_r < R)[:, None])
+        if blocks_ptr is not None:
+            blocks_r = tl.cdiv(R, BLOCK_R)
+            shrink_part(
+                x_ptr, a_ptr, s_planes_ptr, perm_ptr, blocks_ptr, row_offset_ptr, rank_ptr, B,
+                tl.program_id(0) // blocks_r, tl.program_id(0) % blocks_r * BLOCK_R, tl.program_id(1), k_start, k_stop,
+                M, R, stride_xm, stride_xk, stride_ar, BLOCK_M, BLOCK_R, BLOCK_K, EVEN_K, 1, PRECISION,
+            )  # fmt: skip
+        else:
+            offs_r = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+            acc = rows_times_tokens(
+                a_ptr, x_ptr, seed_ptr, offs_r % R, offs_m, M, k_start, k_stop, stride_ar, stride_ak, stride_xm,
+                stride_xk, threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, 1, PRECISION,
+            )  # fmt: skip
+            s_ptrs = s_planes_ptr + (tl.program_id(1) * M + offs_m)[None, :] * R + offs_r[:, None]
+            tl.store(s_ptrs, acc, mask=(offs_m < M)[None, :] & (offs_r < R)[:, None])
     else:
         offs_n = (tl.program_id(0) - programs_r).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = _packed_rows_times_tokens(
@@ -131,13 +146,29 @@ def decode_4bit_calls(
     Raises:
         ValueError: more than 16 rows, or an odd K: then bytes straddle rows, and the caller dequantizes.
     """
-    (M, K), N, R = x.shape, weight.N, a.shape[0]
+    if x.shape[0] == 0:
+        return []
+    y_planes, s_planes, planes = planes_4bit_call(x, weight, a, dropout=dropout, arch=arch, precision=precision)
+    factor = float(scaling) * (1.0 if dropout is None else dropout.keep_scale)
+    return [planes, finish_call(y_planes, s_planes, b, bias, factor, out, s_out, arch, precision)]
+
+
+def planes_4bit_call(
+    x: torch.Tensor,
+    weight: Packed4bit,
+    a: torch.Tensor | MixedFactor,
+    *,
+    dropout: Dropout | None,
+    arch: int,
+    precision: str,
+) -> tuple[torch.Tensor, torch.Tensor, Call]:
+    """The first launch and the planes that it fills, as `lora_decode.planes_call`."""
+    (M, K), N = x.shape, weight.N
+    R = a.shape[1] if isinstance(a, MixedFactor) else a.shape[0]
     if M > MAX_ROWS:
         raise ValueError(f"x: expected at most {MAX_ROWS} rows on the decode path, got {M}")
     if K % 2:
         raise ValueError(f"weight: expected an even K on the 4-bit decode path, got {K}")
-    if M == 0:
-        return []
     words = K % 8 == 0 and weight.packed.data_ptr() % 4 == 0
     codes = 8 if words else 2
     aligned = words and K % 32 == 0 and is_aligned(x)
@@ -148,14 +179,15 @@ def decode_4bit_calls(
     split = cdiv(K, k_part)
     y_planes = scratch(split, M, N, dtype=torch.float32, device=x.device)
     s_planes = scratch(split, M, R, dtype=torch.float32, device=x.device)
+    block_r = rank_block(R, x.dtype)
     planes = Call(
         name="decode 4-bit: planes",
         kernel=_decode_4bit_planes_kernel,
-        grid=(cdiv(R, tile.block_n) + cdiv(N, tile.block_n), split, 1),
+        grid=(factor_programs(a, R, tile.block_n, block_r) + cdiv(N, tile.block_n), split, 1),
         args={
             **weight.arguments(),
             "x_ptr": x,
-            "a_ptr": a,
+            **factor_arguments(a),
             "seed_ptr": None if dropout is None else dropout.seed,
             "y_planes_ptr": y_planes,
             "s_planes_ptr": s_planes,
@@ -168,7 +200,6 @@ def decode_4bit_calls(
             "k_part": k_part,
             "part_words": k_part // codes,
             **strides(x, "xm", "xk"),
-            **strides(a, "ar", "ak"),
             "threshold": 0 if dropout is None else dropout.threshold,
         },
         constants={
@@ -178,6 +209,7 @@ def decode_4bit_calls(
             "BLOCK_M": MAX_ROWS,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,
+            "BLOCK_R": block_r if isinstance(a, MixedFactor) else 0,
             "EVEN_K": K % tile.block_k == 0,
             "NUM_STAGES": tile.num_stages,
             "PRECISION": precision,
@@ -189,5 +221,4 @@ def decode_4bit_calls(
         # Elsewhere the assembler's own limit, four programs on a multiprocessor, costs no spill.
         options={**NO_FUSION, **(compile_options(arch) if 100 <= arch < 120 else {})},
     )
-    factor = float(scaling) * (1.0 if dropout is None else dropout.keep_scale)
-    return [planes, finish_call(y_planes, s_planes, b, bias, factor, out, s_out, arch, precision)]
+    return y_planes, s_planes, planes

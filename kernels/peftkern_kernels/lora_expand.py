@@ -14,6 +14,7 @@ import triton.language as tl
 from .dropout import Dropout, keep_tile
 from .gemm_tables import rank_block
 from .launch import Call, cdiv, compile_options, nbytes, strides
+from .multi_tile import MixedFactor, many_adapters_product, slot_key
 
 
 @triton.jit
@@ -40,24 +41,48 @@ def low_rank_product(
 
 
 @triton.jit
+def expand_mask(
+    seed_ptr, offs_m, rows, column_start, threshold, ids_ptr, row_in_adapter_ptr,
+    POOL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """keep [BLOCK_M, BLOCK_N] by (row, column) of the matrix; with many adapters by each row's slot and place in it."""
+    if POOL != "":
+        seeds = slot_key(seed_ptr, tl.load(ids_ptr + rows))[:, None]
+        keep = keep_tile(seeds, tl.load(row_in_adapter_ptr + rows), column_start, threshold, BLOCK_M, BLOCK_N)
+    else:
+        keep = keep_tile(tl.load(seed_ptr), offs_m, column_start, threshold, BLOCK_M, BLOCK_N)
+    return keep
+
+
+@triton.jit
 def expand_tile(
     s_ptr, b_ptr, bias_ptr, seed_ptr,  # [M, R] [N, R] [N] or None, [1] or None
     offs_m, rows, column_start, columns,
     R, stride_sm, stride_sr, stride_bn, stride_br, stride_bias, threshold, keep_scale,
+    ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr,  # [M] [M] [slots] [slots], or None
     DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    POOL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """fp32 [BLOCK_M, BLOCK_N] = keep * keep_scale * (S B^T) + bias.
 
     `rows` [BLOCK_M] and `columns` [BLOCK_N] are int64 and inside the matrices (wrapped at the edges), `offs_m` and
     `column_start` are the true coordinates, which the mask is drawn from. S and B are cast to DTYPE in registers.
+    POOL is "" for one adapter; else each row has its own, out of the pool `b_ptr` (`MixedFactor`).
     """
     if seed_ptr is not None:  # drawn while the accumulator does not yet hold registers: after the dots it spills
-        keep = keep_tile(tl.load(seed_ptr), offs_m, column_start, threshold, BLOCK_M, BLOCK_N)
-    acc = low_rank_product(
-        s_ptr, b_ptr, rows, columns, R, R, stride_sm, stride_sr, stride_bn, stride_br,
-        DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
-    )  # fmt: skip
+        keep = expand_mask(
+            seed_ptr, offs_m, rows, column_start, threshold, ids_ptr, row_in_adapter_ptr, POOL, BLOCK_M, BLOCK_N
+        )
+    if POOL != "":
+        acc = many_adapters_product(
+            s_ptr, b_ptr, ids_ptr, row_offset_ptr, rank_ptr, rows, columns, R, stride_sm, stride_sr,
+            stride_br if POOL == "a" else stride_bn, POOL, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+        )  # fmt: skip
+    else:
+        acc = low_rank_product(
+            s_ptr, b_ptr, rows, columns, R, R, stride_sm, stride_sr, stride_bn, stride_br,
+            DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+        )  # fmt: skip
     if seed_ptr is not None:
         acc = tl.where(keep, acc * keep_scale, 0.0)
     if bias_ptr is not None:
@@ -69,8 +94,9 @@ def expand_tile(
 def _expand_kernel(
     s_ptr, b_ptr, bias_ptr, seed_ptr, out_ptr,  # [M, R] [N, R] [N] [1] -> [M, N]
     M, N, R, stride_sm, stride_sr, stride_bn, stride_br, stride_bias, stride_om, stride_on, threshold, keep_scale,
+    ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr,
     DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    POOL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Columns run fastest, so that neighbouring programs share S's rows and write neighbouring memory.
     programs_n = tl.cdiv(N, BLOCK_N)
@@ -80,28 +106,50 @@ def _expand_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = expand_tile(
         s_ptr, b_ptr, bias_ptr, seed_ptr, offs_m, offs_m % M, pid_n * BLOCK_N, offs_n % N, R, stride_sm, stride_sr,
-        stride_bn, stride_br, stride_bias, threshold, keep_scale, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+        stride_bn, stride_br, stride_bias, threshold, keep_scale,
+        ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, POOL, PRECISION,
     )  # fmt: skip
     out_ptrs = out_ptr + offs_m[:, None] * stride_om + offs_n[None, :] * stride_on
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
 def expand_arguments(
-    s: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dropout: Dropout | None
+    s: torch.Tensor, b: torch.Tensor | MixedFactor, bias: torch.Tensor | None, dropout: Dropout | None
 ) -> dict[str, object]:
-    """The run-time arguments, by name, that every kernel with an `expand_tile` takes for it."""
+    """The arguments, by name, that every kernel with an `expand_tile` takes for it, POOL (compile-time) among them."""
+    if isinstance(b, MixedFactor):
+        columns, ranks = (b.shape[0], 1) if b.pool == "b" else (1, b.adapters.pool_a.stride(0))
+        factor: dict[str, object] = {
+            "POOL": b.pool,
+            "stride_bn": columns,
+            "stride_br": ranks,
+            "b_ptr": b.tensor,
+            "ids_ptr": b.routing.ids,
+            "row_in_adapter_ptr": None if dropout is None else b.routing.row_in_adapter,
+            "row_offset_ptr": b.adapters.row_offset,
+            "rank_ptr": b.adapters.rank,
+        }
+    else:
+        tables = dict.fromkeys(("ids_ptr", "row_in_adapter_ptr", "row_offset_ptr", "rank_ptr"))
+        factor = {"POOL": "", "b_ptr": b, **strides(b, "bn", "br"), **tables}
     return {
+        **factor,
         "s_ptr": s,
-        "b_ptr": b,
         "bias_ptr": bias,
         "seed_ptr": None if dropout is None else dropout.seed,
         "R": b.shape[1],
         **strides(s, "sm", "sr"),
-        **strides(b, "bn", "br"),
         **strides(bias, "bias"),
         "threshold": 0 if dropout is None else dropout.threshold,
         "keep_scale": 1.0 if dropout is None else dropout.keep_scale,
     }
+
+
+def expand_rank_block(b: torch.Tensor | MixedFactor, dtype: torch.dtype, dropout: Dropout | None) -> int:
+    """BLOCK_R of an expand beside a large accumulator: narrow where more than S and B is in registers."""
+    narrow = dropout is not None or b.dtype.itemsize > dtype.itemsize
+    block = rank_block(b.shape[1], dtype, narrow=narrow or isinstance(b, MixedFactor))
+    return 16 if narrow and isinstance(b, MixedFactor) else block
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

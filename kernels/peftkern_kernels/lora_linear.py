@@ -11,18 +11,20 @@ it, the one on tensor descriptors (lora_linear_tma.py) and the one that splits K
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from .dropout import Dropout
-from .gemm_tables import Tile, choose_tile, rank_block
+from .gemm_tables import Tile, choose_tile
 from .gemm_tile import accumulate_base, tile_of_program
 from .launch import Call, cdiv, compile_options, is_aligned, nbytes, strides
-from .lora_expand import expand_arguments, expand_tile
+from .lora_expand import expand_arguments, expand_rank_block, expand_tile
 from .lora_linear_split import split_calls
 from .lora_linear_tma import tma_calls
+from .multi_tile import MixedFactor
 from .reduction_tables import vectorizes
 
 
@@ -32,8 +34,9 @@ def _lora_linear_kernel(
     M, N, K, R,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_sm, stride_sr, stride_bn, stride_br, stride_bias,
     stride_om, stride_on, threshold, keep_scale,
+    ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -43,7 +46,8 @@ def _lora_linear_kernel(
     # The expand and the bias come first: their loads then wait once, before the loop, and not after it.
     acc = expand_tile(
         s_ptr, b_ptr, bias_ptr, seed_ptr, offs_m, rows, pid_n * BLOCK_N, columns, R, stride_sm, stride_sr,
-        stride_bn, stride_br, stride_bias, threshold, keep_scale, x_ptr.dtype.element_ty, BLOCK_M, BLOCK_N, BLOCK_R,
+        stride_bn, stride_br, stride_bias, threshold, keep_scale,
+        ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr, x_ptr.dtype.element_ty, BLOCK_M, BLOCK_N, BLOCK_R, POOL,
         PRECISION,
     )  # fmt: skip
     acc = accumulate_base(
@@ -57,7 +61,7 @@ def pointer_calls(
     x: torch.Tensor,
     weight: torch.Tensor,
     s: torch.Tensor,
-    b: torch.Tensor,
+    b: torch.Tensor | MixedFactor,
     out: torch.Tensor,
     *,
     bias: torch.Tensor | None,
@@ -88,7 +92,7 @@ def pointer_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
-                "BLOCK_R": rank_block(R, x.dtype, narrow=dropout is not None or b.dtype.itemsize > x.dtype.itemsize),
+                "BLOCK_R": expand_rank_block(b, x.dtype, dropout),
                 "GROUP_M": tile.group_m,
                 "EVEN_K": K % tile.block_k == 0,
                 "PRECISION": precision,
@@ -109,7 +113,7 @@ def base_plus_expand_calls(
     x: torch.Tensor,
     weight: torch.Tensor,
     s: torch.Tensor,
-    b: torch.Tensor,
+    b: torch.Tensor | MixedFactor,
     out: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
@@ -121,7 +125,8 @@ def base_plus_expand_calls(
 
     Args:
         x, weight: one dtype of fp32, fp16, bf16; any strides, fast where a stride is 1 and rows are 16-byte aligned.
-        s: S (or dS) with the scaling in it. b: the second factor; fp32 masters are cast in registers.
+        s: S (or dS) with the scaling in it. b: the second factor, or of many adapters a pool's `MixedFactor` (s is then
+            [M, max_rank], finite past each row's rank); fp32 masters are cast in registers.
         out: written in its own dtype; any strides.
         bias: [N]. dropout: mask by (row, column) of `out`. arch: see `gemm_tables`.
         precision: `input_precision` of fp32 dots.
@@ -129,7 +134,8 @@ def base_plus_expand_calls(
     (M, N), K = out.shape, x.shape[1]
     if M == 0:
         return []
-    sizes = {"M": M, "N": N, "K": K}
+    # A dropout mask of many adapters has a key for each row.
+    sizes: dict[str, Any] = {"M": M, "N": N, "K": K, "crowded": dropout is not None and isinstance(b, MixedFactor)}
     tile = choose_tile(arch, x.dtype, **sizes, aligned=_operands_are(is_aligned, x, weight))
     on_descriptors = tile.tma and tile.split_k == 1
     if not on_descriptors and not _operands_are(vectorizes, x, weight):

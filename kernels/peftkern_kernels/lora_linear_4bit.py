@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 
 from .format_4bit import NO_FUSION, Packed4bit, load_codes
-from .gemm_tables import Tile, rank_block
+from .gemm_tables import Tile
 from .gemm_tables_4bit import choose_tile_4bit, fused_4bit_fits, unit_of
 from .gemm_tile import tile_of_program
 from .gemm_tile_4bit import base_calls, decode_tile, start_scales, step_scales, weight_arguments
 from .launch import Call, cdiv, is_aligned, nbytes, strides
-from .lora_expand import expand_tile
+from .lora_expand import expand_rank_block, expand_tile
 from .lora_linear_4bit_transposed import base_4bit_transposed_plus_expand_calls
+from .multi_tile import MixedFactor
 
 __all__ = ["base_4bit_plus_expand_calls", "base_4bit_transposed_plus_expand_calls", "fused_4bit_fits"]
 
@@ -36,9 +37,10 @@ def _base_4bit_kernel(
     M, N, K, R, row_words, row_units, part_units,
     stride_xm, stride_xk, stride_sm, stride_sr, stride_bn, stride_br, stride_bias, stride_om, stride_on,
     threshold, keep_scale,
+    ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr,
     WORD: tl.constexpr, WORD_BYTES: tl.constexpr, UNIT: tl.constexpr, SHIFT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNITS: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP_M: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     HALF: tl.constexpr = UNITS * UNIT // 2  # bytes of a row in a step, and columns of each parity
@@ -50,7 +52,8 @@ def _base_4bit_kernel(
     if s_ptr is not None:
         acc = expand_tile(
             s_ptr, b_ptr, bias_ptr, seed_ptr, offs_m, rows, pid_n * BLOCK_N, columns, R, stride_sm, stride_sr,
-            stride_bn, stride_br, stride_bias, threshold, keep_scale, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+            stride_bn, stride_br, stride_bias, threshold, keep_scale,
+            ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, POOL, PRECISION,
         )  # fmt: skip
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -93,7 +96,7 @@ def base_4bit_plus_expand_calls(
     x: torch.Tensor,
     weight: Packed4bit,
     s: torch.Tensor,
-    b: torch.Tensor,
+    b: torch.Tensor | MixedFactor,
     out: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
@@ -106,7 +109,8 @@ def base_4bit_plus_expand_calls(
     Args:
         x: [M, K], fp16 or bf16; any strides, fast where rows are contiguous and 16-byte aligned.
         weight: see `Packed4bit`; decoded to x's dtype.
-        s: S with the scaling in it. b: [N, R]; both of any float dtype, cast to x's in registers.
+        s: S with the scaling in it. b: [N, R], or a pool's `MixedFactor`. Both of any float dtype, cast to x's in
+            registers.
         out: written in its own dtype; any strides.
         bias: [N]. arch: 80, 86, 89, 90, 100, 120; 942, 1100; 0 for the interpreter.
         precision: as for the dense kernels, whose `input_precision` it is; 16-bit products do not depend on it.
@@ -146,7 +150,7 @@ def base_4bit_plus_expand_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "UNITS": units,
-                "BLOCK_R": rank_block(b.shape[1], x.dtype, narrow=b.dtype.itemsize > x.dtype.itemsize),
+                "BLOCK_R": expand_rank_block(b, x.dtype, None),
                 "GROUP_M": tile.group_m,
                 "PRECISION": precision,
             },

@@ -13,14 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .dropout import Dropout, keep_tile
+from .dropout import Dropout
 from .format_4bit import NO_FUSION, Packed4bit, load_codes
-from .gemm_tables import Tile, rank_block
+from .gemm_tables import Tile
 from .gemm_tables_4bit import choose_transposed_tile_4bit, fused_4bit_fits, unit_of
 from .gemm_tile import tile_of_program
 from .gemm_tile_4bit import base_calls, decode_tile, start_scales, step_scales, weight_arguments
 from .launch import Call, cdiv, is_aligned, nbytes, strides
-from .lora_expand import expand_tile
+from .lora_expand import expand_mask, expand_rank_block, expand_tile
+from .multi_tile import MixedFactor
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -30,9 +31,10 @@ def _base_4bit_transposed_kernel(
     M, N, K, R, row_words, row_units, part_rows,
     stride_ym, stride_yn, stride_sm, stride_sr, stride_bn, stride_br, stride_bias, stride_om, stride_ok,
     threshold, keep_scale,
+    ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr,
     WORD: tl.constexpr, WORD_BYTES: tl.constexpr, UNIT: tl.constexpr, SHIFT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNITS: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_N: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     BLOCK_K: tl.constexpr = UNITS * UNIT
@@ -43,16 +45,20 @@ def _base_4bit_transposed_kernel(
     rows = offs_m % M
     if s_ptr is not None:
         if seed_ptr is not None:  # drawn before the accumulators take their registers
-            keep = keep_tile(tl.load(seed_ptr), offs_m, pid_k * BLOCK_K, threshold, BLOCK_M, BLOCK_K)
+            keep = expand_mask(
+                seed_ptr, offs_m, rows, pid_k * BLOCK_K, threshold, ids_ptr, row_in_adapter_ptr, POOL, BLOCK_M, BLOCK_K
+            )
             keep_even, keep_odd = tl.split(tl.reshape(keep, (BLOCK_M, HALF, 2)))
         columns = (pid_k * BLOCK_K + 2 * tl.arange(0, HALF)) % K  # K is even
         acc_even = expand_tile(
             s_ptr, b_ptr, None, None, offs_m, rows, 0, columns, R, stride_sm, stride_sr, stride_bn, stride_br, 0,
-            0, 1.0, DTYPE, BLOCK_M, HALF, BLOCK_R, PRECISION,
+            0, 1.0,
+            ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr, DTYPE, BLOCK_M, HALF, BLOCK_R, POOL, PRECISION,
         )  # fmt: skip
         acc_odd = expand_tile(
             s_ptr, b_ptr, None, None, offs_m, rows, 0, columns + 1, R, stride_sm, stride_sr, stride_bn, stride_br, 0,
-            0, 1.0, DTYPE, BLOCK_M, HALF, BLOCK_R, PRECISION,
+            0, 1.0,
+            ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr, DTYPE, BLOCK_M, HALF, BLOCK_R, POOL, PRECISION,
         )  # fmt: skip
         if seed_ptr is not None:
             acc_even = tl.where(keep_even, acc_even * keep_scale, 0.0)
@@ -110,7 +116,7 @@ def base_4bit_transposed_plus_expand_calls(
     dy: torch.Tensor,
     weight: Packed4bit,
     ds: torch.Tensor,
-    a: torch.Tensor,
+    a: torch.Tensor | MixedFactor,
     out: torch.Tensor,
     *,
     dropout: Dropout | None = None,
@@ -123,7 +129,8 @@ def base_4bit_transposed_plus_expand_calls(
     Args:
         dy: [M, N], fp16 or bf16; any strides, fast where rows are contiguous and 16-byte aligned.
         weight: see `Packed4bit`; decoded to dy's dtype.
-        ds: dS with the scaling in it. a: [R, K]; both of any float dtype, cast to dy's in registers.
+        ds: dS with the scaling in it. a: [R, K], or a pool's `MixedFactor`. Both of any float dtype, cast to dy's in
+            registers.
         out: written in its own dtype; any strides.
         dropout: mask by (row, column) of `out`. arch, precision: as for `base_4bit_plus_expand_calls`.
         tile: in place of the table's; `block_n` (columns of `out`) a multiple of `unit_of(K, blocksize)`.
@@ -136,11 +143,11 @@ def base_4bit_transposed_plus_expand_calls(
         raise ValueError(f"weight: {reason}")
     if M == 0:
         return []
-    unit, b = unit_of(K, weight.blocksize), a.t()
+    unit = unit_of(K, weight.blocksize)
+    b = a if isinstance(a, MixedFactor) else a.t()
     tile = tile or choose_transposed_tile_4bit(
         arch, M, N, K, aligned=is_aligned(dy), dropout=dropout is not None
     )  # fmt: skip
-    narrow = dropout is not None or a.dtype.itemsize > dy.dtype.itemsize
 
     def call_of(target: torch.Tensor, expand: dict[str, Any], steps: int, parts: int) -> Call:
         arguments, constants = weight_arguments(weight, unit)
@@ -164,7 +171,7 @@ def base_4bit_transposed_plus_expand_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_k,
                 "UNITS": tile.block_n // unit,
-                "BLOCK_R": rank_block(b.shape[1], dy.dtype, narrow=narrow),
+                "BLOCK_R": expand_rank_block(b, dy.dtype, dropout),
                 "GROUP_M": tile.group_m,
                 "EVEN_N": N % tile.block_k == 0,
                 "PRECISION": precision,

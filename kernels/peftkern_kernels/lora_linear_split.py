@@ -16,6 +16,7 @@ from .gemm_tables import Tile, rank_block
 from .gemm_tile import accumulate_base, tile_of_program
 from .launch import Call, cdiv, nbytes, scratch, strides
 from .lora_expand import expand_arguments, expand_tile, triton_dtype
+from .multi_tile import MixedFactor
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -42,8 +43,9 @@ def _base_planes_kernel(
 def _sum_planes_kernel(
     planes_ptr, s_ptr, b_ptr, bias_ptr, seed_ptr, out_ptr,  # fp32 [SPLIT, M, N], [M, R] [N, R] [N] [1] -> [M, N]
     M, N, R, stride_sm, stride_sr, stride_bn, stride_br, stride_bias, stride_om, stride_on, threshold, keep_scale,
+    ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr,
     DTYPE: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, 1)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -55,7 +57,8 @@ def _sum_planes_kernel(
         base += tl.load(plane_ptrs + tl.cast(plane, tl.int64) * M * N, mask=mask, other=0.0)
     acc = expand_tile(
         s_ptr, b_ptr, bias_ptr, seed_ptr, offs_m, offs_m % M, pid_n * BLOCK_N, offs_n % N, R, stride_sm, stride_sr,
-        stride_bn, stride_br, stride_bias, threshold, keep_scale, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+        stride_bn, stride_br, stride_bias, threshold, keep_scale,
+        ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, POOL, PRECISION,
     )  # fmt: skip
     out_ptrs = out_ptr + offs_m[:, None] * stride_om + offs_n[None, :] * stride_on
     tl.store(out_ptrs, (base + acc).to(out_ptr.dtype.element_ty), mask=mask)
@@ -65,7 +68,7 @@ def split_calls(
     x: torch.Tensor,
     weight: torch.Tensor,
     s: torch.Tensor,
-    b: torch.Tensor,
+    b: torch.Tensor | MixedFactor,
     out: torch.Tensor,
     *,
     bias: torch.Tensor | None,

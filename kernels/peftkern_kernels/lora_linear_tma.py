@@ -14,10 +14,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dropout import Dropout
-from .gemm_tables import Tile, rank_block
+from .gemm_tables import Tile
 from .gemm_tile import tile_of_program
 from .launch import Call, cdiv, is_aligned, nbytes, strides
-from .lora_expand import expand_arguments, expand_tile, triton_dtype
+from .lora_expand import expand_arguments, expand_rank_block, expand_tile, triton_dtype
+from .multi_tile import MixedFactor
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -25,9 +26,10 @@ def _lora_linear_tma_kernel(
     x_desc, w_desc, out_desc,  # [M, K], [N, K] or [K, N], [M, N]: descriptors; out_desc or out_ptr is None
     s_ptr, b_ptr, bias_ptr, seed_ptr, out_ptr,  # [M, R] [N, R] [N] [1] -> [M, N]
     M, N, K, R, stride_sm, stride_sr, stride_bn, stride_br, stride_bias, stride_om, stride_on, threshold, keep_scale,
+    ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr,
     DTYPE: tl.constexpr, WEIGHT_IS_KN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP_M: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -35,7 +37,8 @@ def _lora_linear_tma_kernel(
     row, column = (pid_m * BLOCK_M).to(tl.int32), (pid_n * BLOCK_N).to(tl.int32)  # descriptors count in int32
     acc = expand_tile(
         s_ptr, b_ptr, bias_ptr, seed_ptr, offs_m, offs_m % M, pid_n * BLOCK_N, offs_n % N, R, stride_sm, stride_sr,
-        stride_bn, stride_br, stride_bias, threshold, keep_scale, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+        stride_bn, stride_br, stride_bias, threshold, keep_scale,
+        ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, POOL, PRECISION,
     )  # fmt: skip
     for k in range(0, K, BLOCK_K):
         x = x_desc.load([row, k])  # [BLOCK_M, BLOCK_K]
@@ -55,7 +58,7 @@ def tma_calls(
     x: torch.Tensor,
     weight: torch.Tensor,
     s: torch.Tensor,
-    b: torch.Tensor,
+    b: torch.Tensor | MixedFactor,
     out: torch.Tensor,
     *,
     bias: torch.Tensor | None,
@@ -94,7 +97,7 @@ def tma_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
-                "BLOCK_R": rank_block(R, x.dtype, narrow=dropout is not None or b.dtype.itemsize > x.dtype.itemsize),
+                "BLOCK_R": expand_rank_block(b, x.dtype, dropout),
                 "GROUP_M": tile.group_m,
                 "PRECISION": precision,
             },

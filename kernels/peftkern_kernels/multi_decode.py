@@ -17,45 +17,12 @@ from .adapters import Adapters
 from .launch import Call, cdiv, compile_options, nbytes, strides
 from .lora_expand import triton_dtype
 from .multi_tables import DecodeTile, multi_decode_tile, pools_vectorize
-from .multi_tile import adapter_of, check_rows, piece_of
+from .multi_tile import adapter_of, check_rows, piece_of, shrink_part
 from .reduction_tables import vectorizes
 from .routing import Routing
 
 MAX_ROWS = 64
 BLOCK_ROWS = 16  # routing.block_rows of so few
-
-
-@triton.jit
-def shrink_part(
-    x_ptr, pool_ptr, planes_ptr, perm_ptr, slot, first, length, r_start, row_offset, rank, split, k_start, k_stop,
-    M, max_rank, stride_xm, stride_xk, stride_pool,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """planes[split, row, r] = x[row, k_start:k_stop] A[r, k_start:k_stop] for one block's rows and BLOCK_R ranks."""
-    offs_m = tl.arange(0, BLOCK_M)
-    mask_m = offs_m < length
-    rows = tl.load(perm_ptr + first + offs_m, mask=mask_m, other=0).to(tl.int64)
-    offs_r = r_start + tl.arange(0, BLOCK_R).to(tl.int64)
-    mask_r = offs_r < rank
-    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-    a_ptrs = pool_ptr + (row_offset + offs_r)[:, None] * stride_pool + (k_start + offs_k)[None, :]
-    x_ptrs = x_ptr + rows[:, None] * stride_xm + (k_start + offs_k)[None, :] * stride_xk
-    x_step = tl.cast(stride_xk, tl.int64) * BLOCK_K
-    acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-    for k in tl.range(k_start, k_stop, BLOCK_K, num_stages=NUM_STAGES):
-        if EVEN_K:
-            a = tl.load(a_ptrs, mask=mask_r[:, None], other=0.0)  # [BLOCK_R, BLOCK_K]
-            x = tl.load(x_ptrs, mask=mask_m[:, None], other=0.0)  # [BLOCK_M, BLOCK_K]
-        else:
-            mask_k = (offs_k < k_stop - k)[None, :]
-            a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k, other=0.0)
-            x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k, other=0.0)
-        acc = tl.dot(a.to(x.dtype), x.T, acc, input_precision=PRECISION)
-        a_ptrs += BLOCK_K
-        x_ptrs += x_step
-    plane_ptrs = planes_ptr + (split.to(tl.int64) * M + rows)[None, :] * max_rank + offs_r[:, None]
-    tl.store(plane_ptrs, acc, mask=mask_m[None, :] & mask_r[:, None])
 
 
 @triton.jit(do_not_specialize=["B", "M"])
@@ -67,18 +34,14 @@ def _multi_decode_shrink_kernel(
 ):  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    slot, first, length = piece_of(blocks_ptr, B, tl.program_id(1))
-    row_offset, rank = adapter_of(slot, row_offset_ptr, rank_ptr)
     blocks_r = tl.cdiv(max_rank, BLOCK_R)
     split = tl.program_id(0) // blocks_r
-    r_start = tl.program_id(0) % blocks_r * BLOCK_R
-    if (length > 0) & (r_start < rank):
-        k_start = split * k_part
-        shrink_part(
-            x_ptr, pool_ptr, planes_ptr, perm_ptr, slot, first, length, r_start, row_offset, rank, split, k_start,
-            tl.minimum(k_start + k_part, K), M, max_rank, stride_xm, stride_xk, stride_pool,
-            BLOCK_M, BLOCK_R, BLOCK_K, EVEN_K, NUM_STAGES, PRECISION,
-        )  # fmt: skip
+    k_start = split * k_part
+    shrink_part(
+        x_ptr, pool_ptr, planes_ptr, perm_ptr, blocks_ptr, row_offset_ptr, rank_ptr, B, tl.program_id(1),
+        tl.program_id(0) % blocks_r * BLOCK_R, split, k_start, tl.minimum(k_start + k_part, K), M, max_rank,
+        stride_xm, stride_xk, stride_pool, BLOCK_M, BLOCK_R, BLOCK_K, EVEN_K, NUM_STAGES, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -209,7 +172,8 @@ def multi_decode_calls(
         return []
     if tile is None:
         aligned = vectorizes(x) and pools_vectorize(adapters)
-        tile = multi_decode_tile(arch=arch, dtype=x.dtype, M=M, N=N, K=K, R=R, aligned=aligned)
+        masters = adapters.pool_a.dtype != x.dtype
+        tile = multi_decode_tile(arch=arch, dtype=x.dtype, M=M, N=N, K=K, R=R, aligned=aligned, masters=masters)
     k_part = cdiv(cdiv(K, tile.block_k), tile.split_k) * tile.block_k
     split = cdiv(K, k_part)
     planes = torch.empty(split, M, R, dtype=torch.float32, device=x.device)

@@ -17,9 +17,9 @@ from .adapters import Adapters
 from .dropout import Dropout, keep_tile
 from .launch import Call, cdiv, compile_options, nbytes, strides
 from .lora_expand import low_rank_product, triton_dtype
-from .multi_tables import multi_expand_tile
+from .multi_tables import multi_expand_tile, pools_vectorize
 from .multi_tile import adapter_of, check_rows, dropout_arguments, piece_of, slot_key, table_arguments
-from .reduction_tables import Tile
+from .reduction_tables import Tile, vectorizes
 from .routing import Routing, block_rows
 
 
@@ -113,7 +113,8 @@ def multi_expand_calls(
     if M == 0:
         return []
     if tile is None:
-        tile = multi_expand_tile(arch=arch, dtype=out.dtype, M=M, R=R)
+        aligned = vectorizes(out) and pools_vectorize(adapters)
+        tile = multi_expand_tile(arch=arch, dtype=out.dtype, M=M, R=R, aligned=aligned)
     parts = block_rows(M) // tile.block_m
     source = adapters.pool_b if pool == "b" else adapters.pool_a
     moved = nbytes(s, bias, out) + min(routing.slots, M) * R * N * source.element_size()

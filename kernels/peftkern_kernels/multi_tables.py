@@ -29,11 +29,12 @@ def multi_shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned:
     return replace(tile, block_m=min(block_rows(M), most))
 
 
-def multi_expand_tile(*, arch: int, dtype: torch.dtype, M: int, R: int) -> Tile:
+def multi_expand_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool) -> Tile:
     """Tile of the grouped expand: a block's rows by BLOCK_C columns of the output."""
     wide = dtype.itemsize == 4
     rows = min(block_rows(M), 32 if wide or arch == 0 else 64)
-    return Tile(rows, 64 if wide or arch == 0 else 128, rank_block(R, 16 if wide else 64), 4, 1)
+    columns = 64 if wide or arch == 0 or not aligned else 128
+    return Tile(rows, columns, rank_block(R, 16 if wide else 64), 4, 1)
 
 
 def multi_weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, dropout: bool) -> Tile:
@@ -62,21 +63,24 @@ class DecodeTile:
     overlap: bool = False
 
 
-def multi_decode_tile(*, arch: int, dtype: torch.dtype, M: int, N: int, K: int, R: int, aligned: bool) -> DecodeTile:
+def multi_decode_tile(
+    *, arch: int, dtype: torch.dtype, M: int, N: int, K: int, R: int, aligned: bool, masters: bool = False
+) -> DecodeTile:
     """The tile of a decode step over as many adapters as there are rows.
 
     The shrink has a warp for 16 ranks, so that each reads its own rows of A once, by asynchronous copies of which
     `num_stages - 1` are under way; K is split until each multiprocessor has four programs. The expand's programs read
-    8 KB of B each (rank 16), all at once.
+    8 KB of B each (rank 16), all at once. `masters`: the adapters are fp32, and dtype, x's, is not.
     """
     if arch == 0:
         return DecodeTile(32, min(4, cdiv(K, 32)), 1, rank_block(R, 32), 4, 64, 4)
-    block_r = rank_block(R, 64 if dtype.itemsize == 2 else 32)
-    block_k, stages = (128, 4) if aligned and dtype.itemsize == 2 else (64, 3) if aligned else (64, 2)
+    half = dtype.itemsize == 2
+    block_r = rank_block(R, (32 if masters else 64) if half else 16)
+    block_k, stages = (128, 4) if aligned and half else (64, 3) if aligned else (64, 2)
     programs = 4 * MULTIPROCESSORS.get(arch, 64)
     split = 1
     while split < 16 and M * cdiv(R, block_r) * split * 2 <= 1.1 * programs and K // (2 * split) >= 2 * block_k:
         split *= 2
-    block_n = max(64, min(256, 4096 // block_r if dtype.itemsize == 2 else 1024 // block_r))
-    warps = 4 if dtype.itemsize > 2 else block_r // 16  # fp32's operands are in registers, tensor cores' are not
-    return DecodeTile(block_k, split, stages, block_r, warps, block_n, 4)
+    block_n = max(64, min(256, 4096 // block_r if half else 1024 // block_r))
+    warps = 4 if not half else block_r // 16  # fp32's operands are in registers, tensor cores' are not
+    return DecodeTile(block_k, split, stages, block_r, warps, block_n, 4 if aligned else 8)

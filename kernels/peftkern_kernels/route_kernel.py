@@ -150,7 +150,7 @@ def route_calls(ids: torch.Tensor, routing: Routing) -> list[Call]:
                 "BLOCK_J": block_j,
                 "BLOCK_S": next_power_of_2(slots + 2),
             },
-            num_warps=4,
+            num_warps=8 if slots > 510 else 4,
             num_stages=1,
             bytes=nbytes(ids, *routing.tensors),
         )

@@ -1,7 +1,9 @@
 """`multi_lora_linear` as a list of kernel launches, forward and backward, for adapters and a routing that are given.
 
 As in _lora_linear_triton.py nothing runs here: outputs are allocated and returned with the `Call`s that fill them.
-Paths: "cublas" (the grouped expand writes first, cuBLAS adds the base in place) and "decode" (at most 64 rows).
+Paths over a dense weight: "triton" (the expand is in the base GEMM's accumulator), "cublas" (the grouped expand writes
+first, cuBLAS adds the base in place), "decode" (at most 64 rows; up to 16 the base is our kernels' too). Over a
+`Weight4bit`: "fused_4bit", and "decode_4bit" (at most 16 rows).
 """
 
 from __future__ import annotations
@@ -12,18 +14,23 @@ from typing import Any
 import torch
 
 from peftkern.ops._lora_linear_torch import dense_rows
-from peftkern.ops._lora_linear_triton import Calls, Kept, _add_base, precision
+from peftkern.ops._lora_linear_triton import FUSED_4BIT_PATHS, Calls, Kept, _add_base, packed, precision
 from peftkern_kernels.adapters import Adapters
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.launch import TorchCall, nbytes
+from peftkern_kernels.lora_linear import base_plus_expand_calls
+from peftkern_kernels.lora_linear_4bit import base_4bit_plus_expand_calls, base_4bit_transposed_plus_expand_calls
 from peftkern_kernels.multi_decode import MAX_ROWS, multi_decode_calls
+from peftkern_kernels.multi_decode_base import MAX_ROWS as BASE_MAX_ROWS
+from peftkern_kernels.multi_decode_base import multi_linear_decode_calls
 from peftkern_kernels.multi_expand import multi_expand_calls
 from peftkern_kernels.multi_shrink import multi_shrink_calls
 from peftkern_kernels.multi_tables import DecodeTile
+from peftkern_kernels.multi_tile import MixedFactor
 from peftkern_kernels.multi_weight_gradient import multi_weight_gradient_calls
 from peftkern_kernels.routing import Routing
 
-__all__ = ["MAX_ROWS", "backward_calls", "forward_calls", "multi_calls"]
+__all__ = ["BASE_MAX_ROWS", "MAX_ROWS", "backward_calls", "forward_calls", "multi_calls"]
 
 
 def _write_base(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> TorchCall:
@@ -36,7 +43,7 @@ def _write_base(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Tor
 
 def forward_calls(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Any,
     adapters: Adapters,
     routing: Routing,
     bias: torch.Tensor | None,
@@ -52,15 +59,24 @@ def forward_calls(
     M, N, R = x.shape[0], weight.shape[0], adapters.max_rank
     y = x.new_empty(M, N)
     common: dict[str, Any] = {"arch": arch, "precision": precision()}
-    if path == "decode" and dropout is None:
+    if path in ("decode", "decode_4bit") and dropout is None:
         s_out = x.new_empty(M, R) if keep_s else None
+        if M <= BASE_MAX_ROWS:
+            stored = packed(weight) if path == "decode_4bit" else weight
+            options: dict[str, Any] = {"bias": bias, "s_out": s_out}
+            return y, s_out, [*multi_linear_decode_calls(x, stored, adapters, routing, y, **options, **common)]
         calls: Calls = [_write_base(x, weight, y)] if M else []
         calls += multi_decode_calls(x, adapters, routing, y, base=y, bias=bias, s_out=s_out, **common)
         return y, s_out, calls
     s = x.new_empty(M, R)
     calls = [*multi_shrink_calls(x, adapters, routing, s, dropout=dropout, **common)]
-    calls += multi_expand_calls(s, adapters, routing, y, bias=bias, **common)
-    if M:
+    if path == "triton":
+        calls += base_plus_expand_calls(x, weight, s, MixedFactor(adapters, routing, "b"), y, bias=bias, **common)
+    elif path in FUSED_4BIT_PATHS:
+        factor = MixedFactor(adapters, routing, "b")
+        calls += base_4bit_plus_expand_calls(x, packed(weight), s, factor, y, bias=bias, **common)
+    elif M:
+        calls += multi_expand_calls(s, adapters, routing, y, bias=bias, **common)
         calls.append(_add_base(x, weight, y))
     return y, s, calls
 
@@ -68,7 +84,7 @@ def forward_calls(
 def backward_calls(
     dy: torch.Tensor,
     x: Kept,
-    weight: torch.Tensor,
+    weight: Any,
     adapters: Adapters,
     s: Kept,
     routing: Routing,
@@ -93,7 +109,12 @@ def backward_calls(
     calls: Calls = []
     if ds is not None:
         calls += multi_shrink_calls(dy, adapters, routing, ds, pool="b", **common)
-    if dx is not None and M:
+    factor = MixedFactor(adapters, routing, "a")
+    if dx is not None and path == "triton":
+        calls += base_plus_expand_calls(dy, weight.t(), ds, factor, dx, dropout=dropout, **common)
+    elif dx is not None and path in FUSED_4BIT_PATHS:
+        calls += base_4bit_transposed_plus_expand_calls(dy, packed(weight), ds, factor, dx, dropout=dropout, **common)
+    elif dx is not None and M:
         calls += multi_expand_calls(ds, adapters, routing, dx, pool="a", dropout=dropout, **common)
         calls.append(_add_base(dy, weight.t(), dx))
     if da is not None or db is not None:
