@@ -8,7 +8,7 @@ adapters'. Both libraries have the same weights and adapters; logits are compare
 run in pairs, one of each library, the first of a pair taking turns, and after each pair the same rows through the
 model without adapters; the figure is the median of the pairs' ratios. Training one batch of all eight is timed too,
 beside the eight steps (forward and backward) that PEFT needs for it, whose loop does not train. Each case runs in a
-fresh process. The result goes to bench/results/cpu-<processor>/many.json.
+fresh process. The result goes to bench/results/cpu-<processor>/mixed.json.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         size = Size(hidden=64, intermediate=96, layers=1, heads=2, vocabulary=128)
     result: dict[str, Any] = {
         "schema": records.SCHEMA,
-        "kind": "many",
+        "kind": "mixed",
         "environment": environment.describe(device),
         "size": asdict(size) | {"batch": ADAPTERS, "tokens": None},
         "adapters": ADAPTERS,
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         row = in_fresh_process(measure_case, size, case, pairs, options.threads)
         result["rows"].append(row)
         print_row(row)
-    name = "many.json" if hidden == 512 else f"many_{hidden}.json"
+    name = "mixed.json" if hidden == 512 else f"mixed_{hidden}.json"
     print(save(result, options.out or environment.results_folder(device), name))
     return 0
 

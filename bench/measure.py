@@ -94,6 +94,33 @@ def gpu_microseconds(functions: Functions, device: torch.device, *, reps: int, r
     return {name: Micros.of(values) for name, values in taken.items()}
 
 
+def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """The function recorded in a CUDA graph, as a function that replays it: what a server does with a decode step.
+
+    It is run on the capturing stream first, so that whatever it sets up once is there. What it returns is dropped.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    synchronize(device)
+    # Not torch.cuda.graph, which empties the allocator's cache every time: a search records hundreds.
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        try:
+            function()
+        finally:
+            graph.capture_end()
+    synchronize(device)
+
+    def replay() -> None:
+        graph.replay()
+
+    return replay
+
+
 def wall_microseconds(functions: Functions, device: torch.device, *, reps: int, rounds: int) -> dict[str, Micros]:
     """Wall time of one call of each function in a loop of `reps` calls, as a training loop sees it: a value a round."""
     taken: dict[str, list[float]] = {name: [] for name in functions}

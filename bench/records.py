@@ -1,10 +1,10 @@
 """The result file: its shape, its arithmetic, reading and writing.
 
 `{"schema": 1, "kind": ..., "environment": {...}, "rows": [...], "missing": [...], ...}`, where kind is "headline",
-"quantized", "step", "many", "qlora" or "tune". A row of a headline is one implementation in one problem and one kind
-of pass; ROW_FIELDS says what it holds, QUANTIZED_FIELDS what one over a 4-bit weight holds besides. What was
-not measured is None with a reason in `status` and `reason`: no number in a result file is anything but measured, or
-arithmetic on measured ones.
+"quantized", "step", "mixed", "many", "qlora" or "tune". A row of a headline is one implementation in one problem and
+one kind of pass; ROW_FIELDS says what it holds, QUANTIZED_FIELDS what one over a 4-bit weight holds besides,
+MANY_FIELDS what one over many adapters holds. What was not measured is None with a reason in `status` and `reason`: no
+number in a result file is anything but measured, or arithmetic on measured ones.
 """
 
 from __future__ import annotations
@@ -51,7 +51,22 @@ QUANTIZED_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "extra_bytes": ((int, type(None)), "peak beyond that of peftkern's layer over the dense weight"),
     "allowed_bytes": ((int, type(None)), "what extra_bytes may be at most, of peftkern"),
 }
-FIELDS_OF = {"headline": ROW_FIELDS, "quantized": ROW_FIELDS | QUANTIZED_FIELDS}
+# Of a batch over many adapters.
+MANY_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
+    name: ROW_FIELDS[name]
+    for name in ROW_FIELDS
+    if name not in ("R", "path", "dropout", "gpu_us", "wall_us", "peak_bytes", "saved_bytes")
+} | {
+    "passes": ((str,), "pair, routing, or both; one tiny kernel: the least; forward, or forward + backward"),
+    "group": ((str,), "decode, prefill or train"),
+    "ids": ((str,), "what the tokens want: distinct, uniform, skewed, identical, half base, or sequences"),
+    "slots": ((int,), "adapters that there is room for"),
+    "ranks": ((list,), "of the slots, in turn"),
+    "clock": ((str, type(None)), "graph: a replay by GPU events; gpu: a call by GPU events; wall"),
+    "us": ((dict, type(None)), "microseconds by that clock: median, least, p10, p90, samples"),
+    "bytes": ((int, type(None)), "that a pair must move: distinct adapters once, x and y of rows that have one"),
+}
+FIELDS_OF = {"headline": ROW_FIELDS, "quantized": ROW_FIELDS | QUANTIZED_FIELDS, "many": MANY_FIELDS}
 
 
 def overhead(time: float, frozen: float) -> float:
@@ -89,7 +104,8 @@ def validate(result: dict[str, Any]) -> None:
                 )
         if row["status"] not in STATUSES:
             raise ValueError(f"rows[{i}].status: expected one of {', '.join(STATUSES)}, got {row['status']!r}")
-        if (row["status"] == "ok") != (row["wall_us"] is not None) or (row["status"] != "ok") != bool(row["reason"]):
+        times = row["us" if result["kind"] == "many" else "wall_us"]
+        if (row["status"] == "ok") != (times is not None) or (row["status"] != "ok") != bool(row["reason"]):
             raise ValueError(
                 f"rows[{i}]: status {row['status']!r} does not fit its times or its reason {row['reason']!r}"
             )

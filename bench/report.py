@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import records, report_quantized
+from bench import records, report_many, report_quantized
 from bench.environment import RESULTS
 from bench.report_parts import COLOURS, GREY, LABELS, conditions, finish, markdown_table, megabytes, new_figure, percent
 
@@ -98,7 +98,7 @@ def step_table(result: dict[str, Any]) -> str:
     return markdown_table(header, lines) + "\n\n" + markdown_table(head, calls)
 
 
-def many_table(result: dict[str, Any]) -> str:
+def mixed_table(result: dict[str, Any]) -> str:
     """A batch of many adapters: the time of all, and what adapters add to the model without them."""
     header = [
         "hidden",
@@ -130,7 +130,8 @@ def many_table(result: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """A result as Markdown, with its conditions; "" for a kind that has no table."""
-    tables = {"headline": headline_table, "step": step_table, "many": many_table, **report_quantized.TABLES}
+    own = {"headline": headline_table, "step": step_table, "mixed": mixed_table}
+    tables = {**own, **report_quantized.TABLES, **report_many.TABLES}
     if result["kind"] not in tables:
         return ""
     return f"{conditions(result)}\n\n{tables[result['kind']](result)}"
@@ -230,7 +231,7 @@ def plot_step(result: dict[str, Any], path: Path) -> Path | None:
 
 def plot(result: dict[str, Any], path: Path) -> Path | None:
     """The picture of a result; None where there is nothing to draw."""
-    plots = {"headline": plot_headline, "step": plot_step, **report_quantized.PLOTS}
+    plots = {"headline": plot_headline, "step": plot_step, **report_quantized.PLOTS, **report_many.PLOTS}
     return plots.get(result["kind"], lambda *_: None)(result, path)
 
 

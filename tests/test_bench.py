@@ -271,7 +271,7 @@ def test_many_adapters_run_end_to_end(tmp_path, capsys):
     from bench import cpu_many
 
     assert cpu_many.main(["--smoke", "--out", str(tmp_path)]) == 0
-    result = records.read(tmp_path / "many.json")
+    result = records.read(tmp_path / "mixed.json")
     assert [row["training"] for row in result["rows"]] == [False, True]
     assert all(row["speedup"] > 0 and row["errors"]["logits"] < 1e-4 for row in result["rows"])
     assert report.main([str(tmp_path)]) == 0 and "8 rows of 2 tokens, training" in capsys.readouterr().out
