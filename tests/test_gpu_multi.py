@@ -12,10 +12,10 @@ pytest.importorskip("triton")
 from adapter_batches import factors, make_adapters, rows_of  # noqa: E402
 from numerics import arch_of, assert_rounded  # noqa: E402
 from peftkern import reference  # noqa: E402
-from peftkern.ops._lora_linear_triton import run_all  # noqa: E402
 from peftkern.ops._multi_lora_linear_triton import backward_calls, forward_calls, multi_calls  # noqa: E402
 from peftkern.ops._route_triton import route  # noqa: E402
 from peftkern_kernels.dropout import Dropout  # noqa: E402
+from peftkern_kernels.launch import run_all  # noqa: E402
 from peftkern_kernels.multi_tables import multi_decode_tile  # noqa: E402
 from peftkern_kernels.routing import build_routing, slot_seed  # noqa: E402
 

@@ -10,9 +10,9 @@ pytest.importorskip("triton")
 from adapter_batches import factors, make_adapters, routed, rows_of, wide  # noqa: E402
 from numerics import arch_of, assert_rounded  # noqa: E402
 from peftkern import reference  # noqa: E402
-from peftkern.ops._lora_linear_triton import run_all  # noqa: E402
 from peftkern.ops._multi_lora_linear_triton import backward_calls, forward_calls, multi_calls  # noqa: E402
 from peftkern_kernels.dropout import Dropout  # noqa: E402
+from peftkern_kernels.launch import run_all  # noqa: E402
 from peftkern_kernels.routing import slot_seed  # noqa: E402
 from quantized_data import random_4bit  # noqa: E402
 

@@ -228,3 +228,34 @@ def test_interpreted_kernels_are_not_kept():
     out = torch.ones(2)
     replay.run("cpu", (out,), lambda: [TorchCall("zero", torch.Tensor.zero_, (out,))], CPU)
     assert out.tolist() == [0.0, 0.0] and not replay._kept
+
+
+def test_results_are_allocated_anew(kernel):
+    """Would catch a result that two calls share, one that is given in that comes back as another, and a lost None."""
+    got = []
+    for i in range(3):
+        source = torch.full((4,), float(i))
+
+        def build(source=source):
+            y = torch.empty(4)
+            return (y, None, source), [double(kernel, source, y)]
+
+        got.append((source, *replay.produce("new", (source,), build, GPU)))
+    assert [y.tolist() for _, y, _, _ in got] == [[0.0] * 4, [2.0] * 4, [4.0] * 4]
+    assert all(nothing is None and same is source for source, _, nothing, same in got)
+    assert kernel.compilations == 1
+
+
+def test_results_with_gaps_are_not_kept(kernel):
+    """Would catch a result of other strides than the one that was recorded."""
+    for _ in range(2):
+        source = torch.ones(4)
+
+        def build(source=source):
+            wide = torch.zeros(4, 2)
+            replayed = wide[:, 0]
+            return (replayed,), [TorchCall("copy", torch.Tensor.copy_, (replayed, source))]
+
+        (y,) = replay.produce("gaps", (source,), build, GPU)
+        assert y.tolist() == [1.0] * 4
+    assert not replay._kept

@@ -23,7 +23,7 @@ import triton.language as tl
 from .gemm_tables import Tile
 from .gemm_tile import accumulate_base, tile_of_program
 from .ia3_tables import gemm_tile
-from .launch import Call, cdiv, compile_options, nbytes, strides
+from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import vectorizes
 
@@ -198,7 +198,7 @@ def ia3_gemm_calls(
         tile = gemm_tile(arch=arch, dtype=a.dtype, M=M, N=N, K=K, aligned=aligned)
     planes = None
     if sums is not None:
-        planes = torch.empty(cdiv(M, tile.block_m), 1, N, dtype=torch.float32, device=a.device)
+        planes = scratch(cdiv(M, tile.block_m), 1, N, dtype=torch.float32, device=a.device)
     epilogue = epilogue_arguments(scale, bias, x, out, z, planes)
     if tile.tma:
         from .ia3_gemm_tma import tma_calls

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .ia3_tables import scale_sum_splits, scale_sum_tile
-from .launch import Call, cdiv, nbytes, strides
+from .launch import Call, cdiv, nbytes, scratch, strides
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import vectorizes
 
@@ -118,7 +118,7 @@ def scale_sum_calls(
     tile = scale_sum_tile(arch=arch, dtype=a.dtype, aligned=all(vectorizes(t) for t in (a, b)))
     blocks_c = cdiv(C, tile.block_c)
     splits = scale_sum_splits(blocks=blocks_c * groups, steps=max(1, cdiv(M, tile.block_m)), arch=arch)
-    planes = torch.empty(splits, slots, C, dtype=torch.float32, device=a.device)
+    planes = scratch(splits, slots, C, dtype=torch.float32, device=a.device)
     call = Call(
         name="scale and sum",
         kernel=_ia3_scale_sum_kernel,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .adapters import Adapters
-from .launch import Call, cdiv, compile_options, nbytes, strides
+from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .lora_expand import triton_dtype
 from .multi_tables import DecodeTile, multi_decode_tile, pools_vectorize
 from .multi_tile import adapter_of, check_rows, piece_of, shrink_part
@@ -176,7 +176,7 @@ def multi_decode_calls(
         tile = multi_decode_tile(arch=arch, dtype=x.dtype, M=M, N=N, K=K, R=R, aligned=aligned, masters=masters)
     k_part = cdiv(cdiv(K, tile.block_k), tile.split_k) * tile.block_k
     split = cdiv(K, k_part)
-    planes = torch.empty(split, M, R, dtype=torch.float32, device=x.device)
+    planes = scratch(split, M, R, dtype=torch.float32, device=x.device)
     shrink = Call(
         name="decode with many adapters: shrink",
         kernel=_multi_decode_shrink_kernel,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .adapters import Adapters
 from .dropout import Dropout, keep_tile
-from .launch import Call, cdiv, compile_options, nbytes, strides
+from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .multi_tables import multi_shrink_tile, pools_vectorize
 from .multi_tile import adapter_of, check_rows, dropout_arguments, piece_of, slot_key, table_arguments
 from .reduce import PlaneSum, reduce_calls
@@ -158,7 +158,7 @@ def multi_shrink_calls(
         splits = best_splits(blocks=blocks, steps=steps, **options)
     c_chunk = cdiv(steps, splits) * tile.block_c
     splits = cdiv(C, c_chunk)
-    target = out if splits == 1 else torch.empty((splits, M, R), dtype=torch.float32, device=x.device)
+    target = out if splits == 1 else scratch(splits, M, R, dtype=torch.float32, device=x.device)
     source = adapters.pool_a if pool == "a" else adapters.pool_b
     call = Call(
         name="shrink of many adapters",

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .adapters import Adapters
 from .dropout import Dropout, keep_tile
-from .launch import Call, cdiv, compile_options, nbytes, strides
+from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .multi_tables import multi_weight_gradient_tile
 from .multi_tile import adapter_of, check_rows, dropout_arguments, piece_of, slot_key
 from .reduction_tables import Tile, next_power_of_2, vectorizes
@@ -224,8 +224,8 @@ def multi_weight_gradient_calls(
         tile = multi_weight_gradient_tile(arch=arch, dtype=pairs[0][0].dtype, M=M, R=R, **options)
     planes = plane_count(M)
     device = pairs[0][0].device
-    da_planes = torch.empty(planes, R, K, dtype=torch.float32, device=device) if has_da and planes else None
-    db_planes = torch.empty(planes, N, R, dtype=torch.float32, device=device) if has_db and planes else None
+    da_planes = scratch(planes, R, K, dtype=torch.float32, device=device) if has_da and planes else None
+    db_planes = scratch(planes, N, R, dtype=torch.float32, device=device) if has_db and planes else None
     blocks_k = cdiv(K, tile.block_c) if has_da else 0
     blocks_n = cdiv(N, tile.block_c) if has_db else 0
     shared: dict[str, Any] = {"row_offset_ptr": adapters.row_offset, "rank_ptr": adapters.rank, "K": K, "N": N}

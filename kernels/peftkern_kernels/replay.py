@@ -22,6 +22,8 @@ import torch
 from .launch import Call, TorchCall, recorded_scratch, run_all
 
 Build = Callable[[], Sequence[Call | TorchCall]]
+Produce = Callable[[], tuple[Sequence[torch.Tensor | None], Sequence[Call | TorchCall]]]
+Made = None | int | tuple[torch.Size, torch.dtype]  # a result: absent, one of the tensors given, or new
 MOST_KEPT = 4096  # situations; then all are forgotten, for a program with so many has no use for them
 SCRATCH_ALIGNMENT = 256
 
@@ -53,11 +55,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """The steps of one situation, and the bytes into one block of scratch memory at which each part of it starts."""
+    """The steps of one situation, the bytes into one block of scratch memory at which each part of it starts, and how
+    the results come to be."""
 
     steps: tuple[Step, ...]
     scratch_starts: tuple[int, ...]
     scratch_bytes: int
+    results: tuple[Made, ...] = ()
 
 
 class Address:
@@ -89,30 +93,61 @@ def run(key: Hashable, tensors: Sequence[torch.Tensor | None], build: Build, dev
         build: makes the launches for just these tensors.
         device: of the tensors.
     """
+    produce(key, tensors, lambda: ((), build()), device)
+
+
+def produce(
+    key: Hashable, tensors: Sequence[torch.Tensor | None], build: Produce, device: torch.device
+) -> tuple[Any, ...]:
+    """As `run` for launches whose results `build` allocates: it returns (results, launches), and this the results.
+
+    A result is one of `tensors`, or new, contiguous and uninitialised, or None.
+    """
     if device.type != "cuda":
-        run_all(build(), device)
-        return
+        results, calls = build()
+        run_all(calls, device)
+        return tuple(results)
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
-            run(key, tensors, build, device)
-        return
+            return produce(key, tensors, build, device)
     whole = (key, device.index, *map(situation, tensors))
     recording = _kept.get(whole)
     if recording is not None:
-        replay(recording, tensors, device)
-        return
+        results = tuple(_result(made, tensors, device) for made in recording.results)
+        replay(recording, (*tensors, *results), device)
+        return results
     with recorded_scratch() as scratch:
-        calls = build()
-    steps = record(calls, tensors, scratch)
-    if steps is None:
-        return
-    if len(_kept) >= MOST_KEPT:
-        _kept.clear()
-    starts, total = [], 0
-    for t in scratch:
-        starts.append(total)
-        total += -(-t.nbytes // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
-    _kept[whole] = Recording(tuple(steps), tuple(starts), total)
+        results, calls = build()
+    made = [_how_made(t, tensors) for t in results]
+    fresh = [None if isinstance(how, int) else t for t, how in zip(results, made, strict=True)]
+    steps = record(calls, [*tensors, *fresh], scratch)
+    if steps is not None and all(t is None or t.is_contiguous() for t in fresh):
+        if len(_kept) >= MOST_KEPT:
+            _kept.clear()
+        starts, total = [], 0
+        for t in scratch:
+            starts.append(total)
+            total += -(-t.nbytes // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+        _kept[whole] = Recording(tuple(steps), tuple(starts), total, tuple(made))
+    return tuple(results)
+
+
+def _how_made(result: torch.Tensor | None, tensors: Sequence[torch.Tensor | None]) -> Made:
+    if result is None:
+        return None
+    for i, t in enumerate(tensors):
+        if t is result:
+            return i
+    return result.shape, result.dtype
+
+
+def _result(made: Made, tensors: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor | None:
+    if made is None:
+        return None
+    if isinstance(made, int):
+        return tensors[made]
+    shape, dtype = made
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def record(

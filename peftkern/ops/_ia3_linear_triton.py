@@ -6,30 +6,20 @@ operation runs the list; the static check compiles it from meta tensors for ever
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 
 from peftkern.backend import device_info
-from peftkern.ops._lora_linear_torch import dense_rows
-from peftkern.ops._lora_linear_triton import precision
+from peftkern.ops._lora_linear_triton import precision, write_base
+from peftkern_kernels import replay
 from peftkern_kernels.ia3_gemm import ia3_gemm_calls
 from peftkern_kernels.ia3_scale import scale_calls
 from peftkern_kernels.ia3_scale_sum import Route, route, scale_sum_calls
-from peftkern_kernels.launch import Call, TorchCall, nbytes, run_all
+from peftkern_kernels.launch import Call, TorchCall, scratch
 
 Calls = list[Call | TorchCall]
 Kept = Any  # a tensor that forward kept, or None where no gradient asks for it
-
-
-def _base(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> TorchCall:
-    """`out = x weight^T + bias` by cuBLAS (in tests by oneDNN)."""
-    moved, flops = nbytes(x, weight, bias, out), 2 * x.shape[0] * weight.numel()
-    x = dense_rows(x)
-    if bias is None:
-        return TorchCall("base (cuBLAS)", partial(torch.mm, out=out), (x, weight.t()), moved, flops)
-    return TorchCall("base (cuBLAS)", partial(torch.addmm, out=out), (bias, x, weight.t()), moved, flops)
 
 
 def forward_calls(
@@ -49,16 +39,16 @@ def forward_calls(
     if is_feedforward:
         # l rides on whichever operand is smaller; columns must run along memory to be scaled fast.
         if ids is None and M > N and weight.stride(1) == 1:
-            scaled = torch.empty_like(weight, memory_format=torch.contiguous_format)
-            return y, None, [*scale_calls(weight, scale, scaled, arch=arch), _base(x, scaled, bias, y)]
-        scaled = torch.empty_like(x, memory_format=torch.contiguous_format)
-        return y, None, [*scale_calls(x, scale, scaled, ids=ids, arch=arch), _base(scaled, weight, bias, y)]
+            scaled = scratch(*weight.shape, dtype=weight.dtype, device=weight.device)
+            return y, None, [*scale_calls(weight, scale, scaled, arch=arch), write_base(x, scaled, y, bias)]
+        scaled = scratch(*x.shape, dtype=x.dtype, device=x.device)
+        return y, None, [*scale_calls(x, scale, scaled, ids=ids, arch=arch), write_base(scaled, weight, y, bias)]
     z = x.new_empty(M, N) if keep_z else None
     if path == "triton" and ids is None:
         options: dict[str, Any] = {"bias": bias, "z": z, "arch": arch, "precision": precision()}
         return y, z, [*ia3_gemm_calls(x, weight, scale, y, **options)]
     product = y if z is None else z
-    return y, z, [_base(x, weight, bias, product), *scale_calls(product, scale, y, ids=ids, arch=arch)]
+    return y, z, [write_base(x, weight, product, bias), *scale_calls(product, scale, y, ids=ids, arch=arch)]
 
 
 def backward_calls(
@@ -89,7 +79,7 @@ def backward_calls(
         dx = None
         if needs_x and g is not None:
             dx = dy.new_empty(M, K)
-            calls.append(_base(g, weight.t(), None, dx))
+            calls.append(write_base(g, weight.t(), dx))
         return dx, dscale, g, calls
     g = dy if needs_g else None
     if not needs_x and not needs_scale:
@@ -98,8 +88,8 @@ def backward_calls(
         dx = dy.new_empty(M, K) if needs_x else None
         options: dict[str, Any] = {"x": x, "sums": dscale, "arch": arch, "precision": precision()}
         return dx, dscale, g, [*ia3_gemm_calls(dy, weight.t(), scale, dx, **options)]
-    h = dy.new_empty(M, K)
-    calls = [_base(dy, weight.t(), None, h)]
+    h = dy.new_empty(M, K) if needs_x else scratch(M, K, dtype=dy.dtype, device=dy.device)
+    calls = [write_base(dy, weight.t(), h)]
     if dscale is not None:
         calls += scale_sum_calls(h, x, scale, h if needs_x else None, dscale, **by_rows)
     else:
@@ -119,8 +109,13 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `_ia3_linear_torch.forward`, on kernels."""
     arch = device_info(x.device).arch
-    y, z, calls = forward_calls(x, weight, scale, bias, ids, is_feedforward, path, arch, keep_z)
-    run_all(calls, x.device)
+
+    def build() -> Any:
+        *results, calls = forward_calls(x, weight, scale, bias, ids, is_feedforward, path, arch, keep_z)
+        return results, calls
+
+    key = ("ia3_linear", is_feedforward, path, keep_z, precision())
+    y, z = replay.produce(key, (x, weight, scale, bias, ids), build, x.device)
     return y, z
 
 
@@ -138,6 +133,12 @@ def backward(
     """As `_ia3_linear_torch.backward`, on kernels."""
     by_slot = route(ids, scale.shape[0]) if ids is not None and needs[1] else None
     arch = device_info(dy.device).arch
-    dx, dscale, g, calls = backward_calls(dy, x, weight, scale, z, ids, by_slot, is_feedforward, path, arch, needs)
-    run_all(calls, dy.device)
+
+    def build() -> Any:
+        *results, calls = backward_calls(dy, x, weight, scale, z, ids, by_slot, is_feedforward, path, arch, needs)
+        return results, calls
+
+    key = ("ia3_linear backward", is_feedforward, path, needs, precision())
+    routed = () if by_slot is None else (by_slot.order, by_slot.starts)
+    dx, dscale, g = replay.produce(key, (dy, x, weight, scale, z, ids, *routed), build, dy.device)
     return dx, dscale, g

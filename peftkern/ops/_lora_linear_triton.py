@@ -47,6 +47,19 @@ def _add_base(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Torch
     return TorchCall("base (cuBLAS)", torch.Tensor.addmm_, operands, moved, 2 * x.shape[0] * weight.numel())
 
 
+def _write(out: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, weight_t: torch.Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight_t, out=out)
+    else:
+        torch.addmm(bias, x, weight_t, out=out)
+
+
+def write_base(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None) -> TorchCall:
+    """`out = x weight^T + bias` by cuBLAS (in tests by oneDNN)."""
+    moved, flops = nbytes(x, weight, bias, out), 2 * x.shape[0] * weight.numel()
+    return TorchCall("base (cuBLAS)", _write, (out, bias, dense_rows(x), weight.t()), moved, flops)
+
+
 def packed(weight: Weight4bit) -> Packed4bit:
     """A 4-bit weight as the kernels take it."""
     N, K = weight.shape
@@ -76,7 +89,7 @@ def _gradients(
     return dx, da, db
 
 
-def _parts(weight: Any) -> tuple[Any, ...]:
+def weight_parts(weight: Any) -> tuple[Any, ...]:
     """(blocksize, tensors) of a 4-bit weight, (0, itself) of a dense one."""
     if isinstance(weight, torch.Tensor):
         return 0, weight
@@ -97,7 +110,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the launches of `forward_calls`; y [M, N] and S [M, R]."""
     out = _outputs(x, weight, lora_A)
-    blocksize, *held = _parts(weight)
+    blocksize, *held = weight_parts(weight)
     seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
     replay.run(
         ("lora_linear", scaling, p, path, precision(), blocksize),
@@ -123,7 +136,7 @@ def backward(
 ) -> Gradients:
     """Run the launches of `backward_calls`; dX [M, K], dA [R, K] and dB [N, R], None where not asked for."""
     out = _gradients(dy, weight, lora_A, lora_B, needs)
-    blocksize, *held = _parts(weight)
+    blocksize, *held = weight_parts(weight)
     seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
     replay.run(
         ("lora_linear backward", scaling, p, path, precision(), blocksize),

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from peftkern.adapter_pool import LayerAdapters, Layout
-from peftkern.backend import device_info
 from peftkern.ops import _multi_lora_linear_torch as plain
 from peftkern.ops._lora_linear_fp32 import _row_blocks
 from peftkern.ops._lora_linear_torch import dense_rows
@@ -200,33 +199,26 @@ def _kernel_forward(
     rows: torch.Tensor, weight: Any, bias: Optional, call: Call, keep: bool
 ) -> tuple[torch.Tensor, Optional]:
     from peftkern.ops import _multi_lora_linear_triton as kernels
-    from peftkern.ops._lora_linear_triton import dropout
-    from peftkern_kernels.launch import run_all
 
     weight, path = _for_kernels(weight, rows.dtype, call.path)
-    routing, arch = call.batch.routing(rows.shape[0]), device_info(rows.device).arch
-    drop = dropout(call.seed, call.dropout_p)
-    y, s, calls = kernels.forward_calls(rows, weight, call.kernel_adapters(), routing, bias, drop, path, arch, keep)
-    run_all(calls, rows.device)
-    return y, s
+    routing = call.batch.routing(rows.shape[0])
+    return kernels.forward(
+        rows, weight, call.kernel_adapters(), routing, bias, call.seed, call.dropout_p, path, keep_s=keep
+    )
 
 
 def _kernel_backward(
     grad: torch.Tensor, rows: Optional, s: Optional, weight: Any, call: Call, needs_x: bool, needs_adapters: bool
 ) -> tuple[Optional, list[torch.Tensor]]:
     from peftkern.ops import _multi_lora_linear_triton as kernels
-    from peftkern.ops._lora_linear_triton import dropout
-    from peftkern_kernels.launch import run_all
 
     N = weight.shape[0]
     weight, path = _for_kernels(weight, grad.dtype, call.path)
-    routing, arch = call.batch.routing(grad.shape[0]), device_info(grad.device).arch
-    drop = dropout(call.seed, call.dropout_p)
+    routing = call.batch.routing(grad.shape[0])
     needs = (needs_x, needs_adapters, needs_adapters)
-    dx, pool_a, pool_b, calls = kernels.backward_calls(
-        grad, rows, weight, call.kernel_adapters(), s, routing, drop, path, arch, needs
+    dx, pool_a, pool_b = kernels.backward(
+        grad, rows, weight, call.kernel_adapters(), s, routing, call.seed, call.dropout_p, path, needs
     )
-    run_all(calls, grad.device)
     if pool_a is None or pool_b is None:
         return dx, []
     if call.owners[0][0] == WHOLE_POOL:

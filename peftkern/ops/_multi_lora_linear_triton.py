@@ -8,16 +8,26 @@ first, cuBLAS adds the base in place), "decode" (at most 64 rows; up to 16 the b
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
-from peftkern.ops._lora_linear_torch import dense_rows
-from peftkern.ops._lora_linear_triton import FUSED_4BIT_PATHS, Calls, Kept, _add_base, packed, precision
+from peftkern.backend import device_info
+from peftkern.ops._lora_linear_triton import (
+    FUSED_4BIT_PATHS,
+    Calls,
+    Kept,
+    _add_base,
+    dropout,
+    packed,
+    precision,
+    weight_parts,
+    write_base,
+)
+from peftkern_kernels import replay
 from peftkern_kernels.adapters import Adapters
 from peftkern_kernels.dropout import Dropout
-from peftkern_kernels.launch import TorchCall, nbytes
+from peftkern_kernels.launch import TorchCall, scratch
 from peftkern_kernels.lora_linear import base_plus_expand_calls
 from peftkern_kernels.lora_linear_4bit import base_4bit_plus_expand_calls, base_4bit_transposed_plus_expand_calls
 from peftkern_kernels.multi_decode import MAX_ROWS, multi_decode_calls
@@ -31,14 +41,6 @@ from peftkern_kernels.multi_weight_gradient import multi_weight_gradient_calls
 from peftkern_kernels.routing import Routing
 
 __all__ = ["BASE_MAX_ROWS", "MAX_ROWS", "backward_calls", "forward_calls", "multi_calls"]
-
-
-def _write_base(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> TorchCall:
-    """`out = x weight^T` by cuBLAS."""
-    write = functools.partial(torch.mm, out=out)
-    return TorchCall(
-        "base (cuBLAS)", write, (dense_rows(x), weight.t()), nbytes(x, weight, out), 2 * x.shape[0] * weight.numel()
-    )
 
 
 def forward_calls(
@@ -65,7 +67,7 @@ def forward_calls(
             stored = packed(weight) if path == "decode_4bit" else weight
             options: dict[str, Any] = {"bias": bias, "s_out": s_out}
             return y, s_out, [*multi_linear_decode_calls(x, stored, adapters, routing, y, **options, **common)]
-        calls: Calls = [_write_base(x, weight, y)] if M else []
+        calls: Calls = [write_base(x, weight, y)] if M else []
         calls += multi_decode_calls(x, adapters, routing, y, base=y, bias=bias, s_out=s_out, **common)
         return y, s_out, calls
     s = x.new_empty(M, R)
@@ -102,11 +104,13 @@ def backward_calls(
     M, K = dy.shape[0], weight.shape[1]
     common: dict[str, Any] = {"arch": arch, "precision": precision()}
     dx = dy.new_empty(M, K) if needs_x else None
+    da = torch.empty_like(adapters.pool_a, memory_format=torch.contiguous_format) if needs_a else None
+    db = torch.empty_like(adapters.pool_b) if needs_b else None
+    ds: Kept = None
+    if needs_x or needs_a:
+        ds = scratch(M, adapters.max_rank, dtype=dy.dtype, device=dy.device)
     # One fill of memory, where finding out who is absent would take a kernel of its own.
-    da = torch.zeros_like(adapters.pool_a, memory_format=torch.contiguous_format) if needs_a else None
-    db = torch.zeros_like(adapters.pool_b) if needs_b else None
-    ds: Kept = dy.new_empty(M, adapters.max_rank) if needs_x or needs_a else None
-    calls: Calls = []
+    calls: Calls = [TorchCall("zero", torch.Tensor.zero_, (t,)) for t in (da, db) if t is not None]
     if ds is not None:
         calls += multi_shrink_calls(dy, adapters, routing, ds, pool="b", **common)
     factor = MixedFactor(adapters, routing, "a")
@@ -131,6 +135,63 @@ def backward_calls(
             **common,
         )
     return dx, da, db, calls
+
+
+def _tensors(weight: Any, adapters: Adapters, routing: Routing) -> tuple[Any, list[Any]]:
+    """What a recording of the launches must know of these: numbers, and tensors."""
+    blocksize, *held = weight_parts(weight)
+    tables = (adapters.pool_a, adapters.pool_b, adapters.row_offset, adapters.rank, adapters.scaling)
+    return (blocksize, adapters.max_rank, adapters.N), [*held, *tables, *routing.tensors]
+
+
+def forward(
+    x: torch.Tensor,
+    weight: Any,
+    adapters: Adapters,
+    routing: Routing,
+    bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    p: float,
+    path: str,
+    *,
+    keep_s: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run the launches of `forward_calls`, from a recording once the situation has been met; y and S."""
+    arch, (numbers, tensors) = device_info(x.device).arch, _tensors(weight, adapters, routing)
+    drop = dropout(seed, p)
+
+    def build() -> Any:
+        y, s, calls = forward_calls(x, weight, adapters, routing, bias, drop, path, arch, keep_s)
+        return (y, s), calls
+
+    key = ("multi_lora_linear", numbers, p, path, keep_s, precision())
+    y, s = replay.produce(key, (x, *tensors, bias, seed), build, x.device)
+    return y, s
+
+
+def backward(
+    dy: torch.Tensor,
+    x: Kept,
+    weight: Any,
+    adapters: Adapters,
+    s: Kept,
+    routing: Routing,
+    seed: torch.Tensor | None,
+    p: float,
+    path: str,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Run the launches of `backward_calls`, likewise; the gradients of x and of the pools."""
+    arch, (numbers, tensors) = device_info(dy.device).arch, _tensors(weight, adapters, routing)
+    drop = dropout(seed, p)
+
+    def build() -> Any:
+        *results, calls = backward_calls(dy, x, weight, adapters, s, routing, drop, path, arch, needs)
+        return results, calls
+
+    key = ("multi_lora_linear backward", numbers, p, path, needs, precision())
+    dx, da, db = replay.produce(key, (dy, x, *tensors, s, seed), build, dy.device)
+    return dx, da, db
 
 
 def multi_calls(

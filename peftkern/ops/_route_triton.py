@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from peftkern_kernels.launch import run_all
+from peftkern_kernels import replay
 from peftkern_kernels.route_kernel import MAX_ROWS, route_calls
 from peftkern_kernels.routing import Routing, build_routing, empty_routing
 
@@ -18,5 +18,6 @@ def route(ids: torch.Tensor, slots: int) -> Routing:
     if ids.dim() != 1 or ids.shape[0] > MAX_ROWS or slots < 1:
         return build_routing(ids, slots)
     routing = empty_routing(ids.shape[0], slots, ids.device)
-    run_all(route_calls(ids.contiguous(), routing), ids.device)
+    ids = ids.contiguous()
+    replay.run(("route", slots), (ids, *routing.tensors), lambda: route_calls(ids, routing), ids.device)
     return routing
