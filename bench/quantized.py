@@ -30,7 +30,7 @@ from bench import environment, limits, measure, records
 from bench.adapters import Rival
 from bench.cases import PASSES, Problem
 from bench.check import relative_error, tolerance
-from bench.run import Bench, interpret_kernels, print_rows, save
+from bench.run import TARGET_SECONDS, Bench, interpret_kernels, print_rows, save
 from bench.workload import LinearWorkload
 from peftkern import reference
 from peftkern.backend import current_backend, device_info
@@ -55,6 +55,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny problems: does the program run? (CPU too)")
     parser.add_argument("--minutes", type=float, default=10.0, help="stop before the next problem after so long")
     parser.add_argument("--tokens", nargs="+", type=int, metavar="M", help=f"default: {' '.join(map(str, TOKENS))}")
+    parser.add_argument("--seconds", type=float, default=TARGET_SECONDS, help="GPU time for each function, about")
+    parser.add_argument("--no-launches", action="store_true", help="count no launches: the profiler takes most time")
     parser.add_argument("--quick", action="store_true", help="once each: fills the compilers' caches, measures nothing")
     parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/<device>)")
     return parser.parse_args(argv)
@@ -223,7 +225,11 @@ def run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     dequantized = [measure_dequantization(N, K, chosen[0].dtype, device, quick) for N, K in shapes]
     for found in dequantized:
         print_dequantization(found)
-    bench, missing, slowest = QuantizedBench(device, ceilings, quick=quick), [], 0.0
+    bench, missing, slowest = (
+        QuantizedBench(device, ceilings, quick=quick, seconds=options.seconds, launches=not options.no_launches),
+        [],
+        0.0,
+    )
     for problem in chosen:
         left = 60 * options.minutes - (time.monotonic() - started)
         if left < slowest:

@@ -46,6 +46,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--problems", nargs="+", metavar="NAME", help="only these shapes or keys: S1, 'S1 r16 bfloat16'"
     )
+    parser.add_argument("--seconds", type=float, default=TARGET_SECONDS, help="GPU time for each function, about")
+    parser.add_argument("--no-launches", action="store_true", help="count no launches: the profiler takes most time")
     parser.add_argument("--quick", action="store_true", help="once each: fills the compilers' caches, measures nothing")
     parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/<device>)")
     parser.add_argument("--name", default="headline", help="name of the result file, without .json")
@@ -90,8 +92,17 @@ def path_taken(problem: Problem, rival: Rival, work: LinearWorkload | DecoderWor
 class Bench:
     """One run: measures problem after problem into `rows`."""
 
-    def __init__(self, device: torch.device, ceilings: limits.Ceilings, *, quick: bool = False) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        ceilings: limits.Ceilings,
+        *,
+        quick: bool = False,
+        seconds: float = TARGET_SECONDS,
+        launches: bool = True,
+    ) -> None:
         self.device, self.ceilings, self.quick = device, ceilings, quick
+        self.seconds, self.launches = seconds, launches and not quick
         self.rows: list[dict[str, Any]] = []
 
     def measure(
@@ -155,11 +166,11 @@ class Bench:
             subject, row = subjects[name], rows[name]
             row["peak_bytes"] = measure.peak_bytes(call, self.device)
             row["saved_bytes"] = measure.saved_bytes(subject.forward, subject.parameters())
-            row["launches"] = measure.launches(call, self.device)
+            row["launches"] = measure.launches(call, self.device) if self.launches else None
         once = measure.wall_microseconds({"frozen": calls["frozen"]}, self.device, reps=3, rounds=1)["frozen"].median
         on_gpu = self.device.type == "cuda"
         rounds = 1 if self.quick else 5
-        reps = 1 if self.quick else int(min(60, max(4, TARGET_SECONDS * 1e6 / once / rounds)))
+        reps = 1 if self.quick else int(min(60, max(4, self.seconds * 1e6 / once / rounds)))
         gpu = measure.gpu_microseconds(calls, self.device, reps=reps, rounds=rounds) if on_gpu else {}
         wall = measure.wall_microseconds(calls, self.device, reps=reps, rounds=rounds)
         for name, row in rows.items():
@@ -196,7 +207,17 @@ def run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     ceilings = limits.measure_ceilings(device, {p.dtype for p in problems}, **sizes)
     rates = ", ".join(f"{name} {rate / 1e12:.1f} TFLOP/s" for name, rate in ceilings.flops_per_second.items())
     print(f"{described['device']}: {rates}, copy {ceilings.bytes_per_second / 1e9:.0f} GB/s", flush=True)
-    bench, missing, slowest = Bench(device, ceilings, quick=options.smoke or options.quick), [], 0.0
+    bench, missing, slowest = (
+        Bench(
+            device,
+            ceilings,
+            quick=options.smoke or options.quick,
+            seconds=options.seconds,
+            launches=not options.no_launches,
+        ),
+        [],
+        0.0,
+    )
     # By group and not by problem: what time does not reach is then the peers that compile longest, not whole shapes.
     for group, rivals in everyone(tuple(options.groups)).items():
         for problem in problems:
