@@ -94,10 +94,22 @@ def gpu_microseconds(functions: Functions, device: torch.device, *, reps: int, r
     return {name: Micros.of(values) for name, values in taken.items()}
 
 
+class Recorded:
+    """A CUDA graph that is replayed when called, and the function that it was recorded from."""
+
+    def __init__(self, graph: Any, function: Callable[[], Any]) -> None:
+        self.graph, self.function = graph, function
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
 def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """The function recorded in a CUDA graph, as a function that replays it: what a server does with a decode step.
 
-    It is run on the capturing stream first, so that whatever it sets up once is there. What it returns is dropped.
+    It is run on the capturing stream first, so that whatever it sets up once is there. What it returns is dropped. A
+    graph holds addresses and no tensors, so the function, and with it all that its closure names, lives as long as what
+    is returned: memory that it worked on would otherwise be another's by the time of a replay.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -115,10 +127,7 @@ def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], 
             graph.capture_end()
     synchronize(device)
 
-    def replay() -> None:
-        graph.replay()
-
-    return replay
+    return Recorded(graph, function)
 
 
 def wall_microseconds(functions: Functions, device: torch.device, *, reps: int, rounds: int) -> dict[str, Micros]:
