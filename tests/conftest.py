@@ -1,4 +1,5 @@
-"""Where there is no GPU, Triton kernels run in Triton's interpreter, mended for bfloat16 (see interpreter.py)."""
+"""Where there is no GPU, Triton kernels run in Triton's interpreter, mended for bfloat16 (see interpreter.py), and every
+address that they use is checked (see bounds.py)."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 if not HAS_GPU and importlib.util.find_spec("triton") is not None:
+    from bounds import check_bounds
     from interpreter import mend_bfloat16
 
     mend_bfloat16()
+    check_bounds()
 
 
 def pytest_collection_modifyitems(config, items):
