@@ -5,15 +5,14 @@
 The layers that IA3 adapts in an 8B Llama: k and v (4096 -> 1024, output scaled) and down (14336 -> 4096, input scaled),
 bfloat16 with an fp32 vector, at 512, 2048 and 8192 tokens. Each implementation is checked against float64 first and
 then timed in turn with the others; `time / frozen` is what the table shows. Results go to
-bench/results/<device>/ia3.json (or DIR), and to $OUT where that is set. Exits with 1 where peftkern was wrong.
-`--smoke` runs tiny sizes, on a CPU too, in Triton's interpreter.
+bench/results/<device>/ia3.json (or DIR), and to $OUT where that is set, after every problem. Exits with 1 where
+peftkern was wrong. `--smoke` runs tiny sizes, on a CPU too, in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from bench import check, environment, measure, records
+from bench.progress import Progress
 from bench.run import interpret_kernels, save
 from peftkern import reference, use_backend
 from peftkern.ops import ia3_linear
@@ -250,26 +250,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not has_gpu:
         interpret_kernels("bench.ia3")
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
-    started, slowest = time.monotonic(), 0.0
     rows: list[dict[str, Any]] = []
-    missing: list[dict[str, str]] = []
-    described = environment.describe(device)
+    path = (options.out or environment.results_folder(device)) / "ia3.json"
+    result = {"schema": records.SCHEMA, "kind": "ia3", "environment": environment.describe(device), "rows": rows}
+    progress = Progress(result, lambda result: save(result, path.parent, path.name), options.minutes)
+    compiled = has_gpu and not options.no_compiled
     with use_backend("auto"):
-        for case in cases(options.smoke):
-            if 60 * options.minutes - (time.monotonic() - started) < slowest:
-                missing.append({"problem": case.key, "reason": f"{options.minutes:g} minutes were used up"})
-                continue
-            begun = time.monotonic()
-            compiled = has_gpu and not options.no_compiled
+        for case in progress.each([({"problem": case.key}, case) for case in cases(options.smoke)]):
             found = measure_case(case, device, quick=options.smoke, compiled=compiled)
             print_rows(case, found)
             rows += found
-            slowest = max(slowest, time.monotonic() - begun)
-    described["clocks_after"] = environment.clocks()
-    result = {"schema": records.SCHEMA, "kind": "ia3", "environment": described, "rows": rows, "missing": missing}
-    result["seconds"] = round(time.monotonic() - started, 1)
-    path = save(result, options.out or environment.results_folder(device), "ia3.json")
-    print(f"{len(rows)} rows, {len(missing)} problems missing, {result['seconds']} s: {path}")
+    result = progress.done()
+    print(f"{len(rows)} rows, {len(result['missing'])} problems missing, {result['seconds']} s: {path}")
     faults = [r for r in rows if r["implementation"].startswith("peftkern") and r["status"] != "ok"]
     for row in faults:
         print(f"{row['status']}: {row['implementation']} in {row['problem']}: {row['reason']}", file=sys.stderr)

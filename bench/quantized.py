@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +29,7 @@ from bench import environment, limits, measure, records
 from bench.adapters import Rival
 from bench.cases import PASSES, Problem
 from bench.check import relative_error, tolerance
+from bench.progress import Keep, Progress
 from bench.run import TARGET_SECONDS, Bench, interpret_kernels, print_rows, save
 from bench.workload import LinearWorkload
 from peftkern import reference
@@ -213,44 +213,29 @@ def print_dequantization(found: dict[str, Any]) -> None:
         print(f"  {name:24s} {row['us']['median']:10.1f} us  {shares}")
 
 
-def run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measure, within the time allowed, and return the result."""
-    started, on_gpu = time.monotonic(), device.type == "cuda"
+def run(options: argparse.Namespace, device: torch.device, keep: Keep) -> dict[str, Any]:
+    """Measure, within the time allowed, and return the result; `keep` writes it after every problem."""
+    on_gpu = device.type == "cuda"
     quick = options.smoke or options.quick
     chosen = problems(options, on_gpu)
     described = environment.describe(device)
     sizes = {"n": 256, "copied": 1 << 20} if options.smoke else {} if on_gpu else {"n": 1024, "copied": 1 << 26}
     ceilings = limits.measure_ceilings(device, {p.dtype for p in chosen}, **sizes)
     shapes = [(96, 128)] if options.smoke else DEQUANTIZED if on_gpu else [(1024, 1024)]
-    dequantized = [measure_dequantization(N, K, chosen[0].dtype, device, quick) for N, K in shapes]
-    for found in dequantized:
-        print_dequantization(found)
-    bench, missing, slowest = (
-        QuantizedBench(device, ceilings, quick=quick, seconds=options.seconds, launches=not options.no_launches),
-        [],
-        0.0,
-    )
-    for problem in chosen:
-        left = 60 * options.minutes - (time.monotonic() - started)
-        if left < slowest:
-            missing.append({"group": GROUP, "problem": problem.key, "reason": f"{options.minutes:g} minutes used up"})
-            continue
-        begun, done = time.monotonic(), len(bench.rows)
+    bench = QuantizedBench(device, ceilings, quick=quick, seconds=options.seconds, launches=not options.no_launches)
+    result = {"schema": records.SCHEMA, "kind": "quantized", "environment": described, "ceilings": asdict(ceilings)}
+    dequantized: list[dict[str, Any]] = []
+    result |= {"dequantization": dequantized, "rows": bench.rows}
+    progress = Progress(result, keep, options.minutes)
+    for N, K in shapes:
+        dequantized.append(measure_dequantization(N, K, chosen[0].dtype, device, quick))
+        print_dequantization(dequantized[-1])
+    for problem in progress.each([({"group": GROUP, "problem": problem.key}, problem) for problem in chosen]):
+        done = len(bench.rows)
         print(problem.key, flush=True)
         bench.measure_quantized(problem)
         print_rows(bench.rows[done:])
-        slowest = time.monotonic() - begun
-    described["clocks_after"] = environment.clocks()
-    return {
-        "schema": records.SCHEMA,
-        "kind": "quantized",
-        "environment": described,
-        "ceilings": asdict(ceilings),
-        "seconds": round(time.monotonic() - started, 1),
-        "dequantization": dequantized,
-        "rows": bench.rows,
-        "missing": missing,
-    }
+    return progress.done()
 
 
 def faults_of(result: dict[str, Any]) -> list[str]:
@@ -280,8 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.smoke and not has_gpu:
         interpret_kernels("bench.quantized")
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
-    result = run(options, device)
-    path = save(result, options.out or environment.results_folder(device), "quantized.json")
+    path = (options.out or environment.results_folder(device)) / "quantized.json"
+    result = run(options, device, lambda result: save(result, path.parent, path.name))
     print(f"{len(result['rows'])} rows, {len(result['missing'])} problems missing, {result['seconds']} s: {path}")
     faults = faults_of(result)
     for fault in faults:

@@ -3,9 +3,9 @@
     python -m bench.run [--full] [--smoke] [--minutes 10] [--groups peftkern compiled others] [--out DIR]
 
 Each implementation is checked first and then timed in turn with the others of its group and the frozen layer. Results
-go to bench/results/<device>/headline.json (or DIR), and to $OUT where that is set. When the minutes are used up it
-stops before the next problem, and the file says what is missing. Exits with 1 where peftkern was wrong or failed.
-Without a GPU it runs bench/test_lora_linear_cpu.py in its place.
+go to bench/results/<device>/headline.json (or DIR), and to $OUT where that is set, after every problem. When the
+minutes are used up it stops before the next problem, and the file says what is missing. Exits with 1 where peftkern was
+wrong or failed. Without a GPU it runs bench/test_lora_linear_cpu.py in its place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from bench import check, environment, limits, measure, records
 from bench.adapters import Rival
 from bench.cases import PASSES, Problem, full, headline, smoke
 from bench.decoder import DecoderWorkload
+from bench.progress import Keep, Progress
 from bench.rivals import everyone, frozen
 from bench.workload import LinearWorkload, Subject
 
@@ -196,9 +196,8 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         print(f"{start} {time_us:10.1f} us  {row['overhead']:+8.1%}  wall {row['wall_us']['median']:10.1f} us{share}")
 
 
-def run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measure, within the time allowed, and return the result."""
-    started = time.monotonic()
+def run(options: argparse.Namespace, device: torch.device, keep: Keep) -> dict[str, Any]:
+    """Measure, within the time allowed, and return the result; `keep` writes it after every problem."""
     problems = smoke(device) if options.smoke else full() if options.full else headline()
     if options.problems:
         problems = [p for p in problems if p.name in options.problems or p.key in options.problems]
@@ -207,41 +206,27 @@ def run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     ceilings = limits.measure_ceilings(device, {p.dtype for p in problems}, **sizes)
     rates = ", ".join(f"{name} {rate / 1e12:.1f} TFLOP/s" for name, rate in ceilings.flops_per_second.items())
     print(f"{described['device']}: {rates}, copy {ceilings.bytes_per_second / 1e9:.0f} GB/s", flush=True)
-    bench, missing, slowest = (
-        Bench(
-            device,
-            ceilings,
-            quick=options.smoke or options.quick,
-            seconds=options.seconds,
-            launches=not options.no_launches,
-        ),
-        [],
-        0.0,
+    bench = Bench(
+        device,
+        ceilings,
+        quick=options.smoke or options.quick,
+        seconds=options.seconds,
+        launches=not options.no_launches,
     )
+    result = {"schema": records.SCHEMA, "kind": "headline", "environment": described, "ceilings": asdict(ceilings)}
+    progress = Progress(result | {"rows": bench.rows}, keep, options.minutes)
     # By group and not by problem: what time does not reach is then the peers that compile longest, not whole shapes.
-    for group, rivals in everyone(tuple(options.groups)).items():
-        for problem in problems:
-            left = 60 * options.minutes - (time.monotonic() - started)
-            if left < slowest:
-                missing.append(
-                    {"group": group, "problem": problem.key, "reason": f"{options.minutes:g} minutes were used up"}
-                )
-                continue
-            begun, done = time.monotonic(), len(bench.rows)
-            print(f"{group}: {problem.key}", flush=True)
-            bench.measure(problem, group, rivals)
-            print_rows(bench.rows[done:])
-            slowest = time.monotonic() - begun
-    described["clocks_after"] = environment.clocks()
-    return {
-        "schema": records.SCHEMA,
-        "kind": "headline",
-        "environment": described,
-        "ceilings": asdict(ceilings),
-        "seconds": round(time.monotonic() - started, 1),
-        "rows": bench.rows,
-        "missing": missing,
-    }
+    todo = [
+        ({"group": group, "problem": problem.key}, (group, problem, rivals))
+        for group, rivals in everyone(tuple(options.groups)).items()
+        for problem in problems
+    ]
+    for group, problem, rivals in progress.each(todo):
+        done = len(bench.rows)
+        print(f"{group}: {problem.key}", flush=True)
+        bench.measure(problem, group, rivals)
+        print_rows(bench.rows[done:])
+    return progress.done()
 
 
 def interpret_kernels(program: str = "bench.run") -> None:
@@ -282,8 +267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (options.smoke or options.quick) and options.out is None:
         print("--smoke, --quick: nothing worth keeping is measured, so --out says where it goes", file=sys.stderr)
         return 2
-    result = run(options, device)
-    path = save(result, options.out or environment.results_folder(device), f"{options.name}.json")
+    path = (options.out or environment.results_folder(device)) / f"{options.name}.json"
+    result = run(options, device, lambda result: save(result, path.parent, path.name))
     print(f"{len(result['rows'])} rows, {len(result['missing'])} problems missing, {result['seconds']} s: {path}")
     faults = [
         r for r in result["rows"] if r["implementation"].startswith("peftkern") and r["status"] in ("wrong", "failed")

@@ -66,7 +66,8 @@ def _check(what: str, pointers: Any, mask: Any) -> None:
 
     start, stop, name = min(regions, key=distance, default=(0, 0, "nothing"))
     where = f"{start - address} bytes before" if address < start else f"{address + size - stop} bytes past"
-    raise IndexError(f"{kernel}: {what} outside the arguments, {where} {name}, in {wild.size} of {mask.data.size} lanes")
+    lanes = f"in {wild.size} of {mask.data.size} lanes"
+    raise IndexError(f"{kernel}: {what} outside the arguments, {where} {name}, {lanes}")
 
 
 def check_bounds() -> None:

@@ -1,5 +1,7 @@
-"""Where there is no GPU, Triton kernels run in Triton's interpreter, mended for bfloat16 (see interpreter.py), and every
-address that they use is checked (see bounds.py)."""
+"""Where there is no GPU, Triton kernels run in Triton's interpreter, mended for bfloat16 (see interpreter.py).
+
+Each of their addresses is checked there (see bounds.py).
+"""
 
 from __future__ import annotations
 

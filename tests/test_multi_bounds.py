@@ -1,4 +1,4 @@
-"""Kernels over many adapters with nothing but what the launches before have written: no wild address, nothing left over.
+"""Kernels over many adapters with nothing but what the launches before have written: no wild address, no leftovers.
 
 Uninitialised memory is filled with NaN and the largest integers, so that a table that is read before it is written, or
 past what was written, is a wild address, which the interpreter refuses (bounds.py).
@@ -52,7 +52,8 @@ def test_a_pair_right_behind_its_routing(M, kind, device):
     x, start = wide(M, K, torch.float16, device), torch.randn(M, N, device=device).half()
     for decode in (True, False):
         routing, y = empty_routing(M, SLOTS, device), start.clone()
-        run_all([*route_calls(ids, routing), *multi_calls(x, adapters, routing, y, arch=arch_of(device), decode=decode)])
+        calls = multi_calls(x, adapters, routing, y, arch=arch_of(device), decode=decode)
+        run_all([*route_calls(ids, routing), *calls])
         for made, truth in zip(routing.tensors, build_routing(ids, SLOTS).tensors, strict=True):
             assert torch.equal(made, truth)
         assert y.isfinite().all() and torch.equal(y[routing.ids < 0], start[routing.ids < 0])

@@ -182,8 +182,8 @@ def weight_gradient_calls(
         if db is not None:
             sums.append(PlaneSum(planes[splits * K * R :].view(splits, N, R), db))
         scale = 1.0
-        da = sums[0].planes[0] if has_da else None
-        db = sums[-1].planes[0] if has_db else None
+        da = sums[0].planes if has_da else None
+        db = sums[-1].planes if has_db else None
     call = _gradient_call(ds, x, da, s, dy, db, scale, dropout, tile, m_chunk, splits, precision, arch)
     call.bytes = nbytes(ds, x, s, dy) + (4 * splits * (K + N) * R if splits > 1 else nbytes(da_out, db_out))
     return [call, *reduce_calls(sums, name="weight gradient: sum over rows")]
@@ -204,7 +204,7 @@ def _gradient_call(
     precision: str,
     arch: int,
 ) -> Call:
-    """The launch over both halves; `da` [K, R] and `db` [N, R] are the outputs or, with splits, their first planes."""
+    """The launch over both halves; `da` [K, R] and `db` [N, R] are the outputs or, with splits, planes of that."""
     has_da, has_db = da is not None, db is not None
     K, N = 0 if x is None else x.shape[1], 0 if dy is None else dy.shape[1]
     thin = s if ds is None else ds
@@ -228,10 +228,10 @@ def _gradient_call(
             "R": R,
             **strides(ds, "dsm", "dsr"),
             **strides(x, "xm", "xk"),
-            **strides(da, "dak", "dar"),
+            **strides(da if splits == 1 or da is None else da[0], "dak", "dar"),
             **strides(s, "sm", "sr"),
             **strides(dy, "dym", "dyn"),
-            **strides(db, "dbn", "dbr"),
+            **strides(db if splits == 1 or db is None else db[0], "dbn", "dbr"),
             "stride_das": K * R,
             "stride_dbs": N * R,
             "blocks_k": blocks_k,
