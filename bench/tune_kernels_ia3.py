@@ -14,8 +14,7 @@ import torch
 
 from bench.cases import Problem
 from bench.tune_kernels import Tile as AnyTile
-from bench.tune_kernels import Tunable, fits
-from bench.tune_kernels_4bit import _held
+from bench.tune_kernels import Tunable, fits, held
 from peftkern_kernels import ia3_scale, ia3_scale_sum
 from peftkern_kernels.gemm_tables import Tile
 from peftkern_kernels.ia3_gemm import ia3_gemm_calls
@@ -81,7 +80,7 @@ def _scale(o: OperandsIA3, arch: int) -> Tunable:
     out, table = torch.empty_like(o.a), scale_tile(arch=arch, dtype=o.problem.dtype)
 
     def build(tile: ElementTile, splits: int | None) -> list[Call]:
-        with _held(ia3_scale, "scale_tile", tile):
+        with held(ia3_scale, "scale_tile", tile):
             return ia3_scale.scale_calls(o.a, o.scale, out, arch=arch)
 
     def truth() -> list[torch.Tensor]:
@@ -99,7 +98,7 @@ def _scale_sum(o: OperandsIA3, arch: int) -> Tunable:
         def cut(**sizes: Any) -> int:
             return choose(**sizes) if splits is None else splits
 
-        with _held(ia3_scale_sum, "scale_sum_tile", tile):
+        with held(ia3_scale_sum, "scale_sum_tile", tile):
             ia3_scale_sum.scale_sum_splits = cut
             try:
                 return ia3_scale_sum.scale_sum_calls(o.a, o.b, o.scale, out, sums, arch=arch)

@@ -138,7 +138,7 @@ def test_scratch_is_taken_anew(kernel):
     assert [out.tolist() for out in outs] == [[8.0 * i + 2] * 5 for i in range(3)]
     assert kernel.compilations == 3
     (recording,) = replay._kept.values()
-    assert recording.scratch_starts == (0, 256)
+    assert [part[0] for part in recording.scratch] == [0, 256]
 
 
 def test_descriptors_move_to_the_new_tensor(kernel):
@@ -161,6 +161,23 @@ def test_library_calls_get_views_of_the_new_tensors(kernel):
         replay.run("addmm", (x, w, out), lambda call=call: [call], GPU)
         torch.testing.assert_close(out, want)
     assert len(replay._kept) == 1
+
+
+def test_library_calls_take_scratch(kernel):
+    """Would catch a product of something that lives between two launches only, as of a weight with a scale on it."""
+    for i in range(3):
+        x, w, out = torch.randn(3, 4), torch.randn(5, 4), torch.ones(3, 5)
+
+        def build(x=x, w=w, out=out, i=i):
+            spare = scratch(7, dtype=torch.uint8, device=CPU)
+            doubled = scratch(5, 4, dtype=torch.float32, device=CPU)
+            product = TorchCall("base", torch.Tensor.addmm_, (out, x, doubled.t()))
+            return [TorchCall("zero", torch.Tensor.zero_, (spare,)), double(kernel, w, doubled), product]
+
+        want = out + x @ (2 * w).t()
+        replay.run("scaled", (x, w, out), build, GPU)
+        torch.testing.assert_close(out, want)
+    assert len(replay._kept) == 1 and kernel.compilations == 1
 
 
 def test_parameters_cut_from_one_storage_are_told_apart(kernel):

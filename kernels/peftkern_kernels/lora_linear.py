@@ -23,7 +23,7 @@ from .gemm_tables import Tile, choose_tile
 from .gemm_tile import accumulate_base, tile_of_program
 from .launch import Call, cdiv, compile_options, is_aligned, nbytes, strides
 from .lora_expand import expand_arguments, expand_rank_block, expand_tile
-from .lora_linear_persistent import persistent_calls
+from .lora_linear_persistent import persistent_calls, stays_with
 from .lora_linear_split import split_calls
 from .lora_linear_tma import tma_calls
 from .multi_tile import MixedFactor
@@ -137,7 +137,7 @@ def base_plus_expand_calls(
     if M == 0:
         return []
     mixed = isinstance(b, MixedFactor)
-    can_stay = dropout is None and not mixed and is_aligned(out) and out.dtype == x.dtype
+    can_stay = dropout is None and not mixed and is_aligned(out) and out.dtype == x.dtype and stays_with(x, b)
     sizes: dict[str, Any] = {"M": M, "N": N, "K": K, "weight_is_kn": not is_aligned(weight), "persistent": can_stay}
     sizes["crowded"] = dropout is not None and mixed  # a dropout mask of many adapters has a key for each row
     tile = choose_tile(arch, x.dtype, **sizes, aligned=_operands_are(is_aligned, x, weight))

@@ -23,6 +23,7 @@ from .launch import Call, TorchCall, recorded_scratch, run_all
 
 Build = Callable[[], Sequence[Call | TorchCall]]
 Produce = Callable[[], tuple[Sequence[torch.Tensor | None], Sequence[Call | TorchCall]]]
+Scratch = tuple[int, int, torch.Size, torch.dtype]  # bytes into the block, bytes, and as what a library call takes it
 Made = None | int | tuple[torch.Size, torch.dtype]  # a result: absent, one of the tensors given, or new
 MOST_KEPT = 4096  # situations; then all are forgotten, for a program with so many has no use for them
 SCRATCH_ALIGNMENT = 256
@@ -55,11 +56,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """The steps of one situation, the bytes into one block of scratch memory at which each part of it starts, and how
-    the results come to be."""
+    """The steps of one situation, the parts of one block of scratch memory, and how the results come to be."""
 
     steps: tuple[Step, ...]
-    scratch_starts: tuple[int, ...]
+    scratch: tuple[Scratch, ...]
     scratch_bytes: int
     results: tuple[Made, ...] = ()
 
@@ -124,11 +124,12 @@ def produce(
     if steps is not None and all(t is None or t.is_contiguous() for t in fresh):
         if len(_kept) >= MOST_KEPT:
             _kept.clear()
-        starts, total = [], 0
+        parts: list[Scratch] = []
+        total = 0
         for t in scratch:
-            starts.append(total)
+            parts.append((total, t.nbytes, t.shape, t.dtype))
             total += -(-t.nbytes // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
-        _kept[whole] = Recording(tuple(steps), tuple(starts), total, tuple(made))
+        _kept[whole] = Recording(tuple(steps), tuple(parts), total, tuple(made))
     return tuple(results)
 
 
@@ -223,18 +224,23 @@ def _library_step(call: TorchCall, sources: Sequence[torch.Tensor | None]) -> St
 def replay(recording: Recording, tensors: Sequence[torch.Tensor | None], device: torch.device) -> None:
     """Launch a recording's steps on the current stream with other tensors in the places of those it was made with."""
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
-    block = None
+    block: Any = None
     if recording.scratch_bytes:
         # One block; the allocator hands it out again only to what is queued on this stream behind these launches.
         block = torch.empty(recording.scratch_bytes, dtype=torch.uint8, device=device)
         start = block.data_ptr()
-        addresses += [start + offset for offset in recording.scratch_starts]
+        addresses += [start + part[0] for part in recording.scratch]
     stream = torch.cuda.current_stream(device).cuda_stream
     for step in recording.steps:
         arguments = step.arguments.copy()
         if step.on_tensors:
             for hole in step.holes:
-                arguments[hole.position] = _viewed(tensors[hole.source], hole.view)
+                if hole.source < len(tensors):
+                    source = tensors[hole.source]
+                else:
+                    begin, size, shape, dtype = recording.scratch[hole.source - len(tensors)]
+                    source = block[begin : begin + size].view(dtype).view(shape)
+                arguments[hole.position] = _viewed(source, hole.view)
             step.run(*arguments)
             continue
         for hole in step.holes:

@@ -40,6 +40,7 @@ SMALL_PRODUCT = 2**14
 # On an H200 our GEMM by programs that stay beats cuBLAS with the expand written first; a mask on the low-rank part does
 # not fit into it, and the kernel that it does fit into is slower than cuBLAS. Measured at 4096 and 8192 tokens.
 HOPPER = "bench/results/nvidia-h200/headline.json"
+HOPPER_MANY = "bench/results/nvidia-h200/many-train.json"
 FOLDED = "expand inside the base GEMM's accumulator, y written once"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -193,6 +194,8 @@ def plan_multi_lora_linear(
             return Plan(dense.path, reason)
         return Plan(f"dequantize:{dense.path}", f"{reason}; the weight is written out dense for each product")
     path, reason = dense.path, f"{dense.reason}; rows grouped by adapter"
+    if path == "mixed":
+        path, reason = "cublas", f"rows grouped by adapter, the base by cuBLAS on top ({HOPPER_MANY})"
     if M <= MULTI_DECODE_TOKENS:
         path, reason = "decode", f"{M} tokens: the adapters, and the base of at most {DECODE_TOKENS}, in two launches"
     if blocksize is None:

@@ -18,7 +18,7 @@ from torch import nn
 from peftkern.adapter_pool import LayerAdapters
 from peftkern.ops import multi_lora_linear
 from peftkern.ops.adapter_route import AdapterBatch
-from peftkern.tuners.fusing import bare_weight
+from peftkern.tuners.fusing import bare_weight, base_alone, compute_dtype
 from peftkern.utils.other import ModulesToSaveWrapper
 
 BASE = "__base__"  # the name that PEFT gives a row without an adapter
@@ -271,7 +271,7 @@ def linear_forward(layer: Any, mixed: LayerBatch, x: torch.Tensor, args: tuple[A
         mixed.decide(layer)
     if mixed.empty:
         mixed.batch.check_rows(x, "adapter_names")
-        return layer._base_alone(x, *args, **kwargs)
+        return base_alone(layer, x, *args, **kwargs)
     pool, p = mixed.pool, mixed.dropout_p
     if args or kwargs or not mixed.fused or pool is None or p is None:
         return add_parts(layer, layer.base_layer(x, *args, **kwargs), x, mixed)
@@ -282,7 +282,7 @@ def linear_forward(layer: Any, mixed: LayerBatch, x: torch.Tensor, args: tuple[A
         y = multi_lora_linear(x, weight, pool, mixed.batch, bias, dropout_p=p)
     else:
         # As a quantized layer does by itself: computed in its own dtype, whatever x has.
-        dtype = layer._compute_dtype(x.dtype)
+        dtype = compute_dtype(layer._modules["base_layer"], x.dtype)
         y = multi_lora_linear(x.to(dtype), weight, pool, mixed.batch, bias, dropout_p=p).to(x.dtype)
     return _add_biases(layer, y, mixed) if mixed.biased else y
 
