@@ -6,9 +6,10 @@
 Decode: the low-rank pair alone (shrink and expand into y, without the base product), 1 to 64 tokens, recorded in a
 CUDA graph and replayed from a cold cache; the routing by itself and together with the pair; and a graph of one tiny
 kernel, the least that any of these times can be. Prefill and train: the whole layer, beside the same with one adapter
-and the frozen one. Everything is checked against float64 before it is timed.
+and the frozen one. Everything is checked against float64 before it is timed, and the pair once more afterwards.
 
-The result goes to bench/results/<device>/many.json, or to DIR, and to $OUT where that is set. bench/README.md says
+The result goes to bench/results/<device>/many.json, or to DIR, and to $OUT where that is set, after every batch;
+peftkern is timed before others' kernels run, for these can take the device with them. bench/README.md says
 where the servers' kernels come from; without them their rows say "not run".
 """
 
@@ -16,13 +17,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -41,7 +43,12 @@ from bench.many_cases import (
     layer_cases,
     smoke_cases,
 )  # fmt: skip
+from bench.progress import Keep, Progress
 from bench.run import interpret_kernels, save
+
+if TYPE_CHECKING:  # they import triton, which must be told of the interpreter first
+    from bench.many_layers import Layer
+    from bench.many_rivals import Made
 
 PARTS = ("decode", "prefill", "train")
 Call = Callable[[], Any]
@@ -99,8 +106,27 @@ def row_of(case: Case, passes: str, name: str, version: str | None) -> dict[str,
     }
 
 
+class DeviceLostError(RuntimeError):
+    """An implementation left the device in a state in which nothing more can be measured."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What is ready to be timed.
+
+    Attributes:
+        row: takes what is found. call: is timed. clock: "graph", "gpu" or "wall".
+        check: raises WrongResultError where the call has ceased to give what it gave before it was timed.
+    """
+
+    row: dict[str, Any]
+    call: Call
+    clock: str
+    check: Call | None = None
+
+
 class ManyBench:
-    """One run: measures case after case into `rows`."""
+    """One run: measures case after case into `rows`. Once the device is lost, `lost` says to whom."""
 
     def __init__(self, device: torch.device, ceilings: limits.Ceilings, quick: bool, smoke: bool) -> None:
         from bench.many_rivals import servers
@@ -109,6 +135,7 @@ class ManyBench:
         self.rows: list[dict[str, Any]] = []
         self.servers = servers()
         self.pool: tuple[tuple[Any, ...], Pool] | None = None
+        self.lost = ""
 
     def batch(self, case: Case) -> Batch:
         """The operands of a case; adapters of one size are made once."""
@@ -119,11 +146,30 @@ class ManyBench:
         return Batch(case, self.pool[1], self.device)
 
     def measure(self, case: Case) -> None:
-        """Check everyone on a case, then time those who are right in turn."""
-        if case.part == "decode":
-            self._decode(case)
-        else:
-            self._layer(case)
+        """Check and time peftkern on a case, then check everyone else, and time all that are right in turn.
+
+        What peftkern's rows hold is there before a kernel of another project runs, and stays if that one's takes the
+        device away.
+        """
+        done = len(self.rows)
+        try:
+            if case.part == "decode":
+                self._decode(case)
+            else:
+                self._layer(case)
+        except DeviceLostError as error:
+            self.lost = str(error)
+        for row in self.rows[done:]:
+            if row["status"] == "ok" and row["us"] is None:
+                row |= {"status": "not run", "reason": f"not timed: {self.lost}"}
+
+    def _failed(self, row: dict[str, Any], what: str) -> None:
+        """Put it down; DeviceLostError where the device went with it."""
+        row |= {"status": "failed", "reason": what, "us": None, "share_of_limit": None, "overhead": None}
+        if not measure.is_usable(self.device):
+            raise DeviceLostError(
+                f"{row['implementation']} ({row['problem']}, {row['passes']}) took the device: {what}"
+            )
 
     def _attempt(self, row: dict[str, Any], make: Callable[[], Any]) -> Any:
         """What `make` returns, or None with the reason in the row. Whatever another project raises is its result."""
@@ -134,7 +180,7 @@ class ManyBench:
             row |= {"status": "wrong", "reason": str(error)}
         except Exception as error:
             traceback.print_exc(limit=-3)
-            row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]}
+            self._failed(row, measure.describe_error(error))
         else:
             return made
         return None
@@ -148,22 +194,36 @@ class ManyBench:
         row |= {"status": "ok", "reason": "", "errors": {name: float(f"{e:.3g}") for name, e in errors.items()}}
         return call
 
-    def _time(self, timed: list[tuple[dict[str, Any], Call, str]], reps: int, rounds: int) -> None:
-        """Fill in the times of rows by their clock: "graph", "gpu" or "wall"."""
+    def _time(self, timed: list[Timed], reps: int, rounds: int) -> None:
+        """Fill in the times of rows by their clocks; a row whose call fails or has become wrong says so instead."""
         for clocks, times in ((("graph", "gpu"), measure.gpu_microseconds), (("wall",), measure.wall_microseconds)):
-            chosen = {str(i): call for i, (_, call, clock) in enumerate(timed) if clock in clocks}
-            if not chosen:
-                continue
-            once = self.quick or self.smoke
-            found = times(chosen, self.device, reps=1 if once else reps, rounds=1 if once else rounds)
-            for index, micros in found.items():
-                row, call, clock = timed[int(index)]
-                row |= {"clock": clock, "us": micros.as_dict()}
-                if not self.quick and (row["ids"] == "distinct" or row["slots"] == max(ADAPTERS)):
-                    # The profiler takes longer than the timing, and other ids launch the same.
-                    row["launches"] = measure.launches(call, self.device)
-                if row["limit_us"] is not None:
-                    row["share_of_limit"] = row["limit_us"] / micros.median
+            chosen = {str(i): t for i, t in enumerate(timed) if t.clock in clocks and t.row["status"] == "ok"}
+            once, found = self.quick or self.smoke, None
+            while chosen and found is None:
+                calls = {index: t.call for index, t in chosen.items()}
+                try:
+                    found = times(calls, self.device, reps=1 if once else reps, rounds=1 if once else rounds)
+                except measure.TimingError as error:
+                    self._failed(chosen.pop(error.name).row, f"while it was timed: {error.what}")
+            for index, micros in (found or {}).items():
+                self._fill(chosen[index], micros)
+
+    def _fill(self, timed: Timed, micros: measure.Micros) -> None:
+        row = timed.row
+        row |= {"clock": timed.clock, "us": micros.as_dict()}
+        if row["limit_us"] is not None:
+            row["share_of_limit"] = row["limit_us"] / micros.median
+        try:
+            if timed.check is not None:
+                timed.check()
+            wanted = not self.quick and (row["ids"] == "distinct" or row["slots"] == max(ADAPTERS))
+            if wanted and row["launches"] is None:
+                # The profiler takes longer than the timing, and other ids launch the same.
+                row["launches"] = measure.launches(timed.call, self.device)
+        except WrongResultError as error:
+            row |= {"status": "wrong", "reason": f"after it was timed: {error}", "us": None, "share_of_limit": None}
+        except Exception as error:
+            self._failed(row, f"after it was timed: {measure.describe_error(error)}")
 
     # -- the low-rank pair of a decode step -----------------------------------------------------------------------
 
@@ -176,49 +236,68 @@ class ManyBench:
         from bench.many_decode import implementations
 
         batch, y = self.batch(case), torch.empty(case.M, case.N, dtype=case.dtype, device=self.device)
-        on_gpu, timed = self.device.type == "cuda", []
+        timed: list[Timed] = []
         for name, version, make, why_not in implementations(self.servers):
-            row = row_of(case, "pair", name, version)
+            self.rows.append(row_of(case, "pair", name, version))
             made = None
             if make is None:
-                row["reason"] = why_not
+                self.rows[-1]["reason"] = why_not
             else:
-                made = self._attempt(row, functools.partial(make, batch, y))
-            if made is None:
-                self.rows.append(row)
+                made = self._attempt(self.rows[-1], functools.partial(make, batch, y))
+            if made is not None:
+                self.rows.pop()  # for one of each kind of pass
+                timed += self._ready(batch, y, made, name, version)
+            if name == "peftkern":
+                timed += self._tiny_kernel(case)
+                self._time(timed, reps=20, rounds=5)
+                alone = len(timed)
+        if len(timed) > alone:
+            self._time(timed, reps=20, rounds=5)
+
+    def _ready(self, batch: Batch, y: torch.Tensor, made: Made, name: str, version: str | None) -> list[Timed]:
+        """The passes of one implementation that are right."""
+        on_gpu, timed = self.device.type == "cuda", []
+        for passes, call in (("pair", made.pair), ("routing", made.routing), ("pair + routing", made.both)):
+            if call is None:
                 continue
-            for passes in ("pair", "routing", "pair + routing"):
-                call = {"pair": made.pair, "routing": made.routing, "pair + routing": made.both}[passes]
-                if call is None:
-                    continue
-                row = row_of(case, passes, name, version)
-                self.rows.append(row)
-                graph = on_gpu and (passes == "pair" or made.graph)
-                ready = self._checked(row, self._making(batch, y, call, passes != "routing", graph))
-                if ready is None:
-                    continue
-                if passes != "routing":
-                    row["bytes"], row["limit_us"] = self._pair_limit(batch)
-                timed.append((row, ready, "graph" if graph else "wall"))
-        if on_gpu:
-            one, row = torch.zeros(1, device=self.device), row_of(case, "one tiny kernel", "torch", torch.__version__)
+            row = row_of(batch.case, passes, name, version)
             self.rows.append(row)
-            ready = self._checked(row, lambda: (measure.captured(lambda: one.fill_(0.0), self.device), {}))
-            if ready is not None:
-                timed.append((row, ready, "graph"))
-        self._time(timed, reps=20, rounds=5)
+            graph, writes = on_gpu and (passes == "pair" or made.graph), passes != "routing"
+            ready = self._checked(row, self._making(batch, y, call, writes, graph))
+            if ready is None:
+                continue
+            if writes:
+                row["bytes"], row["limit_us"] = self._pair_limit(batch)
+            check = functools.partial(self._result, batch, y, ready) if writes else None
+            timed.append(Timed(row, ready, "graph" if graph else "wall", check))
+        return timed
+
+    def _tiny_kernel(self, case: Case) -> list[Timed]:
+        if self.device.type != "cuda":
+            return []
+        one, row = torch.zeros(1, device=self.device), row_of(case, "one tiny kernel", "torch", torch.__version__)
+        self.rows.append(row)
+        ready = self._checked(row, lambda: (measure.captured(lambda: one.fill_(0.0), self.device), {}))
+        return [] if ready is None else [Timed(row, ready, "graph")]
+
+    def _result(self, batch: Batch, y: torch.Tensor, call: Call) -> dict[str, float]:
+        """The errors of what the call, and not another one, leaves in y."""
+        y.copy_(batch.y0)
+        call()
+        measure.synchronize(self.device)
+        return batch.check({"y": y})
 
     def _making(
         self, batch: Batch, y: torch.Tensor, call: Call, writes: bool, graph: bool
     ) -> Callable[[], tuple[Call, dict[str, float]]]:
-        """Makes the call, recorded if it can be, and the errors of what that, and not another one, leaves in y."""
+        """Makes the call, recorded if it can be, and the errors of its result."""
 
         def make() -> tuple[Call, dict[str, float]]:
             ready = measure.captured(call, self.device) if graph else call
-            y.copy_(batch.y0)
+            if writes:
+                return ready, self._result(batch, y, ready)
             ready()
-            measure.synchronize(self.device)
-            return ready, batch.check({"y": y}) if writes else {}
+            return ready, {}
 
         return make
 
@@ -227,32 +306,42 @@ class ManyBench:
     def _layer(self, case: Case) -> None:
         from bench.many_layers import layers
 
-        batch, on_gpu = self.batch(case), self.device.type == "cuda"
-        passes, timed = "forward" if case.part == "prefill" else "forward + backward", []
-        for layer in layers():
-            row = row_of(case, passes, layer.name, layer.version)
-            self.rows.append(row)
-            if case.part == "train" and not layer.train:
-                row["reason"] = "has no training of several adapters at once"
-                continue
-            if layer.version is None:
-                row["reason"] = "not installed"
-                continue
+        batch = self.batch(case)
+        timed: list[Timed] = []
+        for _, group in itertools.groupby(layers(), lambda layer: layer.name.startswith(("frozen", "peftkern"))):
+            ready = [self._layer_ready(batch, layer) for layer in group]
+            if any(ready):
+                timed += [one for one in ready if one is not None]
+                self._time_layers(case, timed)
 
-            def make(layer: Any = layer) -> tuple[Call, dict[str, float]]:
-                call, results = layer.make(batch)
-                with torch.set_grad_enabled(case.part == "train"):
-                    call()
-                    return call, batch.check(results()) if results else {}
+    def _layer_ready(self, batch: Batch, layer: Layer) -> Timed | None:
+        case, on_gpu = batch.case, self.device.type == "cuda"
+        passes = "forward" if case.part == "prefill" else "forward + backward"
+        row = row_of(case, passes, layer.name, layer.version)
+        self.rows.append(row)
+        if case.part == "train" and not layer.train:
+            row["reason"] = "has no training of several adapters at once"
+            return None
+        if layer.version is None:
+            row["reason"] = "not installed"
+            return None
 
-            ready = self._checked(row, make)
-            if ready is not None:
-                timed.append((row, ready, "gpu" if on_gpu else "wall"))
+        def make() -> tuple[Call, dict[str, float]]:
+            call, results = layer.make(batch)
+            with torch.set_grad_enabled(case.part == "train"):
+                call()
+                return call, batch.check(results()) if results else {}
+
+        ready = self._checked(row, make)
+        return None if ready is None else Timed(row, ready, "gpu" if on_gpu else "wall")
+
+    def _time_layers(self, case: Case, timed: list[Timed]) -> None:
         with torch.set_grad_enabled(case.part == "train"):
             self._time(timed, reps=6, rounds=3)
-        frozen = next(row for row in self.rows if row["problem"] == case.key and row["implementation"] == "frozen")
-        for row, _, _ in timed:
-            row["overhead"] = records.overhead(row["us"]["median"], frozen["us"]["median"])
+        frozen = timed[0].row["us"]
+        for one in timed:
+            if one.row["us"] is not None:
+                one.row["overhead"] = records.overhead(one.row["us"]["median"], frozen["median"])
 
 
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
@@ -272,36 +361,28 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
         print(f"{start} {spread}{more}{launches}", flush=True)
 
 
-def run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measure, within the time allowed, and return the result."""
-    started, on_gpu = time.monotonic(), device.type == "cuda"
+def run(options: argparse.Namespace, device: torch.device, keep: Keep) -> dict[str, Any]:
+    """Measure, within the time allowed, and return the result; `keep` writes it after every batch."""
+    on_gpu = device.type == "cuda"
     # float16: Triton's interpreter multiplies no bfloat16.
     dtype = torch.bfloat16 if on_gpu else torch.float16
     described = environment.describe(device)
     sizes = {"n": 256, "copied": 1 << 20} if options.smoke or options.quick else {}
     ceilings = limits.measure_ceilings(device, {dtype}, **sizes)
     print(f"{described['device']}: copy {ceilings.bytes_per_second / 1e9:.0f} GB/s", flush=True)
-    bench, missing, slowest = ManyBench(device, ceilings, options.quick, options.smoke), [], 0.0
-    for case in cases_of(options, dtype):
-        left = 60 * options.minutes - (time.monotonic() - started)
-        if left < slowest:
-            missing.append({"group": case.part, "problem": case.key, "reason": f"{options.minutes:g} minutes used up"})
-            continue
+    bench = ManyBench(device, ceilings, options.quick, options.smoke)
+    result = {"schema": records.SCHEMA, "kind": "many", "environment": described, "ceilings": asdict(ceilings)}
+    progress = Progress(result | {"rows": bench.rows}, keep, options.minutes)
+    cases = [({"group": case.part, "problem": case.key}, case) for case in cases_of(options, dtype)]
+    for case in progress.each(cases):
         begun, done = time.monotonic(), len(bench.rows)
         bench.measure(case)
-        slowest = time.monotonic() - begun
-        print(f"{case.key}  ({slowest:.1f} s)", flush=True)
+        print(f"{case.key}  ({time.monotonic() - begun:.1f} s)", flush=True)
         print_rows(bench.rows[done:])
-    described["clocks_after"] = environment.clocks()
-    return {
-        "schema": records.SCHEMA,
-        "kind": "many",
-        "environment": described,
-        "ceilings": asdict(ceilings),
-        "seconds": round(time.monotonic() - started, 1),
-        "rows": bench.rows,
-        "missing": missing,
-    }
+        if bench.lost:
+            print(bench.lost, file=sys.stderr)
+            progress.stop(bench.lost)
+    return progress.done()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -321,8 +402,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from bench.many_decode import tune
 
         return tune(options, device, folder)
-    result = run(options, device)
-    path = save(result, folder, "many.json")
+    path = folder / "many.json"
+    result = run(options, device, lambda result: save(result, path.parent, path.name))
     print(f"{len(result['rows'])} rows, {len(result['missing'])} batches missing, {result['seconds']} s: {path}")
     faults = [
         row
@@ -331,7 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     for row in faults:
         print(f"{row['status']}: {row['implementation']} in {row['problem']}: {row['reason']}", file=sys.stderr)
-    return 1 if faults else 0
+    return 1 if faults or any("took the device" in left["reason"] for left in result["missing"]) else 0
 
 
 if __name__ == "__main__":

@@ -80,6 +80,8 @@ def _try(batch: Batch, y: torch.Tensor, tile: DecodeTile, arch: int) -> tuple[Ca
     except WrongResultError as error:
         return None, f"wrong: {error}"
     except Exception as error:  # too much shared memory, or a compiler's failure: a candidate that cannot be had
+        if not measure.is_usable(batch.device):
+            raise measure.TimingError(str(tile), error) from error  # nor can any other from here on
         return None, f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
 
 

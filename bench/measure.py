@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,10 +42,41 @@ class Micros:
         return {name: round(value, 3) for name, value in asdict(self).items()}
 
 
+class TimingError(RuntimeError):
+    """A function failed while it was timed; `name` says which."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        self.name, self.what = name, describe_error(error)
+        super().__init__(f"{name}: {self.what}")
+
+
+def describe_error(error: Exception) -> str:
+    """Its kind and the first line of its message."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """TimingError with the name for whatever is raised in the block."""
+    try:
+        yield
+    except Exception as error:
+        raise TimingError(name, error) from error
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device; a CPU has nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def is_usable(device: torch.device) -> bool:
+    """Whether the device still works: after an illegal address nothing does in this process."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _in_rounds(names: Iterable[str], rounds: int) -> Iterable[str]:
@@ -68,29 +100,31 @@ def gpu_microseconds(functions: Functions, device: torch.device, *, reps: int, r
     other = torch.zeros(flush.numel() // 4, dtype=torch.float32, device=device)
     waits = {}
     for name, function in functions.items():
-        function()
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        queued = time.perf_counter() - start
-        synchronize(device)
+        with naming(name):
+            function()
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            queued = time.perf_counter() - start
+            synchronize(device)
         waits[name] = int(min(1.5 * queued + 50e-6, LONGEST_WAIT) * CYCLES_PER_SECOND)
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for name in _in_rounds(functions, rounds):
         function, events = functions[name], []
-        function()
-        for _ in range(reps):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(waits[name])
-            flush.zero_()
-            other.sum()
-            begin.record()
+        with naming(name):
             function()
-            end.record()
-            events.append((begin, end))
-            # Queued calls must not pile up: what they allocate would, too.
-            end.synchronize()
-        taken[name] += [1e3 * begin.elapsed_time(end) for begin, end in events]
+            for _ in range(reps):
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                torch.cuda._sleep(waits[name])
+                flush.zero_()
+                other.sum()
+                begin.record()
+                function()
+                end.record()
+                events.append((begin, end))
+                # Queued calls must not pile up: what they allocate would, too.
+                end.synchronize()
+            taken[name] += [1e3 * begin.elapsed_time(end) for begin, end in events]
     return {name: Micros.of(values) for name, values in taken.items()}
 
 
@@ -131,16 +165,21 @@ def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], 
 
 
 def wall_microseconds(functions: Functions, device: torch.device, *, reps: int, rounds: int) -> dict[str, Micros]:
-    """Wall time of one call of each function in a loop of `reps` calls, as a training loop sees it: a value a round."""
+    """Wall time of one call of each function in a loop of `reps` calls, as a training loop sees it: a value a round.
+
+    Raises:
+        TimingError: as `gpu_microseconds`.
+    """
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for name in _in_rounds(functions, rounds):
         function = functions[name]
-        function()
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(reps):
+        with naming(name):
             function()
-        synchronize(device)
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(reps):
+                function()
+            synchronize(device)
         taken[name].append(1e6 * (time.perf_counter() - start) / reps)
     return {name: Micros.of(values) for name, values in taken.items()}
 

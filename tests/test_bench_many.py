@@ -82,6 +82,67 @@ def test_a_server_that_is_not_there_is_a_row_with_the_reason(monkeypatch, tmp_pa
     assert all(".rivals/" in server.why_not for server in found)
 
 
+class Rival:
+    """A server's pair in plain PyTorch that, from a call on, raises or leaves the batch alone."""
+
+    def __init__(self, right_calls: int, then: str) -> None:
+        self.calls, self.right_calls, self.then = 0, right_calls, then
+
+    def make(self, batch: Batch, y: torch.Tensor) -> many_rivals.Made:
+        def pair() -> None:
+            self.calls += 1
+            if self.calls <= self.right_calls:
+                y.copy_(batch.add_delta(y.double()))
+            elif self.then == "raise":
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        return many_rivals.Made(pair, None, pair, graph=False)
+
+
+def measured(rival: Rival, monkeypatch: pytest.MonkeyPatch, usable: bool) -> many.ManyBench:
+    server = many_rivals.Server("vllm", "1", rival.make)
+    monkeypatch.setattr(many_rivals, "servers", lambda: [server, many_rivals.Server("sglang", "1", rival.make)])
+    monkeypatch.setattr(many.measure, "is_usable", lambda device: usable)
+    bench = many.ManyBench(CPU, many.limits.Ceilings({"float16": 1e12}, 1e11), quick=True, smoke=True)
+    bench.measure(case("distinct", ranks=(8,)))
+    return bench
+
+
+def named(bench: many.ManyBench, name: str) -> list[dict]:
+    return [row for row in bench.rows if row["implementation"] == name]
+
+
+@pytest.mark.parametrize("right_calls", [0, 4])  # the fourth is the last that is checked
+def test_a_rival_that_takes_the_device_takes_nobodys_rows(right_calls, monkeypatch):
+    """Catches peftkern's times lost to another's illegal address, when that one is checked or only when it is timed;
+    a row that says ok and has no time; and silence about whose fault it was."""
+    bench = measured(Rival(right_calls, "raise"), monkeypatch, usable=False)
+    assert bench.lost.startswith("vllm (decode K64") and "illegal memory access" in bench.lost
+    ours = named(bench, "peftkern")
+    assert len(ours) == 3 and all(row["status"] == "ok" and row["us"] for row in ours)
+    assert "failed" in {row["status"] for row in named(bench, "vllm")}
+    assert not any(row["status"] == "ok" for row in named(bench, "vllm") + named(bench, "sglang"))
+    environment = {"device": "none", "date": "never", "versions": {}}
+    records.validate({"schema": 1, "kind": "many", "environment": environment, "rows": bench.rows, "missing": []})
+
+
+def test_a_rival_that_fails_while_it_is_timed_is_left_out(monkeypatch):
+    """Catches a failure of one that ends the timing of the rest."""
+    bench = measured(Rival(8, "raise"), monkeypatch, usable=True)
+    assert not bench.lost and all(row["us"] for row in named(bench, "peftkern"))
+    failed = [row for row in bench.rows if row["status"] == "failed"]
+    assert failed and all("timed: RuntimeError: CUDA error" in row["reason"] and row["us"] is None for row in failed)
+
+
+def test_a_result_that_does_not_last_is_wrong(monkeypatch):
+    """Catches a graph whose memory has become another's: right when it was recorded, and something else when timed."""
+    bench = measured(Rival(4, "skip"), monkeypatch, usable=True)
+    assert {row["status"] for row in named(bench, "peftkern")} == {"ok"}
+    rows = named(bench, "vllm")
+    assert {row["status"] for row in rows} == {"wrong"} and all(row["us"] is None for row in rows)
+    assert all(row["reason"].startswith("after it was timed: y: relative error") for row in rows)
+
+
 def made_up() -> dict:
     """A result that nobody measured, for tests only."""
     rows = []
