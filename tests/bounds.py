@@ -56,7 +56,9 @@ def _check(what: str, pointers: Any, mask: Any) -> None:
     kernel, regions = _launches[-1]
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
     addresses = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
-    wild = outside(addresses[np.broadcast_to(mask.data, addresses.shape)].astype(np.uint64), size, regions)
+    wild = outside(
+        addresses[np.broadcast_to(np.asarray(mask.data, bool), addresses.shape)].astype(np.uint64), size, regions
+    )
     if wild.size == 0:
         return
     address = int(wild[0])

@@ -57,3 +57,30 @@ def test_a_recorded_graph_keeps_what_it_works_on(fake_cuda):
     del recorded
     gc.collect()
     assert alive() is None, "kept for longer than the graph"
+
+
+@pytest.mark.gpu
+def test_a_replay_reads_its_own_memory():
+    """The same on a GPU: catches a replay that reads what was allocated after the recording."""
+    out = torch.zeros(1 << 20, device="cuda")
+
+    def make() -> measure.Recorded:
+        operand = torch.ones_like(out)
+        return measure.captured(lambda: out.add_(operand), out.device)
+
+    recorded = make()
+    others = [torch.full_like(out, 7.0) for _ in range(8)]
+    out.zero_()
+    recorded()
+    assert (out == 1).all() and len(others) == 8
+
+
+def test_who_failed_is_said():
+    """Catches a failure while timing that names nobody."""
+
+    def fails() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+    with pytest.raises(measure.TimingError, match=r"^theirs: RuntimeError: CUDA error: .* encountered$") as caught:
+        measure.wall_microseconds({"ours": lambda: None, "theirs": fails}, torch.device("cpu"), reps=1, rounds=1)
+    assert caught.value.name == "theirs"
