@@ -55,10 +55,8 @@ def _check(what: str, pointers: Any, mask: Any) -> None:
         return
     kernel, regions = _launches[-1]
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-    addresses = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
-    wild = outside(
-        addresses[np.broadcast_to(np.asarray(mask.data, bool), addresses.shape)].astype(np.uint64), size, regions
-    )
+    addresses, active = np.broadcast_arrays(pointers.data.astype(np.uint64), np.asarray(mask.data, bool))
+    wild = outside(addresses[active], size, regions)
     if wild.size == 0:
         return
     address = int(wild[0])
