@@ -234,22 +234,21 @@ class BaseTuner(nn.Module, ABC):
         if encoder_names is None or len(encoder_names) == len(adapter_names):
             return mixed.use(batch)
         is_pair = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        encoder = self.model.get_encoder() if is_pair else None  # type: ignore[operator]
+        encoder = self.model.get_encoder() if is_pair else None
         return mixed.use(batch, encoder, mixed.batch(encoder_names, mixed.device))
 
     def mixed_adapters(self) -> MixedRows:
         """What mixed batches take: made at the first one, and anew when there is no room for an adapter."""
         mixed: MixedRows | None = self.__dict__.get("_mixed_adapters")
-        names = list(self.peft_config)
         if mixed is None or self.__dict__.get("_layers_changed", True):
-            mixed = self.__dict__["_mixed_adapters"] = self.make_room(mixed, len(names))
+            mixed = self.__dict__["_mixed_adapters"] = self.make_room(mixed)
             mixed.find_layers()
             self.__dict__["_layers_changed"] = False
-        mixed.seat(names)
+        mixed.seat(list(self.peft_config))
         return mixed
 
-    def make_room(self, mixed: MixedRows | None, slots: int) -> MixedRows:
-        """`mixed`, if it has room for all adapters that are here now, `slots` of them; else one that has.
+    def make_room(self, mixed: MixedRows | None) -> MixedRows:
+        """`mixed`, if it has room for all adapters that are here now; else one that has.
 
         Raises:
             NotImplementedError: this method cannot mix adapters.

@@ -50,10 +50,10 @@ class LayerVectors(LayerRows):
         """The vectors [present, C], in the dtype that holds all of theirs."""
         vectors = {name: layer.vector(name) for name in self.here}
         dtype = functools.reduce(torch.promote_types, (vector.dtype for vector in vectors.values()))
-        ones = None
+        rows: dict[str | None, torch.Tensor] = {name: vector.to(dtype) for name, vector in vectors.items()}
         if None in self.columns:
-            ones = torch.ones_like(vectors[self.here[0]], dtype=dtype)
-        return torch.stack([ones if name is None else vectors[name].to(dtype) for name in self.columns])
+            rows[None] = torch.ones_like(rows[self.here[0]])
+        return torch.stack([rows[name] for name in self.columns])
 
     def of_batch(self, table: torch.Tensor, device: torch.device) -> torch.Tensor:
         """The vector of each entry of the batch [n, C], ones for none."""
@@ -85,9 +85,9 @@ def _table_and_input(layer: Any, mixed: LayerVectors, x: torch.Tensor) -> tuple[
     table = mixed.table(layer)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         if table.requires_grad:
-            return _OfBatch.apply(table, mixed.batch), x  # type: ignore[no-untyped-call]
+            return _OfBatch.apply(table, mixed.batch), x
         if x.requires_grad:
-            return table, _OfBatch.apply(x, mixed.batch)  # type: ignore[no-untyped-call]
+            return table, _OfBatch.apply(x, mixed.batch)
     return table, x
 
 
@@ -106,7 +106,7 @@ def linear_forward(
     return layer._scaled_plain(x, scale.view(*by_rows, -1), *args, **kwargs)
 
 
-def conv_forward(layer: Any, mixed: LayerVectors, x: torch.Tensor, args: tuple[Any, ...], kwargs: Any) -> torch.Tensor:
+def conv_forward(layer: Any, mixed: LayerVectors, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
     """Forward of a convolution for a batch of many adapters: x [batch, channels, ...]."""
     n, axes = len(mixed.batch), layer._kernel_dim
     if x.dim() != axes or x.shape[0] != n:

@@ -37,7 +37,7 @@ class IA3Model(BaseTuner):
 
     Changes `model` in place: a `Linear`, `Conv2d` or `Conv3d` of `peftkern.tuners.ia3` is put around each targeted
     module. The arguments and errors are those of `BaseTuner`; the configuration is an `IA3Config`. Several active
-    adapters multiply. In a batch whose rows name theirs (`adapter_names`) each row takes one: see `tuners/ia3/mixed.py`.
+    adapters multiply. In a batch whose rows name theirs (`adapter_names`) each takes one: see `tuners/ia3/mixed.py`.
     """
 
     prefix: str = "ia3_"
@@ -97,7 +97,8 @@ class IA3Model(BaseTuner):
                 if safe_merge:
                     checked_merge(layer, names)
 
-    def make_room(self, mixed: MixedRows | None, slots: int) -> MixedRows:
+    def make_room(self, mixed: MixedRows | None) -> MixedRows:
+        slots = len(self.peft_config)
         if mixed is not None and mixed.slots >= slots:
             return mixed
         return MixedVectors(self.model, slots, IA3Layer)

@@ -64,7 +64,8 @@ class LoraModel(BaseTuner):
                 if safe_merge:
                     checked_merge(layer, names)
 
-    def make_room(self, mixed: MixedRows | None, slots: int) -> MixedAdapters:
+    def make_room(self, mixed: MixedRows | None) -> MixedRows:
+        slots = len(self.peft_config)
         highest = max((r for layer in self._layers() for r in layer.r.values()), default=1)
         if isinstance(mixed, MixedAdapters) and mixed.slots >= slots and mixed.max_rank >= highest:
             return mixed
