@@ -22,7 +22,7 @@ TWO = {"target_modules": ["q_proj", "v_proj", "down_proj"], "feedforward_modules
 WHOLE = {"modules_to_save": ["lm_head"]}
 
 
-def adapted(base, *configs, trained=("one", "two"), **options):
+def adapted(base, *configs, **options):
     """`base` with the adapters "one", "two", "three" of these configurations, their values around what they were."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -30,7 +30,7 @@ def adapted(base, *configs, trained=("one", "two"), **options):
         for name, config in zip(("two", "three"), configs[1:], strict=False):
             model.add_adapter(name, peftkern.IA3Config(**(options | config)))
     spread(model)
-    model.set_requires_grad(list(trained))
+    model.set_requires_grad(list(model.peft_config))
     return model.eval()
 
 
@@ -78,9 +78,9 @@ def assert_as_apart(model, x, names=NAMES, tolerance=1e-5, **kwargs):
 
 @pytest.mark.parametrize("how", ["fused", "hooked", "whole"])
 def test_each_row_and_each_gradient_is_its_adapters(how):
-    """Would catch a row scaled by another's vector, a gradient that others' rows reach, and one of an absent adapter."""
+    """Would catch a row under another's vector, a gradient that others' rows reach, and one of an absent adapter."""
     options = UP_DOWN | ({"modules_to_save": ["head"]} if how == "whole" else {})
-    model = adapted(mlp(), {}, {}, {}, trained=("one", "two", "three"), **options)
+    model = adapted(mlp(), {}, {}, {}, **options)
     if how == "hooked":
         for layer in (model.get_base_model().up, model.get_base_model().down):
             layer.base_layer.register_forward_hook(lambda *_: None)
@@ -188,7 +188,7 @@ def test_convolutions(feedforward):
     """Would catch a vector laid along another axis than the channels, or a row that takes another's."""
     torch.manual_seed(0)
     options = {"target_modules": ["flat", "deep"], "feedforward_modules": feedforward}
-    model = adapted(Convolutions(), options, options, trained=("one", "two"))
+    model = adapted(Convolutions(), options, options)
     x = torch.randn(4, 3, 5, 6)
     assert_as_apart(model, x)
     with pytest.raises(ValueError, match="whose first is the batch, 3 rows"):
@@ -204,7 +204,9 @@ def test_16_bit_bases(dtype, masters):
     for name, p in model.named_parameters():
         if "ia3_l" in name and not (masters and ".two" in name):
             p.data = p.data.to(dtype)
-    bound = 8 * torch.finfo(dtype).eps
+    # The arithmetic is the same but for the order of sums: each of the four roundings up to the result, those of up,
+    # its scaled output, down and head, may fall to the neighbour, an eps, and so may the scaled input of down.
+    bound = 5 * torch.finfo(dtype).eps
     x = ids(4)
     with torch.no_grad():
         got = model(x, adapter_names=NAMES)
