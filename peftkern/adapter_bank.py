@@ -20,7 +20,8 @@ from peftkern.mapping_func import get_peft_model
 from peftkern.peft_model_base import PeftModel
 from peftkern.tuners.lora import LoraConfig, LoraModel
 from peftkern.tuners.lora.layer import Linear, LoraLayer
-from peftkern.tuners.lora.mixed import BASE, MixedAdapters
+from peftkern.tuners.lora.mixed import MixedAdapters
+from peftkern.tuners.mixed import BASE
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.adapter_files import PathLike, write_adapter
 from peftkern.utils.adapter_keys import PREFIX

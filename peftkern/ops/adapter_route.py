@@ -42,6 +42,8 @@ class AdapterBatch:
         self.present = None if host is None else tuple(sorted({i for i in host if 0 <= i < slots}))
         self._groups: dict[Any, list[Group]] = {}
         self._routings: dict[int, Routing] = {}
+        self._places: torch.Tensor | None = None
+        self._row_places: dict[Any, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -75,6 +77,43 @@ class AdapterBatch:
         """An id for each of M rows."""
         n = self.ids.shape[0]
         return self.ids if n == M else self.ids.repeat_interleave(M // max(n, 1), output_size=M)
+
+    def places(self) -> torch.Tensor:
+        """For each id the place of its slot among `present`, -1 for none; the ids themselves if none are `named`."""
+        if self._places is None:
+            if self.host is None or self.present is None or not self.named:
+                self._places = self.ids
+            else:
+                place = {slot: i for i, slot in enumerate(self.present)}
+                places = [place.get(slot, -1) for slot in self.host]
+                self._places = torch.tensor(places, dtype=torch.int64, device=self.ids.device)
+        return self._places
+
+    def places_of_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """`places` for each row of x [..., K], in x's shape but for the last axis, on x's device."""
+        key = (x.shape[:-1], x.device)
+        compiling = torch.compiler.is_compiling()
+        found = None if compiling else self._row_places.get(key)
+        if found is None:
+            places, n = self.places().to(x.device), self.ids.shape[0]
+            M = x.numel() // x.shape[-1]
+            rows = places if n == M else places.repeat_interleave(M // max(n, 1), output_size=M)
+            found = rows.view(x.shape[:-1])
+            if not compiling:
+                self._row_places[key] = found
+        return found
+
+    def refuse_other(self, ids: torch.Tensor, operation: str) -> None:
+        """Notice that a checkpointed forward was computed again, and kept `ids`, under another batch than this.
+
+        Raises:
+            RuntimeError: it was.
+        """
+        if ids.data_ptr() != self.ids.data_ptr() and not torch.equal(ids, self.ids):
+            raise RuntimeError(
+                f"{operation}: a checkpointed forward was computed again under another batch's adapters: run "
+                "backward before the next batch, or within its block"
+            )
 
     def routing(self, M: int) -> Routing:
         """The kernels' tables for M rows."""

@@ -203,12 +203,7 @@ class _MultiLoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy):
         refuse_double_backward("multi_lora_linear")
         x, s, ids, *_ = ctx.saved_tensors
-        own = ctx.call.batch.ids
-        if ids.data_ptr() != own.data_ptr() and not torch.equal(ids, own):
-            raise RuntimeError(
-                "multi_lora_linear: a checkpointed forward was computed again under another batch's adapters: run "
-                "backward before the next batch, or within its block"
-            )
+        ctx.call.batch.refuse_other(ids, "multi_lora_linear")
         needs_x, needs_weight, _, _, *needs_params = ctx.needs_input_grad
         learns = any(needs_params)
         dx, dw, dbias, grads = backward(dy, x, s, ctx.call, needs_x, needs_weight, ctx.bias_dtype, learns)

@@ -27,6 +27,10 @@ class BaseTunerLayer:
     # Names of other dicts keyed by adapter name.
     other_param_names: tuple[str, ...] = ()
 
+    # The batch of many adapters that forward serves now, and the last one, for checkpointing: see `tuners.mixed`.
+    _mixed: Any = None
+    _mixed_before: Any = None
+
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"
     # Each layer's __init__ makes its own.

@@ -19,6 +19,7 @@ from torch import nn
 from peftkern.config import PeftConfig
 from peftkern.tuners.merged_models import settle_merged
 from peftkern.tuners.merging_quantized import is_merged_into_dense
+from peftkern.tuners.mixed import BASE, MixedRows
 from peftkern.tuners.targets import check_target_module_exists, match_targets, warn_of_tied_targets
 from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, check_adapters_to_merge
 from peftkern.utils.other import (
@@ -118,6 +119,7 @@ class BaseTuner(nn.Module, ABC):
         Raises:
             ValueError: See the class; nothing is changed then.
         """
+        self.__dict__["_layers_changed"] = True
         config: Any = self.peft_config[adapter_name]
         config.check()
         self._check_new_adapter_config(config)
@@ -204,18 +206,52 @@ class BaseTuner(nn.Module, ABC):
         with self.mixed_batch(list(names), kwargs.get("encoder_adapter_names")):
             yield
 
+    # -- many adapters in a batch ------------------------------------------------------------------------------
+
     def mixed_batch(
         self, adapter_names: Sequence[str], encoder_names: Sequence[str] | None = None
     ) -> contextlib.AbstractContextManager[None]:
-        """Within the block, row i of the batch takes the adapter adapter_names[i]; a method that can do it says how.
+        """Within the block, row i of the batch takes the adapter adapter_names[i]; "__base__" is the base alone.
 
         Args:
-            adapter_names: a name for each row; "__base__" for the base alone.
+            adapter_names: a name for each row.
             encoder_names: those of the rows that an encoder sees, where they are others: before beams are made of them.
 
         Raises:
-            NotImplementedError: this method cannot.
             ValueError: an unknown name, or adapters that are merged or disabled.
+            NotImplementedError: this method cannot; or an adapter has biases of the base model for its own.
+        """
+        mixed = self.mixed_adapters()
+        named = [name for name in dict.fromkeys(adapter_names) if name != BASE]
+        self._check_names(named)
+        for name in named:
+            bias = getattr(self.peft_config[name], "bias", "none")
+            if bias != "none":
+                raise NotImplementedError(
+                    f"adapter_names: {name!r} trains biases of the base model (bias={bias!r}), which all rows share"
+                )
+        batch = mixed.batch(adapter_names, mixed.device)
+        if encoder_names is None or len(encoder_names) == len(adapter_names):
+            return mixed.use(batch)
+        is_pair = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        encoder = self.model.get_encoder() if is_pair else None
+        return mixed.use(batch, encoder, mixed.batch(encoder_names, mixed.device))
+
+    def mixed_adapters(self) -> MixedRows:
+        """What mixed batches take: made at the first one, and anew when there is no room for an adapter."""
+        mixed: MixedRows | None = self.__dict__.get("_mixed_adapters")
+        if mixed is None or self.__dict__.get("_layers_changed", True):
+            mixed = self.__dict__["_mixed_adapters"] = self.make_room(mixed)
+            mixed.find_layers()
+            self.__dict__["_layers_changed"] = False
+        mixed.seat(list(self.peft_config))
+        return mixed
+
+    def make_room(self, mixed: MixedRows | None) -> MixedRows:
+        """`mixed`, if it has room for all adapters that are here now; else one that has.
+
+        Raises:
+            NotImplementedError: this method cannot mix adapters.
         """
         raise NotImplementedError(f"adapter_names: {type(self).__name__} cannot mix adapters in a batch")
 
@@ -284,6 +320,7 @@ class BaseTuner(nn.Module, ABC):
         self._check_names([adapter_name])
         if any(adapter_name in layer.merged_adapters for layer in self._layers()):
             raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
+        self.__dict__["_layers_changed"] = True
         del self.peft_config[adapter_name]
         active = [name for name in self.active_adapters if name != adapter_name]
         if not active and self.peft_config:

@@ -42,7 +42,7 @@ def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def batch_in_force(layer: Any) -> Any:
-    """The batch of many adapters that a layer's forward is to serve, or None (see `tuners.lora.mixed`).
+    """The batch of many adapters that a layer's forward is to serve, or None (see `tuners.mixed`).
 
     That of the block which the call is in; or the last one, where backward computes a checkpointed forward again. A
     forward outside of any block forgets the last one.
@@ -72,7 +72,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     # For code that walks adapters: the containers keyed by adapter name.
     adapter_layer_names: tuple[str, ...] = ("modules_to_save",)
-    # The batch whose rows want different copies, and the last one, for checkpointing: see `tuners.lora.mixed`.
+    # The batch whose rows want different copies, and the last one, for checkpointing: see `tuners.mixed`.
     _mixed: Any = None
     _mixed_before: Any = None
     other_param_names: tuple[str, ...] = ()

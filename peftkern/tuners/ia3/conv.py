@@ -10,7 +10,9 @@ from torch import nn
 from peftkern.ops.plan import Plan
 from peftkern.tuners.ia3.config import IA3Config
 from peftkern.tuners.ia3.layer import IA3Layer
+from peftkern.tuners.ia3.mixed import conv_forward
 from peftkern.tuners.tuner_layer import refuse_adapter_names
+from peftkern.utils.other import batch_in_force
 
 
 class _ConvNd(IA3Layer, nn.Module):
@@ -62,7 +64,14 @@ class _ConvNd(IA3Layer, nn.Module):
     def plan(self, tokens: int) -> Plan:
         return Plan("unfused", self.explain_row().reason)
 
+    def plan_mixed(self, tokens: int) -> Plan:
+        """The path that forward takes for a batch whose rows want different adapters."""
+        return Plan("unfused", "a convolution: each row is scaled by its adapter's vector in plain PyTorch")
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        mixed = batch_in_force(self)
+        if mixed is not None:
+            return conv_forward(self, mixed, x, args, kwargs)
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
@@ -73,10 +82,7 @@ class _ConvNd(IA3Layer, nn.Module):
             return self.base_layer(x, *args, **kwargs)
         # Without the axis of the batch, which an input need not have.
         scale = self._scale(names).view(-1, *(1,) * (self._kernel_dim - 2))
-        if self.is_feedforward:
-            return self.base_layer((x * scale).to(x.dtype), *args, **kwargs)
-        y = self.base_layer(x, *args, **kwargs)
-        return (y * scale).to(y.dtype)
+        return self._scaled_plain(x, scale, *args, **kwargs)
 
 
 class Conv2d(_ConvNd):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from peftkern.backend import current_backend
-from peftkern.ops import ia3_linear
+from peftkern.ops import ia3_linear, multi_ia3_linear
 from peftkern.ops.ia3_linear import plan_for
 from peftkern.ops.plan import Plan
 from peftkern.tuners.fusing import (
@@ -32,8 +32,11 @@ from peftkern.tuners.fusing import (
 )
 from peftkern.tuners.ia3.config import IA3Config
 from peftkern.tuners.ia3.merging import merge_adapters, unmerge_adapters
+from peftkern.tuners.ia3.mixed import linear_forward
 from peftkern.tuners.targets import conv1d_class, linear_sizes
 from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, refuse_adapter_names
+from peftkern.utils.other import batch_in_force
+from peftkern.weights import Weight
 
 
 class IA3Layer(BaseTunerLayer):
@@ -150,6 +153,13 @@ class IA3Layer(BaseTunerLayer):
         """The path that forward takes for `tokens` rows of x: "unfused", or that of `ia3_linear`."""
         raise NotImplementedError(type(self).__name__)
 
+    def _scaled_plain(self, x: torch.Tensor, scale: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer called as it is, its input or output times `scale`, which broadcasts; in their dtypes."""
+        if self.is_feedforward:
+            return self.base_layer((x * scale).to(x.dtype), *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        return (y * scale).to(y.dtype)
+
     def __repr__(self) -> str:
         return "ia3." + super().__repr__()
 
@@ -201,16 +211,31 @@ class Linear(IA3Layer, nn.Module):
 
     def plan(self, tokens: int) -> Plan:
         row = self.explain_row()
-        if not row.fused:
-            return Plan("unfused", row.reason)
+        return self._fused_plan(tokens, gathers=False) if row.fused else Plan("unfused", row.reason)
+
+    def plan_mixed(self, tokens: int) -> Plan:
+        """The path that forward takes for `tokens` rows of a batch whose rows want different adapters."""
+        names = list(self.ia3_l)
+        if not names:
+            return Plan("unfused", "no adapter here: the base layer runs alone")
+        reason = self._why_not_fused(names)
+        if reason:
+            return Plan("unfused", f"{reason}; each row is scaled by its adapter's vector in plain PyTorch")
+        return self._fused_plan(tokens, gathers=True)
+
+    def _fused_plan(self, tokens: int, gathers: bool) -> Plan:
         base: Any = self._modules["base_layer"]
         weight = weight_by_rows(base, self.fan_in_fan_out)
         dtype = compute_dtype(base, weight.dtype)
         # One row seen `tokens` times: the plan looks at sizes, strides and dtype only.
         x = torch.empty(1, 1, self.in_features, dtype=dtype, device=weight.device).expand(tokens, 1, -1)
-        return plan_for(x, weight, self.is_feedforward, current_backend())
+        return plan_for(x, weight, self.is_feedforward, current_backend(), gathers=gathers)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._mixed is not None or self._mixed_before is not None:
+            mixed = batch_in_force(self)
+            if mixed is not None:
+                return linear_forward(self, mixed, x, args, kwargs)
         if not args and not kwargs and not self._disable_adapters and not self.merged_adapters:
             names = self._active_here()
             # The quick answer of `_why_not_fused`, for the route that nearly every call takes.
@@ -233,16 +258,17 @@ class Linear(IA3Layer, nn.Module):
             return base_alone(self, x, *args, **kwargs)
         scale = self._scale(names)
         if args or kwargs or self._why_not_fused(names):
-            if self.is_feedforward:
-                return self.base_layer((x * scale).to(x.dtype), *args, **kwargs)
-            y = self.base_layer(x, *args, **kwargs)
-            return (y * scale).to(y.dtype)
+            return self._scaled_plain(x, scale, *args, **kwargs)
+        return self._fused(x, scale)
+
+    def _fused(self, x: torch.Tensor, scale: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """The base and its scaling as one operation; with `ids`, by the row of `scale` that each row of x names."""
         base: Any = self._modules["base_layer"]
         weight = weight_by_rows(base, self.fan_in_fan_out)
         if isinstance(weight, torch.Tensor):
             if scale.dtype not in (weight.dtype, torch.float32):  # adapters of two dtypes multiplied
                 scale = scale.to(weight.dtype)
-            return ia3_linear(x, weight, scale, base.bias, is_feedforward=self.is_feedforward)
+            return self._operation(x, weight, scale, ids, base.bias)
         # As a quantized layer does by itself: computed in its own dtype, whatever x has.
         dtype = compute_dtype(base, x.dtype)
         if scale.dtype not in (dtype, torch.float32):
@@ -250,4 +276,9 @@ class Linear(IA3Layer, nn.Module):
         bias = base.bias
         if bias is not None and bias.dtype not in (dtype, torch.float32):
             bias = bias.to(dtype)
-        return ia3_linear(x.to(dtype), weight, scale, bias, is_feedforward=self.is_feedforward).to(x.dtype)
+        return self._operation(x.to(dtype), weight, scale, ids, bias).to(x.dtype)
+
+    def _operation(self, x: torch.Tensor, weight: Weight, scale: torch.Tensor, ids: Any, bias: Any) -> torch.Tensor:
+        if ids is None:
+            return ia3_linear(x, weight, scale, bias, is_feedforward=self.is_feedforward)
+        return multi_ia3_linear(x, weight, scale, ids, bias, is_feedforward=self.is_feedforward)

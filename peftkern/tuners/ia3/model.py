@@ -12,6 +12,8 @@ from torch import nn
 from peftkern.tuners.ia3.conv import Conv2d, Conv3d
 from peftkern.tuners.ia3.layer import IA3Layer, Linear
 from peftkern.tuners.ia3.merging import check_mergeable, checked_merge
+from peftkern.tuners.ia3.mixed import MixedVectors
+from peftkern.tuners.mixed import MixedRows
 from peftkern.tuners.targets import check_is_called, fit_fan_in_fan_out, is_linear
 from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.tuners.tuners_utils import BaseTuner
@@ -35,7 +37,7 @@ class IA3Model(BaseTuner):
 
     Changes `model` in place: a `Linear`, `Conv2d` or `Conv3d` of `peftkern.tuners.ia3` is put around each targeted
     module. The arguments and errors are those of `BaseTuner`; the configuration is an `IA3Config`. Several active
-    adapters multiply. `adapter_names` in forward is not built (`peftkern.ops.multi_ia3_linear` is what it would call).
+    adapters multiply. In a batch whose rows name theirs (`adapter_names`) each takes one: see `tuners/ia3/mixed.py`.
     """
 
     prefix: str = "ia3_"
@@ -94,6 +96,12 @@ class IA3Model(BaseTuner):
                 check_mergeable(layer)
                 if safe_merge:
                     checked_merge(layer, names)
+
+    def make_room(self, mixed: MixedRows | None) -> MixedRows:
+        slots = len(self.peft_config)
+        if mixed is not None and mixed.slots >= slots:
+            return mixed
+        return MixedVectors(self.model, slots, IA3Layer)
 
     # -- adding adapters up --------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ from peftkern.tuners.fusing import (
 from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.loftq import initialize_loftq
 from peftkern.tuners.lora.merging import delta_weight, merge_adapters, unmerge_adapters
-from peftkern.tuners.lora.mixed import LayerBatch, linear_forward
+from peftkern.tuners.lora.mixed import linear_forward
 from peftkern.tuners.targets import conv1d_class, linear_sizes
 from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, refuse_adapter_names
 from peftkern.utils.other import batch_in_force
@@ -53,10 +53,6 @@ class LoraLayer(BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
     other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_bias")
-
-    # The batch of many adapters that forward serves now, and the last one, for checkpointing: see `mixed`.
-    _mixed: LayerBatch | None = None
-    _mixed_before: LayerBatch | None = None
 
     in_features: int
     out_features: int

@@ -1,15 +1,13 @@
 """A batch whose rows want different LoRA adapters: what a model's layers need for it, and their forward.
 
-`MixedAdapters` keeps the adapters of each linear layer in a pool (`LayerAdapters`) and gives names slots, the same on
-all layers. `use` hands a batch to every layer for the time of a forward; a layer without the adapter that a row names
-is the base layer for that row. Where a layer cannot be one operation it is called as it is, and each adapter's part is
-added for its rows by plain PyTorch.
+`MixedAdapters` keeps the adapters of each linear layer in a pool (`LayerAdapters`), by the slots that `MixedRows` gives
+them. Where a layer cannot be one operation it is called as it is, and each adapter's part is added for its rows by
+plain PyTorch.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,12 +17,10 @@ from peftkern.adapter_pool import LayerAdapters
 from peftkern.ops import multi_lora_linear
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.tuners.fusing import bare_weight, base_alone, compute_dtype
-from peftkern.utils.other import ModulesToSaveWrapper
-
-BASE = "__base__"  # the name that PEFT gives a row without an adapter
+from peftkern.tuners.mixed import LayerRows, MixedRows
 
 
-class MixedAdapters:
+class MixedAdapters(MixedRows):
     """The adapters of a model by slot, and each layer's pool of them.
 
     Args:
@@ -38,55 +34,14 @@ class MixedAdapters:
     """
 
     def __init__(self, model: nn.Module, slots: int, max_rank: int, layer_class: type) -> None:
-        self.names: list[str | None] = [None] * slots
         self.max_rank = max_rank
-        self._model, self._layer_class = model, layer_class
         self._pools: dict[nn.Module, LayerAdapters] = {}
-        self.find_layers()
-
-    @property
-    def slots(self) -> int:
-        """Adapters that there is room for."""
-        return len(self.names)
+        super().__init__(model, slots, layer_class)
 
     @property
     def pools(self) -> dict[nn.Module, LayerAdapters]:
         """The pool of each linear layer that has one."""
         return self._pools
-
-    def slot_of(self, name: str) -> int:
-        """The slot of an adapter.
-
-        Raises:
-            ValueError: no adapter of that name has one.
-        """
-        if name not in self.names:
-            known = sorted(held for held in self.names if held is not None)
-            raise ValueError(f"adapter_names: no adapter is named {name!r}; there are {known}")
-        return self.names.index(name)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the adapters are, and so the ids."""
-        for layer in self._layers:
-            for parameter in layer.parameters():
-                return parameter.device
-        return torch.device("cpu")
-
-    def seat(self, names: Sequence[str]) -> None:
-        """Give each of these adapters a slot, which it keeps, and take that of any other."""
-        if len(names) == sum(name is not None for name in self.names) and all(name in self.names for name in names):
-            return
-        self.names = [name if name in names else None for name in self.names]
-        for name in names:
-            if name not in self.names:
-                self.names[self.names.index(None)] = name
-
-    def find_layers(self) -> None:
-        """Look for the model's adapted layers again, after some came or went."""
-        kinds = (self._layer_class, ModulesToSaveWrapper)
-        self._layers: list[Any] = [module for module in self._model.modules() if isinstance(module, kinds)]
-        self._lora: list[Any] = [layer for layer in self._layers if isinstance(layer, self._layer_class)]
 
     def make_pool(self, layer: Any, dtype: torch.dtype, device: torch.device) -> LayerAdapters:
         """The pool of a linear layer; one that has none gets an empty one."""
@@ -103,7 +58,7 @@ class MixedAdapters:
             TypeError, ValueError: an adapter does not fit into its layer's pool.
         """
         if not torch.compiler.is_compiling():
-            for layer in self._lora:
+            for layer in self._tuned:
                 self._sync_layer(layer)
 
     def _sync_layer(self, layer: Any) -> None:
@@ -135,61 +90,11 @@ class MixedAdapters:
         pool.put(slot, a, b, scaling)
         return pool
 
-    def batch(self, adapters: Sequence[str] | torch.Tensor, device: torch.device | str) -> AdapterBatch:
-        """The batch of these rows: names ("__base__" for the base alone), or slots in a tensor.
-
-        Raises:
-            ValueError: an unknown name.
-            TypeError: neither names nor a tensor.
-        """
-        if isinstance(adapters, torch.Tensor):
-            return AdapterBatch(adapters, self.slots)
-        if isinstance(adapters, str) or not all(isinstance(name, str) for name in adapters):
-            raise TypeError(f"adapter_names: expected a list of names, got {adapters!r}")
-        slots = {name: -1 if name == BASE else self.slot_of(name) for name in dict.fromkeys(adapters)}
-        host = [slots[name] for name in adapters]
-        return AdapterBatch(torch.tensor(host, dtype=torch.int64, device=device), self.slots, host)
-
-    @contextlib.contextmanager
-    def use(
-        self, batch: AdapterBatch, encoder: nn.Module | None = None, encoder_batch: AdapterBatch | None = None
-    ) -> Iterator[None]:
-        """Within the block, every adapted layer takes for each row of its input the adapter that `batch` names.
-
-        Afterwards layers remember the batch for as long as gradients are recorded, so that what gradient checkpointing
-        computes again in backward is the same.
-
-        Args:
-            batch: the rows of all layers.
-            encoder, encoder_batch: a module, and the rows of the layers in it, where they are others.
-
-        Raises:
-            ValueError: adapters are merged or disabled, so that none could be taken.
-        """
-        self.sync()
-        for layer in self._layers:
-            if getattr(layer, "merged_adapters", None):
-                raise ValueError("adapter_names: adapters are merged into the base weights: call unmerge_adapter first")
-            if layer.disable_adapters:
-                raise ValueError("adapter_names: adapters are disabled, so that no row could take one")
-        names = tuple(self.names)
-        before = [layer.__dict__.get("_mixed") for layer in self._layers]
-        inside = set() if encoder is None or encoder_batch is None else set(encoder.modules())
-        for layer in self._layers:
-            rows = encoder_batch if encoder_batch is not None and layer in inside else batch
-            layer._mixed = LayerBatch(rows, names, self._pools.get(layer))
-        for layer in self._lora:
-            layer._mixed.decide(layer)
-        try:
-            yield
-        finally:
-            recorded = torch.is_grad_enabled()
-            for layer, old in zip(self._layers, before, strict=True):
-                layer._mixed_before = layer._mixed if recorded else None
-                layer._mixed = old
+    def rows_for(self, layer: Any, batch: AdapterBatch, names: Sequence[str | None]) -> LayerRows:
+        return LayerBatch(batch, names, self._pools.get(layer))
 
 
-class LayerBatch:
+class LayerBatch(LayerRows):
     """A batch as one layer sees it.
 
     Args:
@@ -198,10 +103,11 @@ class LayerBatch:
         pool: the layer's, if it is linear and has one.
     """
 
-    __slots__ = ("_fresh", "batch", "biased", "dropout_p", "empty", "fused", "names", "pool", "training")
+    __slots__ = ("_fresh", "biased", "dropout_p", "empty", "fused", "pool", "training")
 
     def __init__(self, batch: AdapterBatch, names: Sequence[str | None], pool: LayerAdapters | None) -> None:
-        self.batch, self.names, self.pool = batch, names, pool
+        super().__init__(batch, names)
+        self.pool = pool
         self._fresh = True
 
     def decide(self, layer: Any) -> None:
@@ -218,21 +124,6 @@ class LayerBatch:
         self.fused = self.pool is not None and self.dropout_p is not None
         if self.fused and not _is_simple(layer, here) and layer._why_not_fused(here):
             self.fused = False
-
-    def present(self) -> list[str]:
-        """Names of the adapters that rows take; all of them where rows were told by slots."""
-        slots: Any = self.batch.present if self.batch.named else range(len(self.names))
-        return [name for name in (self.names[slot] for slot in slots) if name is not None]
-
-    def rows_of(self) -> dict[str, list[int]]:
-        """The rows of each adapter that is present. Ids that are on a device are read, which waits for it."""
-        host = self.batch.ids.tolist() if self.batch.host is None else self.batch.host
-        found: dict[str, list[int]] = {}
-        for i, slot in enumerate(host):
-            name = self.names[slot] if 0 <= slot < len(self.names) else None
-            if name is not None:
-                found.setdefault(name, []).append(i)
-        return found
 
     def settle(self) -> None:
         """Notice parameters that left the pool since the last forward; before the first one `sync` has done so."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -11,7 +9,8 @@ from torch import nn
 from peftkern.tuners.lora.embedding import Embedding
 from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.merging import check_mergeable, checked_merge
-from peftkern.tuners.lora.mixed import BASE, MixedAdapters
+from peftkern.tuners.lora.mixed import MixedAdapters
+from peftkern.tuners.mixed import MixedRows
 from peftkern.tuners.targets import check_is_called, fit_fan_in_fan_out, get_pattern_key, is_linear
 from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.tuners.tuners_utils import BaseTuner
@@ -65,53 +64,9 @@ class LoraModel(BaseTuner):
                 if safe_merge:
                     checked_merge(layer, names)
 
-    # -- many adapters in a batch ------------------------------------------------------------------------------
-
-    def mixed_batch(
-        self, adapter_names: Sequence[str], encoder_names: Sequence[str] | None = None
-    ) -> contextlib.AbstractContextManager[None]:
-        """Within the block, row i of the batch takes the adapter adapter_names[i]; "__base__" is the base alone.
-
-        Args:
-            adapter_names, encoder_names: as for `BaseTuner.mixed_batch`.
-
-        Raises:
-            ValueError: an unknown name, or adapters that are merged or disabled.
-            NotImplementedError: one of the adapters has biases of the base model for its own.
-        """
-        named = [name for name in dict.fromkeys(adapter_names) if name != BASE]
-        self._check_names(named)
-        for name in named:
-            bias = getattr(self.peft_config[name], "bias", "none")
-            if bias != "none":
-                raise NotImplementedError(
-                    f"adapter_names: {name!r} trains biases of the base model (bias={bias!r}), which all rows share"
-                )
-        mixed = self.mixed_adapters()
-        batch = mixed.batch(adapter_names, mixed.device)
-        if encoder_names is None or len(encoder_names) == len(adapter_names):
-            return mixed.use(batch)
-        is_pair = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        encoder = self.model.get_encoder() if is_pair else None
-        return mixed.use(batch, encoder, mixed.batch(encoder_names, mixed.device))
-
-    def mixed_adapters(self) -> MixedAdapters:
-        """The pools that mixed batches take; made at the first one, and anew when there is no room for an adapter."""
-        mixed: MixedAdapters | None = self.__dict__.get("_mixed_adapters")
-        names = list(self.peft_config)
-        if mixed is None or self.__dict__.get("_layers_changed", True):
-            highest = max((r for layer in self._layers() for r in layer.r.values()), default=1)
-            if mixed is None or mixed.slots < len(names) or mixed.max_rank < highest:
-                mixed = self.__dict__["_mixed_adapters"] = MixedAdapters(self.model, len(names), highest, LoraLayer)
-            mixed.find_layers()
-            self.__dict__["_layers_changed"] = False
-        mixed.seat(names)
-        return mixed
-
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        self.__dict__["_layers_changed"] = True
-        super().inject_adapter(*args, **kwargs)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.__dict__["_layers_changed"] = True
-        super().delete_adapter(adapter_name)
+    def make_room(self, mixed: MixedRows | None) -> MixedRows:
+        slots = len(self.peft_config)
+        highest = max((r for layer in self._layers() for r in layer.r.values()), default=1)
+        if isinstance(mixed, MixedAdapters) and mixed.slots >= slots and mixed.max_rank >= highest:
+            return mixed
+        return MixedAdapters(self.model, slots, highest, LoraLayer)

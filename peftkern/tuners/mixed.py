@@ -1,0 +1,173 @@
+"""A batch whose rows want different adapters: what models and layers of every method need for it.
+
+`MixedRows` gives the names of a model's adapters slots, the same on all layers. `use` hands a batch to every layer for
+the time of a forward; a layer without the adapter that a row names is the base layer for that row. What a layer then
+does is its method's: `tuners/lora/mixed.py`, `tuners/ia3/mixed.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftkern.ops.adapter_route import AdapterBatch
+from peftkern.utils.other import ModulesToSaveWrapper
+
+BASE = "__base__"  # the name that PEFT gives a row without an adapter
+
+
+class LayerRows:
+    """A batch as one layer sees it.
+
+    Args:
+        batch: the slots of the rows.
+        names: the adapter of each slot.
+    """
+
+    __slots__ = ("batch", "names")
+
+    def __init__(self, batch: AdapterBatch, names: Sequence[str | None]) -> None:
+        self.batch, self.names = batch, names
+
+    def decide(self, layer: Any) -> None:
+        """Settle, before the model runs, what the layer's forward needs to know and a compiled one should not ask."""
+
+    def slots_present(self) -> Sequence[int]:
+        """Slots that rows take, in order; all of them where rows were told by slots."""
+        present = self.batch.present if self.batch.named else None
+        return range(len(self.names)) if present is None else present
+
+    def present(self) -> list[str]:
+        """Names of the adapters that rows take; all of them where rows were told by slots."""
+        return [name for name in (self.names[slot] for slot in self.slots_present()) if name is not None]
+
+    def rows_of(self) -> dict[str, list[int]]:
+        """The rows of each adapter that is present. Ids that are on a device are read, which waits for it."""
+        host = self.batch.ids.tolist() if self.batch.host is None else self.batch.host
+        found: dict[str, list[int]] = {}
+        for i, slot in enumerate(host):
+            name = self.names[slot] if 0 <= slot < len(self.names) else None
+            if name is not None:
+                found.setdefault(name, []).append(i)
+        return found
+
+
+class MixedRows:
+    """The adapters of a model by slot.
+
+    Args:
+        model: holds the layers.
+        slots: adapters that there is room for.
+        layer_class: of the layers with adapters, such as `LoraLayer`.
+
+    Attributes:
+        names: the adapter in each slot, None where it is empty.
+    """
+
+    def __init__(self, model: nn.Module, slots: int, layer_class: type) -> None:
+        self.names: list[str | None] = [None] * slots
+        self._model, self._layer_class = model, layer_class
+        self.find_layers()
+
+    @property
+    def slots(self) -> int:
+        """Adapters that there is room for."""
+        return len(self.names)
+
+    def slot_of(self, name: str) -> int:
+        """The slot of an adapter.
+
+        Raises:
+            ValueError: no adapter of that name has one.
+        """
+        if name not in self.names:
+            known = sorted(held for held in self.names if held is not None)
+            raise ValueError(f"adapter_names: no adapter is named {name!r}; there are {known}")
+        return self.names.index(name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapters are, and so the ids."""
+        for layer in self._layers:
+            for parameter in layer.parameters():
+                return parameter.device
+        return torch.device("cpu")
+
+    def seat(self, names: Sequence[str]) -> None:
+        """Give each of these adapters a slot, which it keeps, and take that of any other."""
+        if len(names) == sum(name is not None for name in self.names) and all(name in self.names for name in names):
+            return
+        self.names = [name if name in names else None for name in self.names]
+        for name in names:
+            if name not in self.names:
+                self.names[self.names.index(None)] = name
+
+    def find_layers(self) -> None:
+        """Look for the model's adapted layers again, after some came or went."""
+        kinds = (self._layer_class, ModulesToSaveWrapper)
+        self._layers: list[Any] = [module for module in self._model.modules() if isinstance(module, kinds)]
+        self._tuned: list[Any] = [layer for layer in self._layers if isinstance(layer, self._layer_class)]
+
+    def sync(self) -> None:
+        """Bring what is kept here of the layers' adapters up to date."""
+
+    def rows_for(self, layer: Any, batch: AdapterBatch, names: Sequence[str | None]) -> LayerRows:
+        """The batch as `layer` sees it."""
+        return LayerRows(batch, names)
+
+    def batch(self, adapters: Sequence[str] | torch.Tensor, device: torch.device | str) -> AdapterBatch:
+        """The batch of these rows: names ("__base__" for the base alone), or slots in a tensor.
+
+        Raises:
+            ValueError: an unknown name.
+            TypeError: neither names nor a tensor.
+        """
+        if isinstance(adapters, torch.Tensor):
+            return AdapterBatch(adapters, self.slots)
+        if isinstance(adapters, str) or not all(isinstance(name, str) for name in adapters):
+            raise TypeError(f"adapter_names: expected a list of names, got {adapters!r}")
+        slots = {name: -1 if name == BASE else self.slot_of(name) for name in dict.fromkeys(adapters)}
+        host = [slots[name] for name in adapters]
+        return AdapterBatch(torch.tensor(host, dtype=torch.int64, device=device), self.slots, host)
+
+    @contextlib.contextmanager
+    def use(
+        self, batch: AdapterBatch, encoder: nn.Module | None = None, encoder_batch: AdapterBatch | None = None
+    ) -> Iterator[None]:
+        """Within the block, every adapted layer takes for each row of its input the adapter that `batch` names.
+
+        Afterwards layers remember the batch for as long as gradients are recorded, so that what gradient checkpointing
+        computes again in backward is the same.
+
+        Args:
+            batch: the rows of all layers.
+            encoder, encoder_batch: a module, and the rows of the layers in it, where they are others.
+
+        Raises:
+            ValueError: adapters are merged or disabled, so that none could be taken.
+        """
+        self.sync()
+        for layer in self._layers:
+            if getattr(layer, "merged_adapters", None):
+                raise ValueError("adapter_names: adapters are merged into the base weights: call unmerge_adapter first")
+            if layer.disable_adapters:
+                raise ValueError("adapter_names: adapters are disabled, so that no row could take one")
+        names = tuple(self.names)
+        before = [layer.__dict__.get("_mixed") for layer in self._layers]
+        inside = set() if encoder is None or encoder_batch is None else set(encoder.modules())
+        for layer in self._layers:
+            rows = encoder_batch if encoder_batch is not None and layer in inside else batch
+            layer._mixed = self.rows_for(layer, rows, names)
+        try:
+            for layer in self._tuned:
+                layer._mixed.decide(layer)
+            yield
+        finally:
+            recorded = torch.is_grad_enabled()
+            for layer, old in zip(self._layers, before, strict=True):
+                layer._mixed_before = layer._mixed if recorded else None
+                layer._mixed = old
