@@ -233,13 +233,18 @@ def print_rows(case: Case, rows: list[dict[str, Any]]) -> None:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.ia3", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny problems: does the program run? (CPU too)")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop before the next problem after so long")
     parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/<device>)")
     parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile out")
-    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(sys.argv[1:] if argv is None else argv)
     has_gpu = torch.cuda.is_available()
     if not has_gpu and not options.smoke:
         print("no GPU here: --smoke runs tiny problems on the CPU", file=sys.stderr)

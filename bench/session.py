@@ -110,11 +110,14 @@ def warm_up(chosen: list[Part], tests: bool, seconds: float, folder: Path) -> No
 def run_part(part: Part, seconds: float, folder: Path) -> int:
     """Run one benchmark with a time limit; its output goes to a log beside its result."""
     command = module(part.command, "--minutes", f"{0.85 * seconds / 60:.2f}", "--out", str(folder / part.name))
+    variables = dict(os.environ)
+    if variables.get("OUT"):  # a folder each: two parts are the same program, and write a file of the same name
+        variables["OUT"] = str(Path(variables["OUT"]) / part.name)
     started = time.monotonic()
     with (folder / f"{part.name}.log").open("w") as log:
         try:
             code = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, cwd=environment.ROOT
+                command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, cwd=environment.ROOT, env=variables
             ).returncode
             ended = f"exit status {code}"
         except subprocess.TimeoutExpired:

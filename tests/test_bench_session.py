@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import pytest
@@ -43,6 +44,16 @@ def test_a_part_that_fails_or_runs_over_is_told(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "broken: exit status 1" in printed and "slow: stopped" in printed
     assert "No module named" in (tmp_path / "broken.log").read_text()
+
+
+def test_parts_that_are_one_program_write_two_files(tmp_path, monkeypatch):
+    """Catches the decode rows of $OUT/many.json overwritten by those of training."""
+    print_out = "import os; print(os.environ['OUT'])"
+    monkeypatch.setattr(session, "module", lambda *_: [sys.executable, "-c", print_out])
+    monkeypatch.setenv("OUT", "kept")
+    for name in ("many", "train"):
+        assert session.run_part(session.Part(name, 1, [], []), 60, tmp_path) == 0
+        assert (tmp_path / f"{name}.log").read_text().split() == [os.path.join("kept", name)]
 
 
 def test_warming_up_ends_in_time(tmp_path, monkeypatch):
