@@ -56,4 +56,8 @@ def gemm_tile(*, arch: int, dtype: torch.dtype, M: int, N: int, K: int, aligned:
     if not aligned and arch:
         return gemm_tables.Tile(64, 32, 32, 4, 2)
     tile = gemm_tables.choose_tile(arch, dtype, M=M, N=N, K=K, aligned=aligned)
+    if tile.persistent:  # one tile a program here, so a fourth stage fits
+        tile = replace(tile, num_stages=4, persistent=False)
+    if arch == 90 and tile.block_m == 128:  # beside the accumulator the epilogue holds a tile of x or z
+        tile = replace(tile, num_warps=8, num_stages=4)
     return replace(tile, split_k=1)

@@ -14,9 +14,10 @@ import triton.language as tl
 
 from .dropout import Dropout, keep_tile
 from .gemm_tables import choose_decode_tile, rank_block
-from .launch import Call, cdiv, compile_options, is_aligned, nbytes, scratch, strides
+from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .lora_expand import triton_dtype
 from .multi_tile import MixedFactor, shrink_part
+from .reduction_tables import vectorizes
 
 MAX_ROWS = 16
 
@@ -200,7 +201,7 @@ def planes_call(
     R = a.shape[1] if isinstance(a, MixedFactor) else a.shape[0]
     if M > MAX_ROWS:
         raise ValueError(f"x: expected at most {MAX_ROWS} rows on the decode path, got {M}")
-    aligned = is_aligned(x) and (is_aligned(weight) or is_aligned(weight.t()))
+    aligned = vectorizes(x) and (vectorizes(weight) or vectorizes(weight.t()))
     tile = choose_decode_tile(arch, x.dtype, N=N, K=K, R=R, aligned=aligned)
     k_part = cdiv(cdiv(K, tile.block_k), tile.split_k) * tile.block_k
     split = cdiv(K, k_part)

@@ -28,7 +28,8 @@ def multi_shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned:
     most = 64 if tile.block_m == min(64, 16 if M <= 16 else 32 if M <= 32 else 64) else tile.block_m
     # B's ranks of no known multiple, and RDNA's fewer registers, leave less room than one adapter's.
     block_r = tile.block_r if aligned and arch != 1100 else min(tile.block_r, 32)
-    return replace(tile, block_m=min(block_rows(M), most), block_r=block_r)
+    block_c = 64 if arch == 90 and block_r == 64 and dtype.itemsize == 2 else tile.block_c
+    return replace(tile, block_m=min(block_rows(M), most), block_c=block_c, block_r=block_r)
 
 
 def multi_expand_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool) -> Tile:

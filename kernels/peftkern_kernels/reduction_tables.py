@@ -134,8 +134,8 @@ def weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, align
         return Tile(16, 64, rank_block(R, 64), 4, 3) if aligned else Tile(16, 32, rank_block(R, 32), 4, 2)
     if not aligned:
         return Tile(min(rows, 32), 128, rank_block(R, 64), 4 if R <= 32 else 8, 2)
-    if arch == 90 and R <= 32 and dropout:
-        return Tile(rows, 128, rank_block(R, 32), 8, 4, MEASURED)
+    if arch == 90 and R <= 32 and dropout and rows == 64:
+        return Tile(64, 128, rank_block(R, 32), 8, 4, MEASURED)
     if arch == 90 and R <= 64:
         return Tile(rows, 128 if R <= 32 else 64, rank_block(R, 64), 4, 4, MEASURED)
     # Sums held in registers: 64 to 128 a thread. Hopper's and Blackwell's operands stay in shared memory meanwhile.
