@@ -187,6 +187,14 @@ def test_programs_that_stay_with_bias_and_masters(device):
     check(by_staying(small(64, 32)), 130, 136, 40, 40, torch.bfloat16, device, **options, pad=8)
 
 
+def test_programs_that_stay_are_compiled_once_for_all_lengths():
+    """Catches a constant of the kernel that follows M: a compilation in the middle of training for each new length."""
+    calls = [base_plus_expand_calls(*on_meta(M, 4096, 4096, 16, torch.bfloat16), arch=90)[0] for M in (896, 1024, 8192)]
+    assert {call.kernel.__name__ for call in calls} == {"_lora_linear_persistent_kernel"}
+    assert calls[0].constants == calls[1].constants == calls[2].constants
+    assert [call.grid[0] for call in calls] == [112, 128, 132]
+
+
 def test_programs_that_stay_only_without_dropout_and_with_an_aligned_output():
     """Catches a launch whose mask is lost, and a descriptor of rows that are not 16-byte aligned."""
     tensors = on_meta(8192, 4096, 4096, 16, torch.bfloat16)

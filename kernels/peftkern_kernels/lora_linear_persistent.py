@@ -101,13 +101,13 @@ def persistent_calls(
     stored = weight.t() if weight_is_kn else weight
     weight_block = (tile.block_k, tile.block_n) if weight_is_kn else (tile.block_n, tile.block_k)
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
-    programs = min(tiles, MULTIPROCESSORS.get(arch, 64))
+    processors = MULTIPROCESSORS.get(arch, 64)
     block_r = rank_block(R, x.dtype, narrow=b.dtype.itemsize > x.dtype.itemsize)
     return [
         Call(
             name="base + expand",
             kernel=_lora_linear_persistent_kernel,
-            grid=(programs, 1, 1),
+            grid=(min(tiles, processors), 1, 1),
             args={
                 "s_ptr": s,
                 "b_ptr": b,
@@ -126,7 +126,7 @@ def persistent_calls(
             constants={
                 "DTYPE": triton_dtype(x.dtype),
                 "WEIGHT_IS_KN": weight_is_kn,
-                "PROGRAMS": programs,
+                "PROGRAMS": processors,  # whatever M is, or each new length would be compiled anew
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
