@@ -114,7 +114,7 @@ def shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool,
         return Tile(min(rows, 32), 128, rank_block(R, 32), 4, 4, MEASURED)
     if R <= 32:
         return Tile(rows, 128, rank_block(R, 32), 4, 4 if roomy else 3)
-    if arch == 90 and R <= 64:
+    if arch == 90 and R <= 64 and not dropout:
         return Tile(rows, 128, 64, 4, 4, MEASURED)
     if M > 64 and R > 32 and roomy:
         rows = 128
