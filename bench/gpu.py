@@ -1,6 +1,6 @@
 """Everything that a GPU can tell in a few minutes: the GPU tests, then each benchmark's headline.
 
-    python -m bench.session [--minutes 12] [--parts tests run quantized many train ia3] [--out DIR] [--dry-run]
+    python -m bench.gpu [--minutes 12] [--parts tests run quantized many train ia3] [--out DIR] [--dry-run]
 
 Kernels compile for seconds each, on one core, so before anything is timed many processes run every benchmark once
 (`--quick`) to fill the compilers' caches, the tests beside them. Then the benchmarks follow one another, alone on the
@@ -129,7 +129,7 @@ def run_part(part: Part, seconds: float, folder: Path) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     known = parts()
     names = ["tests", *(part.name for part in known)]
-    parser = argparse.ArgumentParser(prog="python -m bench.session", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=12.0, help="for all of it (default 12)")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
     parser.add_argument("--out", type=Path, help="folder of results and logs (default: bench/results/<device>)")
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{part.share:.0%}:", *part.command)
         return 0
     if not torch.cuda.is_available():
-        print("a session needs a GPU; --dry-run does not", file=sys.stderr)
+        print("this needs a GPU; --dry-run does not", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     folder = options.out or environment.results_folder(device)
