@@ -1,4 +1,4 @@
-"""All of the GPU benchmarks in one run, as far as it can be told without one: its commands, and how it deals with what fails."""
+"""All GPU benchmarks in one run, as far as it can be told without one: its commands, and how it deals with failures."""
 
 from __future__ import annotations
 
