@@ -107,6 +107,10 @@ _UNALIGNED_16 = {
     "small": Tile(64, 64, 32, 4, 2),
     "tiny": Tile(16, 64, 32, 4, 2),
 }
+_UNALIGNED_CONSUMER = {
+    **_UNALIGNED_16,
+    "medium": _UNALIGNED_16["small"],
+}  # 64 x 128 with K split spills under Triton 3.6
 _UNALIGNED_64_ROWS = {**_UNALIGNED_16, "tiny": _UNALIGNED_16["small"]}
 _FP32 = {
     "large": Tile(64, 32, 32, 4, 2),
@@ -129,6 +133,8 @@ def _rows(arch: int, bits: int, aligned: bool) -> dict[str, Tile]:
         return _FP32
     family = _family(arch)
     if not aligned:
+        if family == "consumer":
+            return _UNALIGNED_CONSUMER
         return _UNALIGNED_64_ROWS if family in ("hopper", "blackwell") else _UNALIGNED_16
     return _TILES[family, 16, True]
 
