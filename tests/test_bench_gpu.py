@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 
 import pytest
 
@@ -60,4 +61,6 @@ def test_warming_up_ends_in_time(tmp_path, monkeypatch):
     """Catches a compiler that hangs, and with it the run."""
     monkeypatch.setattr(gpu, "module", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
     part = gpu.Part("slow", 1, ["slow"], [["a"], ["b"]])
+    started = time.monotonic()
     gpu.warm_up([part], False, 0.5, tmp_path)
+    assert time.monotonic() - started < 30, "the processes sleep for a minute"

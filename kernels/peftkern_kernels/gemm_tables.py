@@ -13,7 +13,7 @@ import torch
 
 from .launch import cdiv
 
-SOURCE = "predicted, but for Hopper's large tile: bench/results/nvidia-h200/tune.json"
+SOURCE = "predicted, but for Hopper's medium tile: bench/results/nvidia-h200/tune.json"
 
 # Streaming multiprocessors (AMD: compute units) of the architecture's usual part: how many programs fill it once.
 MULTIPROCESSORS = {0: 4, 80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170, 942: 304, 1100: 96}
@@ -107,10 +107,8 @@ _UNALIGNED_16 = {
     "small": Tile(64, 64, 32, 4, 2),
     "tiny": Tile(16, 64, 32, 4, 2),
 }
-_UNALIGNED_CONSUMER = {
-    **_UNALIGNED_16,
-    "medium": _UNALIGNED_16["small"],
-}  # 64 x 128 with K split spills under Triton 3.6
+# 64 x 128 with K split spills there under Triton 3.6.
+_UNALIGNED_CONSUMER = {**_UNALIGNED_16, "medium": _UNALIGNED_16["small"]}
 _UNALIGNED_64_ROWS = {**_UNALIGNED_16, "tiny": _UNALIGNED_16["small"]}
 _FP32 = {
     "large": Tile(64, 32, 32, 4, 2),

@@ -37,9 +37,9 @@ DECODE_TOKENS = 16
 # Multiply-adds up to which a scalar loop over 16-bit numbers beats the casts around fp32 products: about 100 us of
 # casts and allocations against 0.15 to 1 multiply-add a nanosecond.
 SMALL_PRODUCT = 2**14
-# On an H200 our GEMM by programs that stay beats cuBLAS with the expand written first; a mask on the low-rank part does
-# not fit into it, and the kernel that it does fit into is slower than cuBLAS. Measured at 4096 and 8192 tokens.
-HOPPER = "bench/results/nvidia-h200/headline.json"
+# On an H200 dX with dropout took less time by cuBLAS onto the masked expand than by the kernel that the mask fits into.
+# That our GEMM by programs that stay beats cuBLAS where there is none is predicted.
+HOPPER = "bench/results/nvidia-h200/stopped-runs.txt"
 HOPPER_MANY = "bench/results/nvidia-h200/many-train.json"
 FOLDED = "expand inside the base GEMM's accumulator, y written once"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -53,12 +53,26 @@ class Plan:
     reason: str
 
 
-def _why_not_triton(dtype: torch.dtype, device: DeviceInfo) -> str:
-    if device.triton:
-        return device.triton
-    if dtype not in KERNEL_DTYPES:
-        return f"no kernel for {str(dtype).removeprefix('torch.')}"
-    return ""
+def _why_plain(
+    operation: str, size: int, dtype: torch.dtype, device: DeviceInfo, backend: str, empty: str = "empty input"
+) -> str:
+    """Why an operation on `size` rows or elements takes plain PyTorch; "" where kernels run.
+
+    Raises:
+        RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
+    """
+    if backend == "torch":
+        return "use_backend('torch')"
+    if size == 0:
+        return empty
+    why_not = device.triton
+    if not why_not and dtype not in KERNEL_DTYPES:
+        why_not = f"no kernel for {str(dtype).removeprefix('torch.')}"
+    if why_not and backend == "triton":
+        raise RuntimeError(f"{operation}: use_backend('triton') is in force, but {why_not}")
+    if not why_not and device.type == "cpu" and backend == "auto":
+        return "on a CPU plain PyTorch is faster than Triton's interpreter"
+    return why_not
 
 
 def _plain(reason: str, dtype: torch.dtype, device: DeviceInfo, products: int) -> Plan:
@@ -66,11 +80,6 @@ def _plain(reason: str, dtype: torch.dtype, device: DeviceInfo, products: int) -
         name = str(dtype).removeprefix("torch.")
         return Plan("torch_fp32", f"{reason}; this CPU has no {name} matrix instructions: products in fp32 blocks")
     return Plan("torch", reason)
-
-
-def _refuse_if_triton(operation: str, why_not: str, backend: str) -> None:
-    if backend == "triton":
-        raise RuntimeError(f"{operation}: use_backend('triton') is in force, but {why_not}")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -89,16 +98,9 @@ def plan_lora_linear(
     Raises:
         RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
     """
-    if backend == "torch":
-        return _plain("use_backend('torch')", dtype, device, M * N * K)
-    if M == 0:
-        return Plan("torch", "empty input")
-    why_not = _why_not_triton(dtype, device)
-    if why_not:
-        _refuse_if_triton("lora_linear", why_not, backend)
-        return _plain(why_not, dtype, device, M * N * K)
-    if device.type == "cpu" and backend == "auto":
-        return _plain("on a CPU plain PyTorch is faster than Triton's interpreter", dtype, device, M * N * K)
+    reason = _why_plain("lora_linear", M, dtype, device, backend)
+    if reason:
+        return _plain(reason, dtype, device, M * N * K)
     if M <= DECODE_TOKENS:
         return Plan("decode", f"{M} tokens: bound by reading the weight, K split over programs")
     if dtype == torch.float32 and device.arch:
@@ -108,7 +110,7 @@ def plan_lora_linear(
         # Predicted: without 16-byte rows Triton loses asynchronous copies; cuBLAS has kernels for it.
         return Plan("cublas", "rows of x or weight are not 16-byte aligned: cuBLAS for the base (predicted)")
     if device.arch == 90:
-        return Plan("mixed", f"{FOLDED}; dX by cuBLAS where there is dropout ({HOPPER})")
+        return Plan("mixed", f"{FOLDED} (predicted); dX by cuBLAS where there is dropout ({HOPPER})")
     return Plan("triton", f"{FOLDED} (predicted)")
 
 
@@ -216,16 +218,9 @@ def plan_lora_embedding(tokens: int, dtype: torch.dtype, device: DeviceInfo, bac
     Raises:
         RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
     """
-    if backend == "torch":
-        return Plan("torch", "use_backend('torch')")
-    if tokens == 0:
-        return Plan("torch", "empty input")
-    why_not = _why_not_triton(dtype, device)
-    if why_not:
-        _refuse_if_triton("lora_embedding", why_not, backend)
-        return Plan("torch", why_not)
-    if device.type == "cpu" and backend == "auto":
-        return Plan("torch", "on a CPU plain PyTorch is faster than Triton's interpreter")
+    reason = _why_plain("lora_embedding", tokens, dtype, device, backend)
+    if reason:
+        return Plan("torch", reason)
     return Plan("triton", "rows gathered and adapted in one kernel, sorted scatter in backward (predicted)")
 
 
@@ -236,16 +231,9 @@ def plan_dequantize(numel: int, dtype: torch.dtype, device: DeviceInfo, backend:
     Raises:
         RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
     """
-    if backend == "torch":
-        return Plan("torch", "use_backend('torch')")
-    if numel == 0:
-        return Plan("torch", "empty weight")
-    why_not = _why_not_triton(dtype, device)
-    if why_not:
-        _refuse_if_triton("dequantize_4bit", why_not, backend)
-        return Plan("torch", why_not)
-    if device.type == "cpu" and backend == "auto":
-        return Plan("torch", "on a CPU plain PyTorch is faster than Triton's interpreter")
+    reason = _why_plain("dequantize_4bit", numel, dtype, device, backend, "empty weight")
+    if reason:
+        return Plan("torch", reason)
     return Plan("triton", "one launch, scales worked out on the way (predicted)")
 
 
@@ -296,16 +284,9 @@ def _plan_ia3_dense(
     aligned: bool,
     backend: str,
 ) -> Plan:
-    if backend == "torch":
-        return _plain("use_backend('torch')", dtype, device, M * N * K)
-    if M == 0:
-        return Plan("torch", "empty input")
-    why_not = _why_not_triton(dtype, device)
-    if why_not:
-        _refuse_if_triton("ia3_linear", why_not, backend)
-        return _plain(why_not, dtype, device, M * N * K)
-    if device.type == "cpu" and backend == "auto":
-        return _plain("on a CPU plain PyTorch is faster than Triton's interpreter", dtype, device, M * N * K)
+    reason = _why_plain("ia3_linear", M, dtype, device, backend)
+    if reason:
+        return _plain(reason, dtype, device, M * N * K)
     if gathers:
         return Plan("cublas", "a vector for each row: cuBLAS for the base, Triton for the scaling")
     if dtype == torch.float32:
