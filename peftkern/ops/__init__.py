@@ -4,6 +4,7 @@ from peftkern.ops.ia3_linear import ia3_linear, multi_ia3_linear
 from peftkern.ops.linear_cross_entropy import linear_cross_entropy
 from peftkern.ops.lora_embedding import lora_embedding
 from peftkern.ops.lora_linear import lora_linear
+from peftkern.ops.lora_linear_shared import lora_linear_shared
 from peftkern.ops.multi_lora_linear import multi_lora_linear
 from peftkern.ops.quantize import dequantize, dequantize_4bit, dequantize_8bit, quantize_4bit, quantize_8bit
 
@@ -15,6 +16,7 @@ __all__ = [
     "linear_cross_entropy",
     "lora_embedding",
     "lora_linear",
+    "lora_linear_shared",
     "multi_ia3_linear",
     "multi_lora_linear",
     "quantize_4bit",

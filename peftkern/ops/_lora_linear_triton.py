@@ -170,14 +170,62 @@ def forward_calls(
         options = {"bias": bias, "dropout": dropout, **common}
         return y, s, [*decode_4bit_calls(x, packed(weight), lora_A, lora_B, scaling, y, s, **options)]
     calls = [*shrink_calls(x, lora_A, s, scaling=scaling, dropout=dropout, **common)]
-    if path == "cublas":
-        calls += expand_calls(s, lora_B, y, bias=bias, **common)
-        calls.append(_add_base(x, weight, y))
-    elif path == "fused_4bit":
-        calls += base_4bit_plus_expand_calls(x, packed(weight), s, lora_B, y, bias=bias, **common)
-    else:
-        calls += base_plus_expand_calls(x, weight, s, lora_B, y, bias=bias, **common)
+    calls += output_calls(x, weight, s, lora_B, y, bias, path, arch)
     return y, s, calls
+
+
+def output_calls(
+    x: torch.Tensor,
+    weight: Any,
+    s: torch.Tensor,
+    lora_B: torch.Tensor,
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+    path: str,
+    arch: int,
+) -> Calls:
+    """Launches of `y = x W^T + bias + S B^T`, S given."""
+    common: dict[str, Any] = {"arch": arch, "precision": precision()}
+    if path == "cublas":
+        return [*expand_calls(s, lora_B, y, bias=bias, **common), _add_base(x, weight, y)]
+    if path in FUSED_4BIT_PATHS:
+        return [*base_4bit_plus_expand_calls(x, packed(weight), s, lora_B, y, bias=bias, **common)]
+    return [*base_plus_expand_calls(x, weight, s, lora_B, y, bias=bias, **common)]
+
+
+def input_gradient_calls(
+    dy: torch.Tensor,
+    weight: Any,
+    ds: torch.Tensor,
+    lora_A: torch.Tensor,
+    dx: torch.Tensor,
+    dropout: Dropout | None,
+    path: str,
+    arch: int,
+) -> Calls:
+    """Launches of `dX = dY W + keep / (1 - p) * (dS A)`, dS given."""
+    common: dict[str, Any] = {"dropout": dropout, "arch": arch, "precision": precision()}
+    if path == "cublas" or (path == "mixed" and dropout is not None):
+        return [*expand_calls(ds, lora_A.t(), dx, **common), _add_base(dy, weight.t(), dx)]
+    if path in FUSED_4BIT_PATHS:
+        return [*base_4bit_transposed_plus_expand_calls(dy, packed(weight), ds, lora_A, dx, **common)]
+    return [*base_plus_expand_calls(dy, weight.t(), ds, lora_A.t(), dx, **common)]
+
+
+def thin_calls(
+    dy: torch.Tensor,
+    lora_B: torch.Tensor,
+    s: Kept,
+    ds: torch.Tensor,
+    db: torch.Tensor | None,
+    scaling: float,
+    arch: int,
+) -> tuple[Calls, bool]:
+    """Launches of `dS = scaling * dY B`, and whether they write `dB = dY^T S` too, from the same pass over dY."""
+    common: dict[str, Any] = {"scaling": scaling, "arch": arch, "precision": precision()}
+    if db is not None and lora_B.shape[1] <= ONE_PASS_RANK:
+        return [*dy_pass_calls(dy, lora_B, s, ds, db, **common)], True
+    return [*shrink_calls(dy, lora_B.t(), ds, **common)], False
 
 
 def backward_calls(
@@ -210,19 +258,10 @@ def backward_calls(
         # dX = dY W + (dY B) A has the form of a forward pass, with dS in S's place.
         calls += decode_calls(dy, weight.t(), lora_B.t(), lora_A.t(), scaling, dx, ds, bias=None, **common)
     else:
-        if ds is not None and db is not None and R <= ONE_PASS_RANK:
-            calls += dy_pass_calls(dy, lora_B, s, ds, db, scaling=scaling, **common)
-            db_done = True
-        elif ds is not None:
-            calls += shrink_calls(dy, lora_B.t(), ds, scaling=scaling, **common)
-        if dx is not None and (path == "cublas" or (path == "mixed" and dropout is not None)):
-            calls += expand_calls(ds, lora_A.t(), dx, dropout=dropout, **common)
-            calls.append(_add_base(dy, weight.t(), dx))
-        elif dx is not None and path in FUSED_4BIT_PATHS:
-            options = {"dropout": dropout, **common}
-            calls += base_4bit_transposed_plus_expand_calls(dy, packed(weight), ds, lora_A, dx, **options)
-        elif dx is not None:
-            calls += base_plus_expand_calls(dy, weight.t(), ds, lora_A.t(), dx, dropout=dropout, **common)
+        if ds is not None:
+            calls, db_done = thin_calls(dy, lora_B, s, ds, db, scaling, arch)
+        if dx is not None:
+            calls += input_gradient_calls(dy, weight, ds, lora_A, dx, dropout, path, arch)
     if da is not None or (db is not None and not db_done):
         left_b = None if db_done or db is None else s
         calls += weight_gradient_calls(

@@ -26,6 +26,7 @@ and "dequantize:PATH" over a quantized weight.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +113,23 @@ def plan_lora_linear(
     if device.arch == 90:
         return Plan("mixed", f"{FOLDED} (predicted); dX by cuBLAS where there is dropout ({HOPPER})")
     return Plan("triton", f"{FOLDED} (predicted)")
+
+
+ONE_BY_ONE = "one by one"
+
+
+def plan_shared(plans: Sequence[Plan]) -> Plan:
+    """The path of `lora_linear_shared`, from those that its projections would take by themselves: the one that they
+    all take, if its launches can share a shrink, else "one by one"."""
+    paths = sorted({plan.path for plan in plans})
+    if len(paths) > 1:
+        return Plan(ONE_BY_ONE, f"the projections take different paths: {', '.join(paths)}")
+    (path,) = paths
+    if path in ("decode", "decode_4bit"):
+        return Plan(ONE_BY_ONE, f"{plans[0].reason}; two launches a projection")
+    if path.endswith("torch_fp32"):
+        return Plan(ONE_BY_ONE, f"{plans[0].reason}; x is widened block by block for each projection")
+    return Plan(path, f"{plans[0].reason}; one shrink, one dX and one dA of {len(plans)} projections")
 
 
 # Tokens up to which many adapters' parts are two launches of small programs, K split between them (predicted): what

@@ -1,0 +1,225 @@
+"""`lora_linear_shared` as launches of kernels, forward and backward.
+
+One shrink makes S [M, R] of all projections, side by side in its columns; each projection's base GEMM takes its own
+columns. In backward each dY makes its columns of dS, the first projection writes dX with the low-rank part of all of
+them in its accumulator, the others are added to it by cuBLAS, and one launch makes all of dA. A quantized weight that
+is to be dense first is written out for one projection at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from peftkern.ops._lora_linear_torch import dense_rows
+from peftkern.ops._lora_linear_triton import (
+    FUSED_4BIT_PATHS,
+    Calls,
+    Kept,
+    input_gradient_calls,
+    output_calls,
+    precision,
+    thin_calls,
+    weight_parts,
+)
+from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
+from peftkern_kernels import replay
+from peftkern_kernels.dropout import Dropout
+from peftkern_kernels.lora_shrink import shrink_calls
+from peftkern_kernels.weight_gradient import weight_gradient_calls
+
+Ranks = Sequence[slice]  # the columns of S that are each projection's
+
+
+def _key(what: str, dropout: Dropout | None, *rest: Any) -> tuple[Any, ...]:
+    return (what, 0.0 if dropout is None else dropout.p, precision(), *rest)
+
+
+def _seed(dropout: Dropout | None) -> torch.Tensor | None:
+    return None if dropout is None else dropout.seed
+
+
+def _blocks(weight: Any, dtype: torch.dtype, path: str) -> Iterator[tuple[slice, Any, str]]:
+    """(rows, these rows of the weight as kernels take them, path): on "dequantize:PATH" dense blocks, for PATH."""
+    how, _, dense_path = path.partition(":")
+    if how != "dequantize":
+        # Of another dtype only under autocast; cast again in backward, so that no copy is kept.
+        yield slice(0, weight.shape[0]), weight.to(dtype) if isinstance(weight, torch.Tensor) else weight, path
+        return
+    for part, dense in dense_blocks(weight, dtype, dense_path):
+        yield part, dense, dense_path
+
+
+def joined(lora_As: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A of all projections [R, K], in their own dtype."""
+    return torch.cat(tuple(lora_As))
+
+
+def all_shrinks(
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    s: torch.Tensor,
+    scalings: Sequence[float],
+    ranks: Ranks,
+    dropout: Dropout | None,
+    arch: int,
+) -> Calls:
+    """Launches of `S = scaling * dropout(x) A^T` for A [R, K] of all projections: one where they scale alike."""
+    common: dict[str, Any] = {"dropout": dropout, "arch": arch, "precision": precision()}
+    if len(set(scalings)) == 1:
+        return [*shrink_calls(x, lora_A, s, scaling=scalings[0], **common)]
+    calls: Calls = []
+    for columns, scaling in zip(ranks, scalings, strict=True):
+        calls += shrink_calls(x, lora_A[columns], s[:, columns], scaling=scaling, **common)
+    return calls
+
+
+def forward(
+    x: torch.Tensor,
+    weights: Sequence[Any],
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    scalings: Sequence[float],
+    biases: Sequence[torch.Tensor | None],
+    ranks: Ranks,
+    dropout: Dropout | None,
+    path: str,
+    arch: int,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """x [M, K] -> each y [M, N], and S [M, R] of all projections, with its scaling, in x's dtype."""
+    lora_A = joined(lora_As)
+    s = x.new_empty(x.shape[0], lora_A.shape[0])
+    bounds = tuple(columns.stop for columns in ranks)
+    replay.run(
+        _key("lora_linear_shared", dropout, tuple(scalings), bounds),
+        (x, lora_A, s, _seed(dropout)),
+        lambda: all_shrinks(x, lora_A, s, scalings, ranks, dropout, arch),
+        x.device,
+    )
+    ys = []
+    for weight, lora_B, bias, columns in zip(weights, lora_Bs, biases, ranks, strict=True):
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        for part, rows, rows_path in _blocks(weight, x.dtype, path):
+            part_bias = None if bias is None else bias[part]
+            _run_output(x, rows, s[:, columns], lora_B[part], y[:, part], part_bias, rows_path, arch)
+        ys.append(y)
+    return ys, s
+
+
+def _run_output(
+    x: torch.Tensor,
+    weight: Any,
+    s: torch.Tensor,
+    lora_B: torch.Tensor,
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+    path: str,
+    arch: int,
+) -> None:
+    """`y = x W^T + bias + S B^T`."""
+    blocksize, *held = weight_parts(weight)
+    replay.run(
+        _key("lora_linear_shared output", None, path, blocksize),
+        (x, *held, s, lora_B, bias, y),
+        lambda: output_calls(x, weight, s, lora_B, y, bias, path, arch),
+        x.device,
+    )
+
+
+def backward(
+    dys: Sequence[torch.Tensor],
+    x: Kept,
+    weights: Sequence[Any],
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    s: Kept,
+    scalings: Sequence[float],
+    ranks: Ranks,
+    dropout: Dropout | None,
+    path: str,
+    arch: int,
+    needs: tuple[bool, bool, Sequence[bool]],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor | None]]:
+    """Each dy [M, N] -> dX [M, K], dA [R, K] of all projections, each dB [N, r]; only what `needs` asks for.
+
+    `ranks` are columns of s, which may have others; those of dS and dA follow one another.
+    """
+    needs_x, needs_a, needs_bs = needs
+    M, device = dys[0].shape[0], dys[0].device
+    R = sum(lora_A.shape[0] for lora_A in lora_As)
+    ds: Kept = dys[0].new_empty(M, R) if needs_x or needs_a else None
+    dbs: list[torch.Tensor | None] = []
+    places, start = [], 0
+    for lora_A in lora_As:
+        places.append(slice(start, start + lora_A.shape[0]))
+        start = places[-1].stop
+    parts = zip(dys, lora_Bs, scalings, ranks, places, needs_bs, strict=True)
+    for dy, lora_B, scaling, columns, place, needs_b in parts:
+        db = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if needs_b else None
+        own_s = s[:, columns] if needs_b else None
+        _run_thin(dy, lora_B, own_s, None if ds is None else ds[:, place], db, scaling, arch)
+        dbs.append(db)
+    lora_A = joined(lora_As)
+    dx: Kept = None
+    if needs_x and path in FUSED_4BIT_PATHS:
+        for dy, weight, own_a, place in zip(dys, weights, lora_As, places, strict=True):
+            own = _run_input_gradient(dy, weight, ds[:, place], own_a, dropout, path, arch)
+            dx = own if dx is None else dx.add_(own)
+    elif needs_x:
+        for dy, weight in zip(dys, weights, strict=True):
+            for part, rows, rows_path in _blocks(weight, dy.dtype, path):
+                own_dy = dense_rows(dy[:, part])
+                if dx is None:
+                    dx = _run_input_gradient(own_dy, rows, ds, lora_A, dropout, rows_path, arch)
+                else:
+                    dx.addmm_(own_dy, rows)
+    da = None
+    if needs_a:
+        da = torch.empty_like(lora_A)
+        replay.run(
+            _key("lora_linear_shared dA", dropout),
+            (ds, x, da, _seed(dropout)),
+            lambda: weight_gradient_calls(
+                ds, x, None, None, da, None, dropout=dropout, arch=arch, precision=precision()
+            ),
+            device,
+        )
+    return dx, da, dbs
+
+
+def _run_thin(dy: torch.Tensor, lora_B: torch.Tensor, s: Kept, ds: Kept, db: Kept, scaling: float, arch: int) -> None:
+    """`dS = scaling * dY B` and `dB = dY^T S`, those of them that there is a tensor for."""
+
+    def build() -> Calls:
+        calls: Calls = []
+        done = False
+        if ds is not None:
+            calls, done = thin_calls(dy, lora_B, s, ds, db, scaling, arch)
+        if db is not None and not done:
+            calls += weight_gradient_calls(None, None, s, dy, None, db, arch=arch, precision=precision())
+        return calls
+
+    replay.run(_key("lora_linear_shared dY", None, scaling), (dy, lora_B, s, ds, db), build, dy.device)
+
+
+def _run_input_gradient(
+    dy: torch.Tensor,
+    weight: Any,
+    ds: torch.Tensor,
+    lora_A: torch.Tensor,
+    dropout: Dropout | None,
+    path: str,
+    arch: int,
+) -> torch.Tensor:
+    """`dX = dY W + keep / (1 - p) * (dS A)`."""
+    blocksize, *held = weight_parts(weight)
+    dx = dy.new_empty(dy.shape[0], weight.shape[1])
+    replay.run(
+        _key("lora_linear_shared dX", dropout, path, blocksize),
+        (dy, *held, ds, lora_A, dx, _seed(dropout)),
+        lambda: input_gradient_calls(dy, weight, ds, lora_A, dx, dropout, path, arch),
+        dy.device,
+    )
+    return dx

@@ -1,0 +1,252 @@
+"""`lora_linear_shared`: projections of one x (q, k and v; gate and up), each with its adapter, as one operation.
+
+By themselves three projections read x for their shrinks three times, read it again for each dA, write three dX, and
+leave torch to add those. Together they read x once for S and once for dA, and have one dX.
+
+In plain eager mode that is one autograd function. Where something looks at operators (torch.compile, fake tensors), and
+where the projections have no such path in common, the operation is the projections one by one on the same dropout seed,
+which means the same; the plan says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from peftkern.backend import backend_in_force, device_info
+from peftkern.ops import _lora_linear_shared_torch as plain
+from peftkern.ops._common import (
+    adapters_fit,
+    apply_directly,
+    autocast_dtype,
+    check_adapters,
+    dropout_in_force,
+    dropout_seed,
+    needs_operator,
+    refuse_double_backward,
+)
+from peftkern.ops.lora_linear import PLAIN_PATHS, lora_linear
+from peftkern.ops.lora_linear import plan_for as plan_for_dense
+from peftkern.ops.lora_linear_quantized import _check as check_quantized
+from peftkern.ops.lora_linear_quantized import plan_for as plan_for_quantized
+from peftkern.ops.plan import ONE_BY_ONE, Plan, plan_shared
+from peftkern.weights import Weight
+
+Optional = torch.Tensor | None
+
+
+def lora_linear_shared(
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    scalings: Sequence[float],
+    biases: Sequence[torch.Tensor | None] | None = None,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """`y_i = x W_i^T + bias_i + scaling_i * dropout(x) A_i^T B_i^T` for projections i of one x.
+
+    The same as `lora_linear` of each with the same seed: all of them drop the same elements of x. Out features, ranks
+    and scalings may differ. Kept for backward: x by reference, S of all projections [M, sum of ranks], and a seed
+    (kernels) or one mask (plain PyTorch). Backward serves all outputs at once: gradients of one output alone are right,
+    but then another backward needs `retain_graph=True`.
+
+    Args:
+        x: [..., in_features], as for `lora_linear`.
+        weights: [out_features_i, in_features] each, dense or quantized.
+        lora_As, lora_Bs: [r_i, in_features] and [out_features_i, r_i] each.
+        scalings: a number each.
+        biases: [out_features_i] or None each; None for none at all.
+        dropout_p, training, seed: as for `lora_linear`.
+
+    Returns:
+        A tuple of [..., out_features_i] in x's dtype (autocast's under autocast).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `lora_linear`.
+        ValueError: the sequences have different lengths, or none.
+    """
+    count = len(weights)
+    biases = [None] * count if biases is None else biases
+    named = {"lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings, "biases": biases}
+    for name, given in named.items():
+        if len(given) != count:
+            raise ValueError(f"lora_linear_shared: {name}: expected {count}, one for each weight, got {len(given)}")
+    if count == 0:
+        raise ValueError("lora_linear_shared: weights: expected at least one, got none")
+    p = dropout_in_force(dropout_p, training)
+    cast = autocast_dtype(x)
+    if cast is not None:
+        x = x.to(cast)
+    for parts in zip(weights, lora_As, lora_Bs, biases, strict=True):
+        _check(x, *parts, mixed=cast is not None)
+    seed = None if p == 0.0 else dropout_seed(seed, x.device)
+    scalings = [float(scaling) for scaling in scalings]
+    path = shared_plan_for(x, weights, lora_As, backend_in_force()).path
+    learned = [t for t in (*weights, *biases) if isinstance(t, torch.Tensor)]
+    if path == ONE_BY_ONE or needs_operator(x, *lora_As, *lora_Bs, *learned) or any(t.requires_grad for t in learned):
+        each = zip(weights, lora_As, lora_Bs, scalings, biases, strict=True)
+        return tuple(lora_linear(x, *parts, dropout_p=p, seed=seed) for parts in each)
+    group = _Group(tuple(weights), tuple(scalings), _columns(lora_As), p, path)
+    biases = [b if b is None or b.dtype == x.dtype else b.to(x.dtype) for b in biases]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *lora_As, *lora_Bs)):
+        dense = [w if isinstance(w, torch.Tensor) else None for w in weights]
+        return apply_directly(_LoraLinearShared, x, seed, group, *dense, *lora_As, *lora_Bs, *biases)
+    ys, _, _ = _forward(x, group, lora_As, lora_Bs, biases, seed)
+    return tuple(ys)
+
+
+def shared_plan_for(x: torch.Tensor, weights: Sequence[Weight], lora_As: Sequence[torch.Tensor], backend: str) -> Plan:
+    """The plan for x [..., K] and these weights: a path of `lora_linear` that they share, or "one by one"."""
+    plans = []
+    for weight, lora_A in zip(weights, lora_As, strict=True):
+        if isinstance(weight, torch.Tensor):
+            plans.append(plan_for_dense(x, weight, lora_A.shape[0], backend))
+        else:
+            plans.append(plan_for_quantized(x, weight, lora_A.shape[0], backend))
+    return plan_shared(plans)
+
+
+def _check(
+    x: torch.Tensor, weight: Any, lora_A: torch.Tensor, lora_B: torch.Tensor, bias: Optional, *, mixed: bool
+) -> None:
+    if not isinstance(weight, torch.Tensor):
+        check_quantized(x, weight, lora_A, lora_B, bias, mixed=mixed)
+    elif not adapters_fit(x, weight, lora_A, lora_B, bias):
+        check_adapters("lora_linear_shared", x, weight, lora_A, lora_B, bias, mixed=mixed)
+
+
+def _columns(lora_As: Sequence[torch.Tensor]) -> tuple[slice, ...]:
+    """The columns of S [M, R] that are each projection's."""
+    found, start = [], 0
+    for lora_A in lora_As:
+        found.append(slice(start, start + lora_A.shape[0]))
+        start = found[-1].stop
+    return tuple(found)
+
+
+@dataclasses.dataclass(slots=True)
+class _Group:
+    """What forward and backward know of the projections beside tensors that learn: weights that are frozen, scalings,
+    each one's columns of S, the dropout, and the path."""
+
+    weights: tuple[Any, ...]
+    scalings: tuple[float, ...]
+    columns: tuple[slice, ...]
+    dropout_p: float
+    path: str
+
+    @property
+    def is_plain(self) -> bool:
+        return self.path.rpartition(":")[2] in PLAIN_PATHS
+
+    def only(self, which: Sequence[int], dense: Sequence[Optional]) -> _Group:
+        """The group of these projections, with `dense` weights where there are; their columns of S are as before."""
+        weights = tuple(self.weights[i] if dense[i] is None else dense[i] for i in which)
+        scalings, columns = tuple(self.scalings[i] for i in which), tuple(self.columns[i] for i in which)
+        return _Group(weights, scalings, columns, self.dropout_p, self.path)
+
+
+def _forward(
+    x: torch.Tensor,
+    group: _Group,
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    biases: Sequence[Optional],
+    seed: Optional,
+) -> tuple[list[torch.Tensor], torch.Tensor, Optional]:
+    """Each y [..., N], S [M, R], and a mask [M, K] on the plain path with dropout."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    parts = (rows, group.weights, lora_As, lora_Bs, group.scalings, biases, group.columns)
+    mask = None
+    if group.is_plain:
+        ys, s, mask = plain.forward(*parts, group.dropout_p, seed, group.path.rpartition(":")[2])
+    else:
+        from peftkern.ops import _lora_linear_shared_triton as kernels
+        from peftkern.ops._lora_linear_triton import dropout
+
+        arch = device_info(x.device).arch
+        ys, s = kernels.forward(*parts, dropout(seed, group.dropout_p), group.path, arch)
+    return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[1]) for y in ys], s, mask
+
+
+def _backward(
+    dys: Sequence[torch.Tensor],
+    x: Optional,
+    group: _Group,
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    s: Optional,
+    mask: Optional,
+    seed: Optional,
+    needs: tuple[bool, bool, Sequence[bool]],
+) -> tuple[Optional, Optional, list[Optional]]:
+    """Gradients of x [..., K], of A of all projections [R, K] and of each B."""
+    shape = dys[0].shape[:-1]
+    grads = [dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    rows = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    parts = (grads, rows, group.weights, lora_As, lora_Bs, s)
+    if group.is_plain:
+        path = group.path.rpartition(":")[2]
+        options = (mask, group.scalings, group.columns, group.dropout_p, needs, path)
+        dx, da, dbs = plain.backward(*parts, *options)
+    else:
+        from peftkern.ops import _lora_linear_shared_triton as kernels
+        from peftkern.ops._lora_linear_triton import dropout
+
+        drop, arch = dropout(seed, group.dropout_p), device_info(grads[0].device).arch
+        dx, da, dbs = kernels.backward(*parts, group.scalings, group.columns, drop, group.path, arch, needs)
+    return None if dx is None else dx.view(*shape, dx.shape[1]), da, dbs
+
+
+class _LoraLinearShared(torch.autograd.Function):
+    """The eager door: x, seed, a `_Group`, then n weights (None where quantized), As, Bs and biases."""
+
+    @staticmethod
+    def forward(ctx: Any, x, seed, group, *tensors):
+        n = len(group.weights)
+        lora_As, lora_Bs, biases = tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :]
+        ys, s, mask = _forward(x, group, lora_As, lora_Bs, biases, seed)
+        needs = ctx.needs_input_grad[3:]
+        ctx.needs = (any(needs[n : 2 * n]), needs[n : 2 * n], needs[2 * n : 3 * n])
+        ctx.set_materialize_grads(False)
+        ctx.group = group
+        ctx.save_for_backward(
+            x if ctx.needs[0] else None,
+            s if any(ctx.needs[2]) else None,
+            mask,
+            seed if mask is None else None,
+            *tensors[: 3 * n],
+        )
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys):
+        refuse_double_backward("lora_linear_shared")
+        x, s, mask, seed, *tensors = ctx.saved_tensors
+        group: _Group = ctx.group
+        n = len(group.weights)
+        live = [i for i, dy in enumerate(dys) if dy is not None]
+        absent = [None] * n
+        if not live:
+            return (None,) * (3 + 4 * n)
+        _, each_a, each_b = ctx.needs
+        needs_a = any(each_a[i] for i in live)
+        needs = (ctx.needs_input_grad[0], needs_a, [each_b[i] for i in live])
+        lora_As, lora_Bs = [tensors[n + i] for i in live], [tensors[2 * n + i] for i in live]
+        part = group.only(live, tensors[:n])
+        dx, da, dbs = _backward([dys[i] for i in live], x, part, lora_As, lora_Bs, s, mask, seed, needs)
+        das: list[Any] = list(absent)
+        for i, lora_A, columns in zip(live, lora_As, _columns(lora_As), strict=True):
+            if da is not None and each_a[i]:
+                das[i] = da[columns].to(lora_A.dtype)
+        all_dbs: list[Any] = list(absent)
+        for i, lora_B, db in zip(live, lora_Bs, dbs, strict=True):
+            all_dbs[i] = None if db is None else db.to(lora_B.dtype)
+        return (dx, None, None, *absent, *das, *all_dbs, *absent)
