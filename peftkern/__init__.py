@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peftkern.quantize import load_quantized, quantize_model, save_quantized
     from peftkern.tuners.ia3 import IA3Config, IA3Model
     from peftkern.tuners.lora import LoraConfig, LoraModel
+    from peftkern.tuners.lora.shared_input import share_inputs
     from peftkern.utils.adapter_error import AdapterFileError
     from peftkern.utils.kbit import prepare_model_for_kbit_training
     from peftkern.utils.peft_types import PeftType, TaskType
@@ -53,6 +54,7 @@ _HOMES = {
     "peftkern.quantize": ["load_quantized", "quantize_model", "save_quantized"],
     "peftkern.tuners.ia3": ["IA3Config", "IA3Model"],
     "peftkern.tuners.lora": ["LoftQConfig", "LoraConfig", "LoraModel", "LoraRuntimeConfig"],
+    "peftkern.tuners.lora.shared_input": ["share_inputs"],
     "peftkern.utils.adapter_error": ["AdapterFileError"],
     "peftkern.utils.kbit": ["prepare_model_for_kbit_training"],
     "peftkern.utils.peft_types": ["PeftType", "TaskType"],

@@ -16,12 +16,13 @@ from peftkern.tuners.ia3.layer import Linear as IA3LinearLayer
 from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.embedding import Embedding
 from peftkern.tuners.lora.layer import Linear
+from peftkern.tuners.lora.shared_input import share_input
 from peftkern.tuners.targets import is_linear
 from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit
 from peftkern.weights import QUANT_TYPES
 
-__all__ = ["IA3Linear", "LoraEmbedding", "LoraLinear"]
+__all__ = ["IA3Linear", "LoraEmbedding", "LoraLinear", "share_input"]
 
 ADAPTER = "default"
 

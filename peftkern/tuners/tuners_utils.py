@@ -157,6 +157,10 @@ class BaseTuner(nn.Module, ABC):
         for parameter, requires_grad in before:
             parameter.requires_grad = requires_grad
         self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        self.settle_layers(model)
+
+    def settle_layers(self, model: nn.Module) -> None:
+        """What a method does with its layers once they are all in the model."""
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         """Raises ValueError if the adapters here cannot live with one of this configuration."""

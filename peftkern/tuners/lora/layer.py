@@ -216,6 +216,9 @@ class Linear(LoraLayer, nn.Module):
         lora_alpha: None for the configuration's.
     """
 
+    # The `SharedInput` of layers that are called with the same x, if this is one of them.
+    _shared_input: Any = None
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -300,6 +303,11 @@ class Linear(LoraLayer, nn.Module):
 
     def plan(self, tokens: int) -> Plan:
         """The path that forward takes for `tokens` rows of x: "unfused", or that of `lora_linear`."""
+        alone = self.plan_alone(tokens)
+        return alone if self._shared_input is None else self._shared_input.plan(alone, tokens)
+
+    def plan_alone(self, tokens: int) -> Plan:
+        """`plan`, were there no other layers with the same x."""
         row = self.explain_row()
         if not row.fused:
             return Plan("unfused", row.reason)
@@ -332,6 +340,10 @@ class Linear(LoraLayer, nn.Module):
             if mixed is not None:
                 return linear_forward(self, mixed, x, args, kwargs)
         if not args and not kwargs:
+            if self._shared_input is not None:
+                y = self._shared_input.forward(self, x)
+                if y is not None:
+                    return y
             operands = self._operands_if_simple()
             if operands is not None:
                 weight, A, B, scaling, bias, p = operands
@@ -366,6 +378,20 @@ class Linear(LoraLayer, nn.Module):
             return None
         p = switches["p"] if kind is nn.Dropout and switches["training"] else 0.0
         return weight, A, B, self.scaling[name], base._parameters["bias"], p
+
+    def _operands(self) -> tuple[Any, ...] | None:
+        """(weight, A, B, scaling, bias, dropout) where forward is one `lora_linear` of one adapter; None elsewhere."""
+        simple = self._operands_if_simple()
+        names = self._active_here()
+        if simple is not None or self._disable_adapters or self.merged_adapters or len(names) != 1:
+            return simple
+        name = names[0]
+        if self.lora_bias[name] or self._why_not_fused(names):
+            return None
+        held: dict[str, Any] = self._modules
+        A, B, dropout = (held[kind]._modules[name] for kind in ("lora_A", "lora_B", "lora_dropout"))
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return self._weight_by_rows(), A.weight, B.weight, self.scaling[name], held["base_layer"].bias, p
 
     def _forward_in_general(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._disable_adapters:

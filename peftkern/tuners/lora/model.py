@@ -10,6 +10,7 @@ from peftkern.tuners.lora.embedding import Embedding
 from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.merging import check_mergeable, checked_merge
 from peftkern.tuners.lora.mixed import MixedAdapters
+from peftkern.tuners.lora.shared_input import share_known_inputs
 from peftkern.tuners.mixed import MixedRows
 from peftkern.tuners.targets import check_is_called, fit_fan_in_fan_out, get_pattern_key, is_linear
 from peftkern.tuners.tuner_layer import BaseTunerLayer
@@ -54,6 +55,9 @@ class LoraModel(BaseTuner):
             return Embedding(target, adapter_name, config, r=r, lora_alpha=lora_alpha)
         fit_fan_in_fan_out(config, target)
         return Linear(target, adapter_name, config, r=r, lora_alpha=lora_alpha)
+
+    def settle_layers(self, model: nn.Module) -> None:
+        share_known_inputs(model)
 
     def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         for layer in self._layers():
