@@ -148,9 +148,13 @@ def backward(
                 dx.addmm_(ds, lora_A, alpha=alpha)
         if needs_a:
             dropped = x if mask is None else apply_mask(x, mask)
-            # beta = 0: A only lends its shape.
-            da = torch.addmm(lora_A, ds.t(), dropped.to(ds.dtype) if masters else dropped, beta=0, alpha=alpha)
+            da = _scaled_product(ds.t(), dropped.to(ds.dtype) if masters else dropped, alpha, lora_A)
     if needs_b:
         # The operator keeps S in x's dtype.
-        db = torch.addmm(lora_B, wide.t(), s.to(lora_B.dtype) if masters else s, beta=0, alpha=alpha)
+        db = _scaled_product(wide.t(), s.to(lora_B.dtype) if masters else s, alpha, lora_B)
     return dx, da, db
+
+
+def _scaled_product(a: torch.Tensor, b: torch.Tensor, alpha: float, like: torch.Tensor) -> torch.Tensor:
+    """alpha * a b, of the shape of `like`, whose values are not read."""
+    return a.mm(b) if alpha == 1.0 else torch.addmm(like, a, b, beta=0, alpha=alpha)
