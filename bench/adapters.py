@@ -40,6 +40,8 @@ class Rival:
         needs_gpu, takes_dropout, sixteen_bit_only: what it does not do without, or at all.
         most_tokens: that it takes; 0 for any number.
         path: the path that it is held to, "" where it chooses.
+        finish: what it does to a model once all of its layers have their adapters.
+        layers_only: in a single linear layer it is the same as another.
     """
 
     name: str
@@ -55,6 +57,8 @@ class Rival:
     sixteen_bit_only: bool = False
     most_tokens: int = 0
     path: str = ""
+    finish: Callable[[nn.Module], Any] | None = None
+    layers_only: bool = False
 
     def why_not(self, problem: Problem, device: torch.device) -> str:
         """Why it cannot take this problem on this device, or ""."""
@@ -66,6 +70,8 @@ class Rival:
             return "has no dropout"
         if self.sixteen_bit_only and problem.dtype.itemsize != 2:
             return "the same as another mode in fp32"
+        if self.layers_only and not problem.decoder:
+            return "the same as another in a single linear layer"
         if 0 < self.most_tokens < problem.M:
             return f"for at most {self.most_tokens} tokens"
         return ""

@@ -92,6 +92,8 @@ class DecoderWorkload:
                     random = torch.randn(t.shape, generator=generator, device=self.device)
                     t.copy_(random.mul_(scale * 0.02 * p.K**0.5).to(p.dtype))
                 adapters.append(t)
+        if rival.finish is not None:
+            rival.finish(tree)
         module: Callable[..., Any] = tree
         if rival.compiled:
             torch._dynamo.reset()

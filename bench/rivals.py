@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from bench.adapters import Adapted, LoraFunction, Rival, by_hand
 from bench.environment import ROOT, version_of
 from peftkern import __version__ as peftkern_version
+from peftkern import share_inputs
 from peftkern.ops.plan import DECODE_TOKENS
 
 FOLDER = ROOT / ".rivals"
@@ -66,18 +67,14 @@ def forced_path(path: str) -> LoraFunction:
 
 
 def peftkern_rivals() -> list[Rival]:
-    """The layer as users have it (adapters in the weight's dtype, and fp32 masters), then each path by itself."""
+    """The layer as users have it (adapters in the weight's dtype, and fp32 masters), and as `get_peft_model` ties the
+    layers of a decoder; then each path by itself."""
     version = peftkern_version
+    wide, finish = _peftkern_layer(torch.float32), share_inputs
     return [
-        Rival("peftkern", "peftkern", _peftkern_layer(None), version=version),
-        Rival(
-            "peftkern fp32 adapters",
-            "peftkern",
-            _peftkern_layer(torch.float32),
-            True,
-            version=version,
-            sixteen_bit_only=True,
-        ),
+        Rival("peftkern", "peftkern", _peftkern_layer(None), version=version, finish=finish),
+        Rival("peftkern fp32 adapters", "peftkern", wide, True, version=version, sixteen_bit_only=True, finish=finish),
+        Rival("peftkern, nothing shared", "peftkern", _peftkern_layer(None), version=version, layers_only=True),
         *(
             Rival(
                 f"peftkern: {path}",

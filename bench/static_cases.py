@@ -1,5 +1,5 @@
-"""The grid of real calls whose kernel launches the static check compiles; over 4-bit weights, of IA3 and over many
-adapters: static_cases_4bit.py, static_cases_ia3.py, static_cases_multi.py.
+"""The grid of real calls whose kernel launches the static check compiles; over 4-bit weights, of IA3, over many
+adapters and of projections that share x: static_cases_4bit.py, _ia3.py, _multi.py and _shared.py.
 
 A case is an operation with its sizes, dtypes and options. Its launches are the library's own: tensors on the meta
 device go through `plan` and the functions that an operation takes its launches from; what is compiled would run.
@@ -16,6 +16,7 @@ import torch
 from bench.static_cases_4bit import Case4bit, all_cases_4bit, quick_cases_4bit
 from bench.static_cases_ia3 import IA3Linear, all_cases_ia3, quick_cases_ia3
 from bench.static_cases_multi import MultiLoraLinear, all_cases_multi
+from bench.static_cases_shared import LoraLinearShared, all_cases_shared
 from peftkern.backend import DeviceInfo
 from peftkern.ops import _lora_linear_triton
 from peftkern.ops.plan import plan_lora_embedding, plan_lora_linear
@@ -135,7 +136,7 @@ class LoraEmbedding:
         return [call for call in (*forward, *backward) if isinstance(call, Call)]
 
 
-Case = LoraLinear | LoraEmbedding | Case4bit | IA3Linear | MultiLoraLinear
+Case = LoraLinear | LoraEmbedding | Case4bit | IA3Linear | MultiLoraLinear | LoraLinearShared
 
 
 def quick_cases() -> list[Case]:
@@ -184,4 +185,4 @@ def all_cases() -> list[Case]:
     ]
     forced += [replace(case, path="triton") for case in (*sizes[:4], *awkward)]
     linear = dict.fromkeys([*headline, *llama, *variants, *awkward, *options, *forced])
-    return [*linear, *embedding_cases(), *all_cases_4bit(), *all_cases_ia3(), *all_cases_multi()]
+    return [*linear, *embedding_cases(), *all_cases_4bit(), *all_cases_ia3(), *all_cases_multi(), *all_cases_shared()]

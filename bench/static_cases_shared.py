@@ -1,0 +1,98 @@
+"""Calls of `lora_linear_shared` whose kernel launches the static check compiles: q, k and v, and gate and up, of an 8B
+Llama. What a projection's launches do not share is in the grid already; new are S beside others' in its rows, and the
+rank of all projections in one shrink, one dX and one dA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+
+from bench.static_cases_4bit import weight_on_meta
+from peftkern.backend import DeviceInfo
+from peftkern.ops import _lora_linear_shared_triton as shared
+from peftkern.ops._lora_linear_triton import Calls, input_gradient_calls, output_calls, thin_calls
+from peftkern.ops.plan import ONE_BY_ONE, plan_lora_linear, plan_shared
+from peftkern_kernels.dropout import Dropout
+from peftkern_kernels.launch import Call
+from peftkern_kernels.weight_gradient import weight_gradient_calls
+
+HALF = torch.bfloat16
+QKV, GATE_UP = (4096, 1024, 1024), (14336, 14336)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraLinearShared:
+    """A call with its backward: M tokens, in_features K, each projection's out_features, all of rank R.
+
+    Attributes:
+        masters: whether the adapters are fp32. dropout: whether there is any.
+        path: "auto" for the plan's over dense weights, or "fused_4bit".
+    """
+
+    M: int
+    K: int
+    outs: tuple[int, ...]
+    R: int
+    dtype: torch.dtype = HALF
+    masters: bool = False
+    dropout: bool = False
+    path: str = "auto"
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every row of x, weight and y starts at a multiple of 16 elements."""
+        return all(n % 16 == 0 for n in (self.K, *self.outs))
+
+    def label(self) -> str:
+        """The case in a few words."""
+        sizes = "+".join(map(str, self.outs))
+        words = [f"shared M{self.M} K{self.K} N{sizes} r{self.R} {str(self.dtype).removeprefix('torch.')}"]
+        words += [name for name in ("masters", "dropout") if getattr(self, name)]
+        return " ".join([*words, *([] if self.path == "auto" else [f"path={self.path}"])])
+
+    def launches(self, arch: int) -> list[Call]:
+        """The kernel launches of forward and backward on an architecture; cuBLAS's are left out."""
+        path = self.path if self.path != "auto" else self.plan(arch)
+        if path in ("torch", ONE_BY_ONE):
+            return []
+        x = torch.empty(self.M, self.K, dtype=self.dtype, device="meta")
+        kind = torch.float32 if self.masters else self.dtype
+        ranks = tuple(slice(i * self.R, (i + 1) * self.R) for i in range(len(self.outs)))
+        lora_A = x.new_empty(self.R * len(self.outs), self.K, dtype=kind)
+        drop = Dropout(x.new_empty(1, dtype=torch.int64), 0.1) if self.dropout else None
+        s, ds = x.new_empty(self.M, lora_A.shape[0]), x.new_empty(self.M, lora_A.shape[0])
+        calls: Calls = shared.all_shrinks(x, lora_A, s, [2.0] * len(self.outs), ranks, drop, arch)
+        for i, (N, columns) in enumerate(zip(self.outs, ranks, strict=True)):
+            weight = weight_on_meta(N, self.K, dtype=self.dtype) if "4bit" in path else x.new_empty(N, self.K)
+            lora_B, y = x.new_empty(N, self.R, dtype=kind), x.new_empty(self.M, N)
+            calls += output_calls(x, weight, s[:, columns], lora_B, y, None, path, arch)
+            calls += thin_calls(y, lora_B, s[:, columns], ds[:, columns], torch.empty_like(lora_B), 2.0, arch)[0]
+            if "4bit" in path:
+                calls += input_gradient_calls(y, weight, ds[:, columns], lora_A[columns], x, drop, path, arch)
+            elif i == 0:
+                calls += input_gradient_calls(y, weight, ds, lora_A, x, drop, path, arch)
+        calls += weight_gradient_calls(ds, x, None, None, torch.empty_like(lora_A), None, dropout=drop, arch=arch)
+        return [call for call in calls if isinstance(call, Call)]
+
+    def plan(self, arch: int) -> str:
+        """The path that the library takes by itself."""
+        device = DeviceInfo("cuda", arch)
+        aligned = self.K * self.dtype.itemsize % 16 == 0
+        plans = [plan_lora_linear(self.M, N, self.K, self.R, self.dtype, device, aligned) for N in self.outs]
+        return plan_shared(plans).path
+
+
+def all_cases_shared() -> list[LoraLinearShared]:
+    """Both groups of an 8B Llama, then what changes the code, one thing at a time."""
+    groups = [LoraLinearShared(8192, 4096, outs, R) for outs, R in product((QKV, GATE_UP), (8, 16, 64))]
+    small = [replace(case, M=512) for case in groups[1::3]]
+    variants = [replace(groups[1], **{name: True}) for name in ("masters", "dropout")]
+    variants += [replace(groups[2], dropout=True, masters=True), replace(groups[1], dtype=torch.float32)]
+    variants += [replace(groups[1], dtype=torch.float16), replace(groups[1], K=4104), replace(groups[1], K=4095)]
+    fused = [
+        replace(case, M=128, path="fused_4bit", dropout=dropout) for case in groups[1::3] for dropout in (False, True)
+    ]
+    return [*groups, *small, *variants, *fused]
