@@ -5,6 +5,7 @@ from peftkern.ops.linear_cross_entropy import linear_cross_entropy
 from peftkern.ops.lora_embedding import lora_embedding
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.multi_lora_linear import multi_lora_linear
+from peftkern.ops.multi_lora_linear_shared import multi_lora_linear_shared
 from peftkern.ops.quantize import dequantize, dequantize_4bit, dequantize_8bit, quantize_4bit, quantize_8bit
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "lora_linear",
     "multi_ia3_linear",
     "multi_lora_linear",
+    "multi_lora_linear_shared",
     "quantize_4bit",
     "quantize_8bit",
 ]
