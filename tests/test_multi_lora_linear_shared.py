@@ -1,4 +1,4 @@
-"""`ops.multi_lora_linear_shared` on the plain path: every projection against fp64, gradients, what is asked and kept."""
+"""`ops.multi_lora_linear_shared` on the plain path: each projection against fp64, what is asked and kept."""
 
 from __future__ import annotations
 

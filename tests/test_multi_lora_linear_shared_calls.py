@@ -39,7 +39,7 @@ def make(M, K, dtype, device, *, count=3, kind="mixed", masters=False, bias=True
     if kind == "none":
         ids = torch.full((M,), -1)
     else:
-        ids = torch.randint(-1, 7, (M,), generator=torch.Generator().manual_seed(M)) if M > 1 else torch.tensor([2])
+        ids = torch.randint(-1, 7, (M,), generator=torch.Generator().manual_seed(M)) if M != 1 else torch.tensor([2])
     dys = [wide(M, layer.weight.shape[0], dtype, device) for layer in layers]
     return wide(M, K, dtype, device, transposed=transposed), dys, layers, build_routing(ids.to(device), 6)
 
@@ -153,9 +153,9 @@ def test_launches_of_a_training_step(path, expected, device):
 def test_over_4bit_weights(path, M, device):
     """Bugs: another projection's codes, scales or nested scales; dX's second buffer not added."""
     K, dtype = 128, torch.float16
-    x, _, held, routing = make(M, K, dtype, device)
+    x, _, _, routing = make(M, K, dtype, device)
     layers, dense, dys = [], [], []
-    for N, layer, ranks in zip((64, 32, 96), held, RANKS, strict=False):
+    for N, ranks in zip((64, 32, 96), RANKS, strict=False):
         stored, adapters = random_4bit(N, K, dtype=dtype, device=device), make_adapters(N, K, dtype, device, ranks)
         bias = torch.randn(N, device=device).to(dtype)
         layers.append(Layer(stored, adapters, bias))

@@ -143,8 +143,9 @@ def _multi_decode_expand_kernel(
         rows = tl.load(perm_ptr + first + offs_m, mask=mask_m, other=0).to(tl.int64)
         offs_n = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < own_N
-        own_s = of_projection(which, s_out_ptr, s_out1_ptr, s_out2_ptr, s_out3_ptr)
-        if own_s is not None:  # noqa: SIM102
+        own_s = None
+        if s_out_ptr is not None:
+            own_s = of_projection(which, s_out_ptr, s_out1_ptr, s_out2_ptr, s_out3_ptr)
             if block_n == 0:
                 own_max = of_projection(which, max_rank, max_rank1, max_rank2, max_rank3)
                 _zero_past_rank(own_s, rows, mask_m, rank, own_max, stride_sm, stride_sr, BLOCK_M, BLOCK_R)
@@ -165,14 +166,15 @@ def _multi_decode_expand_kernel(
                     M, width, stride_sm, stride_sr, SPLIT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, OVERLAP, PRECISION,
                 )  # fmt: skip
             mask = mask_n[:, None] & mask_m[None, :]
-            own_base = of_projection(which, base_ptr, base1_ptr, base2_ptr, base3_ptr)
-            stride_bm = of_projection(which, stride_base_m, stride_base_m1, stride_base_m2, stride_base_m3)
-            for plane in tl.static_range(BASE_PLANES):
-                base_ptrs = own_base + plane * tl.cast(stride_base_p, tl.int64)
-                base_ptrs += rows[None, :] * stride_bm + offs_n[:, None] * stride_base_n
-                acc += tl.load(base_ptrs, mask=mask, other=0.0).to(tl.float32)
-            own_bias = of_projection(which, bias_ptr, bias1_ptr, bias2_ptr, bias3_ptr)
-            if own_bias is not None:
+            if base_ptr is not None:
+                own_base = of_projection(which, base_ptr, base1_ptr, base2_ptr, base3_ptr)
+                stride_bm = of_projection(which, stride_base_m, stride_base_m1, stride_base_m2, stride_base_m3)
+                for plane in tl.static_range(BASE_PLANES):
+                    base_ptrs = own_base + plane * tl.cast(stride_base_p, tl.int64)
+                    base_ptrs += rows[None, :] * stride_bm + offs_n[:, None] * stride_base_n
+                    acc += tl.load(base_ptrs, mask=mask, other=0.0).to(tl.float32)
+            if bias_ptr is not None:
+                own_bias = of_projection(which, bias_ptr, bias1_ptr, bias2_ptr, bias3_ptr)
                 acc += tl.load(own_bias + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[:, None]
             own_out = of_projection(which, out_ptr, out1_ptr, out2_ptr, out3_ptr)
             stride_m = of_projection(which, stride_om, stride_om1, stride_om2, stride_om3)

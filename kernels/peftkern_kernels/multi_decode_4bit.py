@@ -52,15 +52,20 @@ def _multi_decode_4bit_planes_kernel(
         own_N = of_projection(which, N, N1, N2, N3)
         offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
         offs_n = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        nested_absmax, nested_code, offset = None, None, None
+        if nested_absmax_ptr is not None:
+            nested_absmax = of_projection(
+                which, nested_absmax_ptr, nested_absmax1_ptr, nested_absmax2_ptr, nested_absmax3_ptr
+            )
+            nested_code = of_projection(which, nested_code_ptr, nested_code1_ptr, nested_code2_ptr, nested_code3_ptr)
+            offset = of_projection(which, offset_ptr, offset1_ptr, offset2_ptr, offset3_ptr)
         acc = packed_rows_times_tokens(
             of_projection(which, packed_ptr, packed1_ptr, packed2_ptr, packed3_ptr),
             of_projection(which, absmax_ptr, absmax1_ptr, absmax2_ptr, absmax3_ptr),
             of_projection(which, code_ptr, code1_ptr, code2_ptr, code3_ptr),
-            of_projection(which, nested_absmax_ptr, nested_absmax1_ptr, nested_absmax2_ptr, nested_absmax3_ptr),
-            of_projection(which, nested_code_ptr, nested_code1_ptr, nested_code2_ptr, nested_code3_ptr),
-            of_projection(which, offset_ptr, offset1_ptr, offset2_ptr, offset3_ptr),
-            x_ptr, offs_n % own_N, offs_m, M, K, row_words, k_start, k_stop, tl.program_id(1) * part_words,
-            stride_xm, stride_xk, GROUP, SHIFT, WORDS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, NUM_STAGES, PRECISION,
+            nested_absmax, nested_code, offset, x_ptr, offs_n % own_N, offs_m, M, K, row_words, k_start, k_stop,
+            tl.program_id(1) * part_words, stride_xm, stride_xk,
+            GROUP, SHIFT, WORDS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, NUM_STAGES, PRECISION,
         )  # fmt: skip
         y_ptrs = of_projection(which, y_planes_ptr, y_planes1_ptr, y_planes2_ptr, y_planes3_ptr)
         y_ptrs += (tl.program_id(1) * M + offs_m)[None, :] * sum_of(N, N1, N2, N3) + offs_n[:, None]

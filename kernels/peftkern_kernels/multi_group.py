@@ -24,7 +24,7 @@ MOST_PROJECTIONS = 4
 
 @triton.jit
 def of_projection(which, value, value1, value2, value3):
-    """The value, a pointer or a number, of projection `which`."""
+    """The value, a pointer or a number, of projection `which`; not of what is absent (Triton 3.6 cannot return None)."""
     if value1 is not None:
         value = tl.where(which == 1, value1, value)
     if value2 is not None:
