@@ -24,7 +24,7 @@ MOST_PROJECTIONS = 4
 
 @triton.jit
 def of_projection(which, value, value1, value2, value3):
-    """The value, a pointer or a number, of projection `which`; not of what is absent (Triton 3.6 cannot return None)."""
+    """The value, a pointer or a number, of projection `which`; never of what is absent (Triton 3.6 returns no None)."""
     if value1 is not None:
         value = tl.where(which == 1, value1, value)
     if value2 is not None:
@@ -112,7 +112,7 @@ def table_pointers(group: Sequence[Adapters]) -> dict[str, Any]:
     }
 
 
-def columns(t: torch.Tensor | None, widths: Sequence[int]) -> list[torch.Tensor | None]:
+def columns(t: torch.Tensor | None, widths: Sequence[int]) -> list[Any]:
     """Views of t [..., sum of widths], side by side; None for each where there is no tensor."""
     if t is None:
         return [None] * len(widths)

@@ -177,8 +177,14 @@ class _MultiLoraLinearShared(torch.autograd.Function):
     """The eager door, the only one; operators see single calls."""
 
     @staticmethod
-    def forward(ctx: Any, x, biases, calls, *params):
-        needs_x, _, _, *needs_params = ctx.needs_input_grad
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        biases: Sequence[torch.Tensor | None],
+        calls: Sequence[Call],
+        *params: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        _, _, _, *needs_params = ctx.needs_input_grad
         parts = _split(needs_params, calls)
         ctx.set_materialize_grads(False)
         ys, ss = forward_shared(x, biases, calls, [any(part) for part in parts])
@@ -190,7 +196,7 @@ class _MultiLoraLinearShared(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, *dys):
+    def backward(ctx: Any, *dys: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         refuse_double_backward("multi_lora_linear_shared")
         x, ids, *rest = ctx.saved_tensors
         calls = ctx.calls
@@ -202,8 +208,9 @@ class _MultiLoraLinearShared(torch.autograd.Function):
         live = [i for i, dy in enumerate(dys) if dy is not None and (needs_x or any(parts[i]))]
         dx = None
         if live:
-            picked = [[each[i] for i in live] for each in (dys, rest, calls)]
-            dx, found = backward_shared(picked[0], x, picked[1], picked[2], needs_x, [any(parts[i]) for i in live])
+            picked: Any = [[each[i] for i in live] for each in (dys, rest, calls)]
+            live_dys, live_ss, live_calls = picked
+            dx, found = backward_shared(live_dys, x, live_ss, live_calls, needs_x, [any(parts[i]) for i in live])
             for i, own in zip(live, found, strict=True):
                 grads[i] = own
         flat = [g for own, needs in zip(grads, parts, strict=True) for g in _pick(own, needs)]
