@@ -15,7 +15,7 @@ import torch
 
 from bench.static_cases_4bit import Case4bit, all_cases_4bit, quick_cases_4bit
 from bench.static_cases_ia3 import IA3Linear, all_cases_ia3, quick_cases_ia3
-from bench.static_cases_multi import MultiLoraLinear, all_cases_multi
+from bench.static_cases_multi import MultiLoraLinear, MultiLoraLinearShared, all_cases_multi
 from bench.static_cases_shared import LoraLinearShared, all_cases_shared
 from peftkern.backend import DeviceInfo
 from peftkern.ops import _lora_linear_triton
@@ -136,7 +136,7 @@ class LoraEmbedding:
         return [call for call in (*forward, *backward) if isinstance(call, Call)]
 
 
-Case = LoraLinear | LoraEmbedding | Case4bit | IA3Linear | MultiLoraLinear | LoraLinearShared
+Case = LoraLinear | LoraEmbedding | Case4bit | IA3Linear | MultiLoraLinear | LoraLinearShared | MultiLoraLinearShared
 
 
 def quick_cases() -> list[Case]:

@@ -1,4 +1,4 @@
-"""The static check's grid over many adapters: the routing, and `multi_lora_linear` forward and backward.
+"""The static check's grid over many adapters: the routing, `multi_lora_linear` and its shared form, both ways.
 
 As static_cases.py, which adds these to its own: launches are those of the library's own functions, on meta tensors.
 """
@@ -17,6 +17,7 @@ from peftkern.ops import _multi_lora_linear_triton
 from peftkern_kernels.adapters import Adapters
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.launch import Call
+from peftkern_kernels.multi_group import columns
 from peftkern_kernels.route_kernel import MAX_ROWS, route_calls
 from peftkern_kernels.routing import empty_routing
 
@@ -104,7 +105,89 @@ class MultiLoraLinear:
         return calls
 
 
-def all_cases_multi() -> list[MultiLoraLinear]:
+@dataclass(frozen=True, slots=True)
+class MultiLoraLinearShared:
+    """A call of `multi_lora_linear_shared`: projections of one x that share launches; the rest as `MultiLoraLinear`.
+
+    Attributes:
+        Ns: out_features of each.
+    """
+
+    M: int
+    K: int
+    Ns: tuple[int, ...]
+    R: int
+    path: str
+    slots_: int = SLOTS
+    dtype: torch.dtype = HALF
+    masters: bool = False
+    dropout: bool = False
+    bias: bool = False
+    training: bool = True
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every row of x, the weights and each y starts at a multiple of 16 elements."""
+        return self.K % (128 if "4bit" in self.path else 16) == 0 and all(N % 16 == 0 for N in self.Ns)
+
+    def label(self) -> str:
+        """The case in a few words."""
+        sizes = "+".join(map(str, self.Ns))
+        words = [f"many shared M{self.M} K{self.K} N{sizes} r{self.R} {str(self.dtype).removeprefix('torch.')}"]
+        words += [name for name in ("masters", "dropout", "bias", "training") if getattr(self, name)]
+        return " ".join([*words, f"slots{self.slots_}", f"path={self.path}"])
+
+    def launches(self, arch: int) -> list[Call]:
+        """The kernel launches on an architecture; cuBLAS's and the route are left out."""
+        x = torch.empty(self.M, self.K, dtype=self.dtype, device="meta")
+        adapter = torch.float32 if self.masters else self.dtype
+        layers = []
+        for N in self.Ns:
+            weight: Any = x.new_empty(N, self.K)
+            if "4bit" in self.path:
+                weight = weight_on_meta(N, self.K, dtype=self.dtype)
+            adapters = adapters_on_meta(self.slots_, self.R, N, self.K, adapter)
+            layers.append(_multi_lora_linear_triton.Layer(weight, adapters, x.new_empty(N) if self.bias else None))
+        routing = empty_routing(self.M, self.slots_, "meta")
+        dropout = Dropout(x.new_empty(1, dtype=torch.int64), 0.1) if self.dropout else None
+        options = (routing, dropout, self.path, arch)
+        ys, s, calls = _multi_lora_linear_triton.shared_forward_calls(x, layers, *options, keep_s=self.training)
+        if self.training:
+            needs = (True, [(True, True)] * len(layers))
+            dys, parts = list(map(torch.empty_like, ys)), columns(s, [self.R] * len(layers))
+            *_, more = _multi_lora_linear_triton.shared_backward_calls(dys, x, layers, parts, *options, needs)
+            calls += more
+        return [call for call in calls if isinstance(call, Call)]
+
+
+def shared_cases_multi() -> list[MultiLoraLinearShared]:
+    """Attention's three and the MLP's two projections of an 8B Llama, and four; then what changes the code."""
+    qkv, mlp, four = (4096, 1024, 1024), (14336, 14336), (4096, 1024, 1024, 512)
+    decode = [
+        MultiLoraLinearShared(M, 4096, Ns, R, "decode", training=False)
+        for M, Ns, R in product(DECODED, (qkv, mlp, four), (16, 64))
+        if R == 16 or Ns == qkv
+    ]
+    train = [
+        MultiLoraLinearShared(M, 4096, Ns, R, path)
+        for M, Ns, R, path in product((256, 8192), (qkv, mlp, four), (16, 64), ("cublas", "triton"))
+        if R == 16 or Ns == qkv
+    ]
+    plain = [c for c in (*decode, *train) if c.Ns == qkv and c.M in (16, 64, 8192) and c.path != "triton"]
+    changes: tuple[dict[str, Any], ...] = (
+        {"masters": True}, {"dtype": torch.float32}, {"K": 4095, "Ns": (4095, 1023, 1023)},
+        {"dropout": True, "training": True}, {"dropout": True, "training": True, "masters": True},
+        {"bias": True}, {"R": 8},
+    )  # fmt: skip
+    variants = [replace(case, **change) for case, change in product(plain, changes)]
+    packed = [
+        MultiLoraLinearShared(M, 4096, Ns, 16, path)
+        for Ns, (M, path) in product((qkv, mlp, four), ((1, "decode_4bit"), (16, "decode_4bit"), (64, "fused_4bit")))
+    ]
+    return [*dict.fromkeys([*decode, *train, *variants, *packed])]
+
+
+def all_cases_multi() -> list[MultiLoraLinear | MultiLoraLinearShared]:
     """Decoding and training over the projections of an 8B Llama, then what changes the code, one thing at a time."""
     square = (4096, 4096)
     decode = [
@@ -133,4 +216,4 @@ def all_cases_multi() -> list[MultiLoraLinear]:
         if (R == 16 and M == 64) or square == (K, N)
     ]
     packed += [replace(case, dropout=True) for case in packed if case.path == "fused_4bit" and case.K == case.N]
-    return [*dict.fromkeys([*decode, *train, *variants, *packed])]
+    return [*dict.fromkeys([*decode, *train, *variants, *packed]), *shared_cases_multi()]

@@ -50,7 +50,7 @@ def turn_of(kernel: str, constants: Mapping[str, str], num_warps: int) -> Turn |
     threads = 32 * num_warps
     if kernel == "_dequantize_4bit_kernel":
         return Turn(size("BLOCK_WORDS", "WORD_CODES"), size("BLOCK_WORDS"), 0, threads, loop=False)
-    if kernel == "_decode_4bit_planes_kernel":
+    if kernel in ("_decode_4bit_planes_kernel", "_multi_decode_4bit_planes_kernel"):
         elements = size("BLOCK_N", "BLOCK_K")
         return Turn(elements, elements // size("GROUP"), elements * size("BLOCK_M"), threads)
     if kernel in ("_base_4bit_kernel", "_base_4bit_transposed_kernel"):

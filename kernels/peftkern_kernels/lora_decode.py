@@ -16,7 +16,6 @@ from .dropout import Dropout, keep_tile
 from .gemm_tables import choose_decode_tile, rank_block
 from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .lora_expand import triton_dtype
-from .multi_tile import MixedFactor, shrink_part
 from .reduction_tables import vectorizes
 
 MAX_ROWS = 16
@@ -52,38 +51,26 @@ def rows_times_tokens(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "B"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _decode_planes_kernel(
     x_ptr, w_ptr, a_ptr, seed_ptr, y_planes_ptr, s_planes_ptr,  # ... -> [SPLIT, M, N] [SPLIT, M, R]
     M, N, K, R, k_part, stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, threshold,
-    perm_ptr, blocks_ptr, row_offset_ptr, rank_ptr, B,  # None and 0 for one adapter
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if blocks_ptr is not None:  # many adapters: a program for each block of rows and BLOCK_R of the ranks
-        programs_r = B * tl.cdiv(R, BLOCK_R)
-    else:
-        programs_r = tl.cdiv(R, BLOCK_N)  # A's come first: a straggler at the end would be all of the last wave
+    programs_r = tl.cdiv(R, BLOCK_N)  # A's come first: a straggler at the end would be all of the last wave
     k_start = tl.program_id(1) * k_part
     k_stop = tl.minimum(k_start + k_part, K)
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     # The two loops' buffers do not overlap in shared memory, so A's few programs do without a pipeline.
     if tl.program_id(0) < programs_r:
-        if blocks_ptr is not None:
-            blocks_r = tl.cdiv(R, BLOCK_R)
-            shrink_part(
-                x_ptr, a_ptr, s_planes_ptr, perm_ptr, blocks_ptr, row_offset_ptr, rank_ptr, B,
-                tl.program_id(0) // blocks_r, tl.program_id(0) % blocks_r * BLOCK_R, tl.program_id(1), k_start, k_stop,
-                M, R, stride_xm, stride_xk, stride_ar, BLOCK_M, BLOCK_R, BLOCK_K, EVEN_K, 1, PRECISION,
-            )  # fmt: skip
-        else:
-            offs_r = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-            acc = rows_times_tokens(
-                a_ptr, x_ptr, seed_ptr, offs_r % R, offs_m, M, k_start, k_stop, stride_ar, stride_ak, stride_xm,
-                stride_xk, threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, 1, PRECISION,
-            )  # fmt: skip
-            s_ptrs = s_planes_ptr + (tl.program_id(1) * M + offs_m)[None, :] * R + offs_r[:, None]
-            tl.store(s_ptrs, acc, mask=(offs_m < M)[None, :] & (offs_r < R)[:, None])
+        offs_r = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = rows_times_tokens(
+            a_ptr, x_ptr, seed_ptr, offs_r % R, offs_m, M, k_start, k_stop, stride_ar, stride_ak, stride_xm,
+            stride_xk, threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, 1, PRECISION,
+        )  # fmt: skip
+        s_ptrs = s_planes_ptr + (tl.program_id(1) * M + offs_m)[None, :] * R + offs_r[:, None]
+        tl.store(s_ptrs, acc, mask=(offs_m < M)[None, :] & (offs_r < R)[:, None])
     else:
         offs_n = (tl.program_id(0) - programs_r).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = rows_times_tokens(
@@ -161,44 +148,17 @@ def decode_calls(
     return [planes, finish_call(y_planes, s_planes, b, bias, factor, out, s_out, arch, precision)]
 
 
-def factor_arguments(a: torch.Tensor | MixedFactor) -> dict[str, object]:
-    """A's run-time arguments, by name, of a launch that makes planes: one adapter's, or those of a pool by blocks."""
-    if isinstance(a, MixedFactor):
-        tables = a.routing
-        return {
-            "a_ptr": a.tensor,
-            "stride_ar": a.tensor.stride(0),
-            "stride_ak": 1,
-            "perm_ptr": tables.perm,
-            "blocks_ptr": tables.blocks,
-            "row_offset_ptr": a.adapters.row_offset,
-            "rank_ptr": a.adapters.rank,
-            "B": tables.blocks.shape[1],
-        }
-    absent = dict.fromkeys(("perm_ptr", "blocks_ptr", "row_offset_ptr", "rank_ptr"))
-    return {"a_ptr": a, **strides(a, "ar", "ak"), **absent, "B": 0}
-
-
-def factor_programs(a: torch.Tensor | MixedFactor, R: int, block_n: int, block_r: int) -> int:
-    """How many of the programs along the grid's first axis are A's."""
-    return a.routing.blocks.shape[1] * cdiv(R, block_r) if isinstance(a, MixedFactor) else cdiv(R, block_n)
-
-
 def planes_call(
     x: torch.Tensor,
     weight: torch.Tensor,
-    a: torch.Tensor | MixedFactor,
+    a: torch.Tensor,
     *,
     dropout: Dropout | None,
     arch: int,
     precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor, Call]:
-    """The first launch, and what it fills: fp32 planes [split, M, N] of x W^T and [split, M, R] of x A^T.
-
-    With a pool's `MixedFactor` (of pool "a") each row has its own A; columns past its rank are not written.
-    """
-    (M, K), N = x.shape, weight.shape[0]
-    R = a.shape[1] if isinstance(a, MixedFactor) else a.shape[0]
+    """The first launch, and what it fills: fp32 planes [split, M, N] of x W^T and [split, M, R] of x A^T."""
+    (M, K), N, R = x.shape, weight.shape[0], a.shape[0]
     if M > MAX_ROWS:
         raise ValueError(f"x: expected at most {MAX_ROWS} rows on the decode path, got {M}")
     aligned = vectorizes(x) and (vectorizes(weight) or vectorizes(weight.t()))
@@ -207,15 +167,15 @@ def planes_call(
     split = cdiv(K, k_part)
     y_planes = scratch(split, M, N, dtype=torch.float32, device=x.device)
     s_planes = scratch(split, M, R, dtype=torch.float32, device=x.device)
-    block_r = rank_block(R, x.dtype)
     planes = Call(
         name="decode: planes",
         kernel=_decode_planes_kernel,
-        grid=(factor_programs(a, R, tile.block_n, block_r) + cdiv(N, tile.block_n), split, 1),
+        grid=(cdiv(R, tile.block_n) + cdiv(N, tile.block_n), split, 1),
         args={
             "x_ptr": x,
             "w_ptr": weight,
-            **factor_arguments(a),
+            "a_ptr": a,
+            **strides(a, "ar", "ak"),
             "seed_ptr": None if dropout is None else dropout.seed,
             "y_planes_ptr": y_planes,
             "s_planes_ptr": s_planes,
@@ -232,7 +192,6 @@ def planes_call(
             "BLOCK_M": MAX_ROWS,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,
-            "BLOCK_R": block_r if isinstance(a, MixedFactor) else 0,
             "EVEN_K": K % tile.block_k == 0,
             "NUM_STAGES": tile.num_stages,
             "PRECISION": precision,

@@ -15,16 +15,14 @@ import triton.language as tl
 
 from .dropout import Dropout
 from .format_4bit import NO_FUSION, Packed4bit, load_codes
-from .gemm_tables import rank_block
 from .gemm_tile_4bit import decode_tile, start_scales, step_scales
 from .launch import Call, cdiv, compile_options, is_aligned, nbytes, scratch, strides
-from .lora_decode import MAX_ROWS, factor_arguments, factor_programs, finish_call, rows_times_tokens
-from .multi_tile import MixedFactor, shrink_part
+from .lora_decode import MAX_ROWS, finish_call, rows_times_tokens
 from .tables_4bit import choose_decode_4bit
 
 
 @triton.jit
-def _packed_rows_times_tokens(
+def packed_rows_times_tokens(
     packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, x_ptr, rows, offs_m, M, K,
     row_words, k_start, k_stop, word_start, stride_xm, stride_xk,
     GROUP: tl.constexpr, SHIFT: tl.constexpr, WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -74,42 +72,30 @@ def _packed_rows_times_tokens(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "B"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _decode_4bit_planes_kernel(
     x_ptr, packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, a_ptr, seed_ptr,
     y_planes_ptr, s_planes_ptr,  # ... -> [SPLIT, M, N] [SPLIT, M, R]
     M, N, K, R, row_words, k_part, part_words, stride_xm, stride_xk, stride_ar, stride_ak, threshold,
-    perm_ptr, blocks_ptr, row_offset_ptr, rank_ptr, B,  # None and 0 for one adapter
     GROUP: tl.constexpr, SHIFT: tl.constexpr, WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_K: tl.constexpr, NUM_STAGES: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, NUM_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if blocks_ptr is not None:  # many adapters: a program for each block of rows and BLOCK_R of the ranks
-        programs_r = B * tl.cdiv(R, BLOCK_R)
-    else:
-        programs_r = tl.cdiv(R, BLOCK_N)  # A's come first, as in lora_decode.py
+    programs_r = tl.cdiv(R, BLOCK_N)  # A's come first, as in lora_decode.py
     k_start = tl.program_id(1) * k_part
     k_stop = tl.minimum(k_start + k_part, K)
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     if tl.program_id(0) < programs_r:
-        if blocks_ptr is not None:
-            blocks_r = tl.cdiv(R, BLOCK_R)
-            shrink_part(
-                x_ptr, a_ptr, s_planes_ptr, perm_ptr, blocks_ptr, row_offset_ptr, rank_ptr, B,
-                tl.program_id(0) // blocks_r, tl.program_id(0) % blocks_r * BLOCK_R, tl.program_id(1), k_start, k_stop,
-                M, R, stride_xm, stride_xk, stride_ar, BLOCK_M, BLOCK_R, BLOCK_K, EVEN_K, 1, PRECISION,
-            )  # fmt: skip
-        else:
-            offs_r = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-            acc = rows_times_tokens(
-                a_ptr, x_ptr, seed_ptr, offs_r % R, offs_m, M, k_start, k_stop, stride_ar, stride_ak, stride_xm,
-                stride_xk, threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, 1, PRECISION,
-            )  # fmt: skip
-            s_ptrs = s_planes_ptr + (tl.program_id(1) * M + offs_m)[None, :] * R + offs_r[:, None]
-            tl.store(s_ptrs, acc, mask=(offs_m < M)[None, :] & (offs_r < R)[:, None])
+        offs_r = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = rows_times_tokens(
+            a_ptr, x_ptr, seed_ptr, offs_r % R, offs_m, M, k_start, k_stop, stride_ar, stride_ak, stride_xm,
+            stride_xk, threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, 1, PRECISION,
+        )  # fmt: skip
+        s_ptrs = s_planes_ptr + (tl.program_id(1) * M + offs_m)[None, :] * R + offs_r[:, None]
+        tl.store(s_ptrs, acc, mask=(offs_m < M)[None, :] & (offs_r < R)[:, None])
     else:
         offs_n = (tl.program_id(0) - programs_r).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        acc = _packed_rows_times_tokens(
+        acc = packed_rows_times_tokens(
             packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, x_ptr, offs_n % N, offs_m,
             M, K, row_words, k_start, k_stop, tl.program_id(1) * part_words, stride_xm, stride_xk, GROUP, SHIFT,
             WORDS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, NUM_STAGES, PRECISION,
@@ -156,15 +142,14 @@ def decode_4bit_calls(
 def planes_4bit_call(
     x: torch.Tensor,
     weight: Packed4bit,
-    a: torch.Tensor | MixedFactor,
+    a: torch.Tensor,
     *,
     dropout: Dropout | None,
     arch: int,
     precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor, Call]:
     """The first launch and the planes that it fills, as `lora_decode.planes_call`."""
-    (M, K), N = x.shape, weight.N
-    R = a.shape[1] if isinstance(a, MixedFactor) else a.shape[0]
+    (M, K), N, R = x.shape, weight.N, a.shape[0]
     if M > MAX_ROWS:
         raise ValueError(f"x: expected at most {MAX_ROWS} rows on the decode path, got {M}")
     if K % 2:
@@ -179,15 +164,15 @@ def planes_4bit_call(
     split = cdiv(K, k_part)
     y_planes = scratch(split, M, N, dtype=torch.float32, device=x.device)
     s_planes = scratch(split, M, R, dtype=torch.float32, device=x.device)
-    block_r = rank_block(R, x.dtype)
     planes = Call(
         name="decode 4-bit: planes",
         kernel=_decode_4bit_planes_kernel,
-        grid=(factor_programs(a, R, tile.block_n, block_r) + cdiv(N, tile.block_n), split, 1),
+        grid=(cdiv(R, tile.block_n) + cdiv(N, tile.block_n), split, 1),
         args={
             **weight.arguments(),
             "x_ptr": x,
-            **factor_arguments(a),
+            "a_ptr": a,
+            **strides(a, "ar", "ak"),
             "seed_ptr": None if dropout is None else dropout.seed,
             "y_planes_ptr": y_planes,
             "s_planes_ptr": s_planes,
@@ -209,7 +194,6 @@ def planes_4bit_call(
             "BLOCK_M": MAX_ROWS,
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,
-            "BLOCK_R": block_r if isinstance(a, MixedFactor) else 0,
             "EVEN_K": K % tile.block_k == 0,
             "NUM_STAGES": tile.num_stages,
             "PRECISION": precision,

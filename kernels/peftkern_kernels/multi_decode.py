@@ -4,10 +4,14 @@ With a token or two for each adapter the time is that of reading the adapters on
 16. Two launches: the first splits K and leaves fp32 planes of x A^T; the second adds them in a fixed order, scales and
 rounds S, multiplies it with B and adds what the base gave. A program has rows of one adapter (a block of the routing),
 so that tokens that share one share its loads; the adapter's rank is the dot's M, tokens its N, and one token wastes
-nothing but idle lanes of the matrix instruction. Work follows each adapter's own rank.
+nothing but idle lanes of the matrix instruction. Work follows each adapter's own rank. Up to four projections of one x,
+each with a pool of its own, share the two launches (multi_group.py); one layer is a group of one.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -16,6 +20,17 @@ import triton.language as tl
 from .adapters import Adapters
 from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .lora_expand import triton_dtype
+from .multi_group import (
+    Projection,
+    block_of_projection,
+    blocks_of,
+    check_group,
+    columns,
+    numbered,
+    of_projection,
+    sum_of,
+    table_pointers,
+)
 from .multi_tables import DecodeTile, multi_decode_tile, pools_vectorize
 from .multi_tile import adapter_of, check_rows, piece_of, shrink_part
 from .reduction_tables import vectorizes
@@ -27,33 +42,46 @@ BLOCK_ROWS = 16  # routing.block_rows of so few
 
 @triton.jit(do_not_specialize=["B", "M"])
 def _multi_decode_shrink_kernel(
-    x_ptr, pool_ptr, planes_ptr, perm_ptr, blocks_ptr, row_offset_ptr, rank_ptr,
-    B, M, K, max_rank, k_part, stride_xm, stride_xk, stride_pool,
+    x_ptr, perm_ptr, blocks_ptr,
+    pool_ptr, pool1_ptr, pool2_ptr, pool3_ptr, planes_ptr, planes1_ptr, planes2_ptr, planes3_ptr,
+    row_offset_ptr, row_offset1_ptr, row_offset2_ptr, row_offset3_ptr, rank_ptr, rank1_ptr, rank2_ptr, rank3_ptr,
+    max_rank, max_rank1, max_rank2, max_rank3,
+    B, M, K, k_part, stride_xm, stride_xk, stride_pool,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    blocks_r = tl.cdiv(max_rank, BLOCK_R)
+    blocks_r = blocks_of(max_rank, max_rank1, max_rank2, max_rank3, BLOCK_R)
     split = tl.program_id(0) // blocks_r
+    which, block_r = block_of_projection(
+        tl.program_id(0) % blocks_r, max_rank, max_rank1, max_rank2, max_rank3, BLOCK_R
+    )
     k_start = split * k_part
     shrink_part(
-        x_ptr, pool_ptr, planes_ptr, perm_ptr, blocks_ptr, row_offset_ptr, rank_ptr, B, tl.program_id(1),
-        tl.program_id(0) % blocks_r * BLOCK_R, split, k_start, tl.minimum(k_start + k_part, K), M, max_rank,
+        x_ptr, of_projection(which, pool_ptr, pool1_ptr, pool2_ptr, pool3_ptr),
+        of_projection(which, planes_ptr, planes1_ptr, planes2_ptr, planes3_ptr), perm_ptr, blocks_ptr,
+        of_projection(which, row_offset_ptr, row_offset1_ptr, row_offset2_ptr, row_offset3_ptr),
+        of_projection(which, rank_ptr, rank1_ptr, rank2_ptr, rank3_ptr), B, tl.program_id(1),
+        block_r * BLOCK_R, split, k_start, tl.minimum(k_start + k_part, K), M,
+        sum_of(max_rank, max_rank1, max_rank2, max_rank3),
         stride_xm, stride_xk, stride_pool, BLOCK_M, BLOCK_R, BLOCK_K, EVEN_K, NUM_STAGES, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
 def _sum_times_factor(
-    planes_ptr, b_ptr, s_out_ptr, rows, mask_m, offs_n, mask_n, rank, stride_b, scale, M, max_rank,
+    planes_ptr, b_ptr, s_out_ptr, block_n, rows, mask_m, offs_n, mask_n, rank, stride_b, scale, M, width,
     stride_sm, stride_sr,
     SPLIT: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [BLOCK_N, BLOCK_M] = B[offs_n] (scale * sum of planes)[rows]^T; the first columns' program keeps S."""
+    """fp32 [BLOCK_N, BLOCK_M] = B[offs_n] (scale * sum of planes)[rows]^T; the first columns' program keeps S.
+
+    `width` is a plane's row: the ranks of all projections.
+    """
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    stride_p = tl.cast(M, tl.int64) * max_rank
+    stride_p = tl.cast(M, tl.int64) * width
     for r in tl.range(0, rank, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
         mask_r = offs_r < rank
@@ -64,11 +92,11 @@ def _sum_times_factor(
         mask_s = mask_r[:, None] & mask_m[None, :]
         s = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
         for plane in tl.static_range(SPLIT):  # unrolled, so that all loads are under way together
-            plane_ptrs = planes_ptr + plane * stride_p + rows[None, :] * max_rank + offs_r[:, None]
+            plane_ptrs = planes_ptr + plane * stride_p + rows[None, :] * width + offs_r[:, None]
             s += tl.load(plane_ptrs, mask=mask_s, other=0.0)
         s = (s * scale).to(DTYPE)  # scaled in fp32, then rounded once
         if s_out_ptr is not None:  # noqa: SIM102 - a static test of its own
-            if tl.program_id(0) == 0:
+            if block_n == 0:
                 s_ptrs = s_out_ptr + rows[None, :] * stride_sm + offs_r[:, None] * stride_sr
                 tl.store(s_ptrs, s.to(s_out_ptr.dtype.element_ty), mask=mask_s)
         acc = tl.dot(b.to(DTYPE), s, acc, input_precision=PRECISION)
@@ -88,48 +116,70 @@ def _zero_past_rank(
 
 @triton.jit(do_not_specialize=["B", "M"])
 def _multi_decode_expand_kernel(
-    planes_ptr, pool_ptr, scaling_ptr, base_ptr, bias_ptr, out_ptr, s_out_ptr,
-    perm_ptr, blocks_ptr, row_offset_ptr, rank_ptr,
-    B, M, N, max_rank, stride_base_p, stride_base_m, stride_base_n, stride_bias, stride_om, stride_on,
-    stride_sm, stride_sr,
+    perm_ptr, blocks_ptr,
+    planes_ptr, planes1_ptr, planes2_ptr, planes3_ptr, pool_ptr, pool1_ptr, pool2_ptr, pool3_ptr,
+    row_offset_ptr, row_offset1_ptr, row_offset2_ptr, row_offset3_ptr, rank_ptr, rank1_ptr, rank2_ptr, rank3_ptr,
+    scaling_ptr, scaling1_ptr, scaling2_ptr, scaling3_ptr, base_ptr, base1_ptr, base2_ptr, base3_ptr,
+    bias_ptr, bias1_ptr, bias2_ptr, bias3_ptr, out_ptr, out1_ptr, out2_ptr, out3_ptr,
+    s_out_ptr, s_out1_ptr, s_out2_ptr, s_out3_ptr,
+    N, N1, N2, N3, max_rank, max_rank1, max_rank2, max_rank3,
+    stride_base_m, stride_base_m1, stride_base_m2, stride_base_m3, stride_om, stride_om1, stride_om2, stride_om3,
+    B, M, stride_base_p, stride_base_n, stride_bias, stride_on, stride_sm, stride_sr,
     SPLIT: tl.constexpr, BASE_PLANES: tl.constexpr, IN_PLACE: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    which, block_n = block_of_projection(tl.program_id(0), N, N1, N2, N3, BLOCK_N)
+    width = sum_of(max_rank, max_rank1, max_rank2, max_rank3)
+    own_N = of_projection(which, N, N1, N2, N3)
     slot, first, length = piece_of(blocks_ptr, B, tl.program_id(1))
-    row_offset, rank = adapter_of(slot, row_offset_ptr, rank_ptr)
+    row_offset, rank = adapter_of(
+        slot, of_projection(which, row_offset_ptr, row_offset1_ptr, row_offset2_ptr, row_offset3_ptr),
+        of_projection(which, rank_ptr, rank1_ptr, rank2_ptr, rank3_ptr),
+    )  # fmt: skip
     if length > 0:
         offs_m = tl.arange(0, BLOCK_M)
         mask_m = offs_m < length
         rows = tl.load(perm_ptr + first + offs_m, mask=mask_m, other=0).to(tl.int64)
-        offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < N
-        if s_out_ptr is not None:  # noqa: SIM102
-            if tl.program_id(0) == 0:
-                _zero_past_rank(s_out_ptr, rows, mask_m, rank, max_rank, stride_sm, stride_sr, BLOCK_M, BLOCK_R)
+        offs_n = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < own_N
+        own_s = None
+        if s_out_ptr is not None:
+            own_s = of_projection(which, s_out_ptr, s_out1_ptr, s_out2_ptr, s_out3_ptr)
+            if block_n == 0:
+                own_max = of_projection(which, max_rank, max_rank1, max_rank2, max_rank3)
+                _zero_past_rank(own_s, rows, mask_m, rank, own_max, stride_sm, stride_sr, BLOCK_M, BLOCK_R)
         if (rank > 0) | (not IN_PLACE):  # in place, rows of no adapter are right already
-            scale = tl.load(scaling_ptr + tl.maximum(slot, 0))
-            b_ptr = pool_ptr + row_offset * N
+            own_planes = of_projection(which, planes_ptr, planes1_ptr, planes2_ptr, planes3_ptr)
+            own_scaling = of_projection(which, scaling_ptr, scaling1_ptr, scaling2_ptr, scaling3_ptr)
+            scale = tl.load(own_scaling + tl.maximum(slot, 0))
+            b_ptr = of_projection(which, pool_ptr, pool1_ptr, pool2_ptr, pool3_ptr) + row_offset * own_N
             if rank % 8 == 0:  # a stride that the compiler knows to be a multiple of 8: loads of 16 bytes
                 even_rank = rank // 8 * 8
                 acc = _sum_times_factor(
-                    planes_ptr, b_ptr, s_out_ptr, rows, mask_m, offs_n, mask_n, even_rank, even_rank, scale, M,
-                    max_rank, stride_sm, stride_sr, SPLIT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, OVERLAP, PRECISION,
+                    own_planes, b_ptr, own_s, block_n, rows, mask_m, offs_n, mask_n, even_rank, even_rank, scale,
+                    M, width, stride_sm, stride_sr, SPLIT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, OVERLAP, PRECISION,
                 )  # fmt: skip
             else:
                 acc = _sum_times_factor(
-                    planes_ptr, b_ptr, s_out_ptr, rows, mask_m, offs_n, mask_n, rank, rank, scale, M,
-                    max_rank, stride_sm, stride_sr, SPLIT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, OVERLAP, PRECISION,
+                    own_planes, b_ptr, own_s, block_n, rows, mask_m, offs_n, mask_n, rank, rank, scale,
+                    M, width, stride_sm, stride_sr, SPLIT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, OVERLAP, PRECISION,
                 )  # fmt: skip
             mask = mask_n[:, None] & mask_m[None, :]
-            for plane in tl.static_range(BASE_PLANES):
-                base_ptrs = base_ptr + plane * tl.cast(stride_base_p, tl.int64)
-                base_ptrs += rows[None, :] * stride_base_m + offs_n[:, None] * stride_base_n
-                acc += tl.load(base_ptrs, mask=mask, other=0.0).to(tl.float32)
+            if base_ptr is not None:
+                own_base = of_projection(which, base_ptr, base1_ptr, base2_ptr, base3_ptr)
+                stride_bm = of_projection(which, stride_base_m, stride_base_m1, stride_base_m2, stride_base_m3)
+                for plane in tl.static_range(BASE_PLANES):
+                    base_ptrs = own_base + plane * tl.cast(stride_base_p, tl.int64)
+                    base_ptrs += rows[None, :] * stride_bm + offs_n[:, None] * stride_base_n
+                    acc += tl.load(base_ptrs, mask=mask, other=0.0).to(tl.float32)
             if bias_ptr is not None:
-                acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-            out_ptrs = out_ptr + rows[None, :] * stride_om + offs_n[:, None] * stride_on
-            tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+                own_bias = of_projection(which, bias_ptr, bias1_ptr, bias2_ptr, bias3_ptr)
+                acc += tl.load(own_bias + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+            own_out = of_projection(which, out_ptr, out1_ptr, out2_ptr, out3_ptr)
+            stride_m = of_projection(which, stride_om, stride_om1, stride_om2, stride_om3)
+            out_ptrs = own_out + rows[None, :] * stride_m + offs_n[:, None] * stride_on
+            tl.store(out_ptrs, acc.to(own_out.dtype.element_ty), mask=mask)
     if OVERLAP:  # no program may end before the first launch has: what follows waits for this launch only
         tl.extra.cuda.gdc_wait()
 
@@ -153,45 +203,65 @@ def multi_decode_calls(
         x: [M, K], M at most 64; fp32, fp16 or bf16, any strides.
         adapters: of x's dtype or fp32 (rounded to x's dtype in registers). routing: of the batch.
         out: [M, N] any float dtype, any strides; every row is written.
-        base: x W^T: [M, N], which may be `out` itself, or fp32 [planes, M, N], added in order. None for zeros.
-        bias: [N]. s_out: [M, max_rank], written with S if it is there.
+        base, bias, s_out: see `multi_group.Projection`.
         arch: see `gemm_tables`. precision: `input_precision` of fp32 dots. tile: overrides the table.
 
     Raises:
         ValueError: more than 64 rows, or shapes that do not agree.
     """
-    check_rows(adapters, routing, x=x, out=out)
-    (M, K), N, R = x.shape, adapters.N, adapters.max_rank
+    group = [Projection(adapters, out, base, bias, s_out)]
+    return group_decode_calls(x, group, routing, arch=arch, precision=precision, tile=tile)
+
+
+def group_decode_calls(
+    x: torch.Tensor,
+    group: Sequence[Projection],
+    routing: Routing,
+    *,
+    arch: int,
+    precision: str = "ieee",
+    tile: DecodeTile | None = None,
+) -> list[Call]:
+    """The same two launches for up to four projections of x, each with what is its own.
+
+    Args:
+        group: their outs in one dtype with one column stride, and so bases, biases and s_outs, which all or none have;
+            a base is `out` itself for all or for none.
+
+    Raises:
+        ValueError: more than 64 rows or four projections, or shapes and kinds that do not agree.
+    """
+    check_projections(x, group, routing)
+    (M, K), ranks = x.shape, [each.adapters.max_rank for each in group]
     if M > MAX_ROWS:
         raise ValueError(f"x: expected at most {MAX_ROWS} rows on the decode path, got {M}")
-    if adapters.K != K or out.shape[1] != N or (s_out is not None and s_out.shape != (M, R)):
-        raise ValueError(f"x, out, s_out: expected widths {adapters.K}, {N} and {R}")
-    if base is not None and base.shape[-2:] != (M, N):
-        raise ValueError(f"base: expected [{M}, {N}] or planes of that, got {list(base.shape)}")
     if M == 0:
         return []
+    R, held = max(ranks), [each.adapters for each in group]
+    first = held[0]
     if tile is None:
-        aligned = vectorizes(x) and pools_vectorize(adapters)
-        masters = adapters.pool_a.dtype != x.dtype
-        tile = multi_decode_tile(arch=arch, dtype=x.dtype, M=M, N=N, K=K, R=R, aligned=aligned, masters=masters)
+        aligned = vectorizes(x) and all(map(pools_vectorize, held))
+        options: dict[str, Any] = {"masters": first.pool_a.dtype != x.dtype, "projections": len(group)}
+        tile = multi_decode_tile(arch=arch, dtype=x.dtype, M=M, N=first.N, K=K, R=R, aligned=aligned, **options)
     k_part = cdiv(cdiv(K, tile.block_k), tile.split_k) * tile.block_k
     split = cdiv(K, k_part)
-    planes = scratch(split, M, R, dtype=torch.float32, device=x.device)
+    planes = scratch(split, M, sum(ranks), dtype=torch.float32, device=x.device)
+    used = min(routing.slots, M)
     shrink = Call(
         name="decode with many adapters: shrink",
         kernel=_multi_decode_shrink_kernel,
-        grid=(split * cdiv(R, tile.block_r), routing.blocks.shape[1], 1),
+        grid=(split * sum(cdiv(rank, tile.block_r) for rank in ranks), routing.blocks.shape[1], 1),
         args={
-            **_tables(adapters, routing),
             "x_ptr": x,
-            "pool_ptr": adapters.pool_a,
-            "planes_ptr": planes,
+            **_tables(held, routing),
+            **numbered("pool{}_ptr", [a.pool_a for a in held]),
+            **numbered("planes{}_ptr", columns(planes, ranks)),
+            **numbered("max_rank{}", ranks),
             "M": M,
             "K": K,
-            "max_rank": R,
             "k_part": k_part,
             **strides(x, "xm", "xk"),
-            "stride_pool": adapters.pool_a.stride(0),
+            "stride_pool": first.pool_a.stride(0),
         },
         constants={
             "BLOCK_M": BLOCK_ROWS,
@@ -205,58 +275,82 @@ def multi_decode_calls(
         num_warps=tile.shrink_warps,
         num_stages=tile.num_stages,
         options=compile_options(arch),
-        bytes=nbytes(x, planes) + min(routing.slots, M) * R * K * adapters.pool_a.element_size(),
-        flops=2 * M * K * R,
+        bytes=nbytes(x, planes) + used * sum(ranks) * K * first.pool_a.element_size(),
+        flops=2 * M * K * sum(ranks),
     )
-    return [
-        shrink,
-        expand_planes_call(planes, adapters, routing, out, base, bias, s_out, arch, precision, tile, x.dtype),
-    ]
+    return [shrink, expand_planes_call(planes, group, routing, arch, precision, tile, x.dtype)]
+
+
+def check_projections(x: torch.Tensor, group: Sequence[Projection], routing: Routing) -> None:
+    """ValueError where x and the projections do not fit together, or cannot share a launch."""
+    check_group([each.adapters for each in group], routing, x=x)
+    M, K = x.shape
+    for each in group:
+        adapters, out, base, s_out = each.adapters, each.out, each.base, each.s_out
+        check_rows(adapters, routing, out=out)
+        N, R = adapters.N, adapters.max_rank
+        if adapters.K != K or out.shape[1] != N or (s_out is not None and s_out.shape != (M, R)):
+            raise ValueError(f"x, out, s_out: expected widths {adapters.K}, {N} and {R}")
+        if base is not None and base.shape[-2:] != (M, N):
+            raise ValueError(f"base: expected [{M}, {N}] or planes of that, got {list(base.shape)}")
+    for name in ("out", "base", "bias", "s_out"):
+        tensors = [getattr(each, name) for each in group]
+        if all(t is None for t in tensors):
+            continue
+        if any(t is None for t in tensors) or len({(t.dtype, t.dim(), t.stride(-1)) for t in tensors}) > 1:
+            raise ValueError(f"{name}: expected one of a kind for each projection, or for none")
+    if len({each.base is each.out for each in group}) > 1:
+        raise ValueError("base: expected to be `out` itself for all projections or for none")
 
 
 def expand_planes_call(
     planes: torch.Tensor,
-    adapters: Adapters,
+    group: Sequence[Projection],
     routing: Routing,
-    out: torch.Tensor,
-    base: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    s_out: torch.Tensor | None,
     arch: int,
     precision: str,
     tile: DecodeTile,
     dtype: torch.dtype,
 ) -> Call:
-    """The second launch: planes [split, M, max_rank] of x A^T -> out and s_out. S and B are rounded to `dtype`."""
-    split, M, R = planes.shape
-    N = adapters.N
-    base_planes = 0 if base is None else 1 if base.dim() == 2 else base.shape[0]
-    stacked = base[None] if base is not None and base.dim() == 2 else base
+    """The second launch: planes [split, M, sum of max_rank] of x A^T -> outs and s_outs.
+
+    S and B are rounded to `dtype`.
+    """
+    split, M, width = planes.shape
+    held, first = [each.adapters for each in group], group[0]
+    outs, s_outs, biases = ([getattr(each, name) for each in group] for name in ("out", "s_out", "bias"))
+    bases = [each.base[None] if each.base is not None and each.base.dim() == 2 else each.base for each in group]
+    sizes = [adapters.N for adapters in held]
+    factors = min(routing.slots, M) * sum(a.max_rank * a.N * a.pool_b.element_size() for a in held)
+    base = bases[0]
     return Call(
         name="decode with many adapters: sum of planes + expand",
         kernel=_multi_decode_expand_kernel,
-        grid=(cdiv(N, tile.block_n), routing.blocks.shape[1], 1),
+        grid=(sum(cdiv(N, tile.block_n) for N in sizes), routing.blocks.shape[1], 1),
         args={
-            **_tables(adapters, routing),
-            "planes_ptr": planes,
-            "pool_ptr": adapters.pool_b,
-            "scaling_ptr": adapters.scaling,
-            "base_ptr": base,
-            "bias_ptr": bias,
-            "out_ptr": out,
-            "s_out_ptr": s_out,
+            **_tables(held, routing),
+            **numbered("planes{}_ptr", columns(planes, [a.max_rank for a in held])),
+            **numbered("pool{}_ptr", [a.pool_b for a in held]),
+            **numbered("scaling{}_ptr", [a.scaling for a in held]),
+            **numbered("base{}_ptr", bases),
+            **numbered("bias{}_ptr", biases),
+            **numbered("out{}_ptr", outs),
+            **numbered("s_out{}_ptr", s_outs),
+            **numbered("N{}", sizes),
+            **numbered("max_rank{}", [a.max_rank for a in held]),
+            **numbered("stride_base_m{}", [0 if t is None else t.stride(1) for t in bases]),
+            **numbered("stride_om{}", [t.stride(0) for t in outs]),
             "M": M,
-            "N": N,
-            "max_rank": R,
-            **strides(stacked, "base_p", "base_m", "base_n"),
-            **strides(bias, "bias"),
-            **strides(out, "om", "on"),
-            **strides(s_out, "sm", "sr"),
+            "stride_base_p": 0 if base is None else base.stride(0),
+            "stride_base_n": 0 if base is None else base.stride(2),
+            **strides(first.bias, "bias"),
+            "stride_on": first.out.stride(1),
+            **strides(first.s_out, "sm", "sr"),
         },
         constants={
             "SPLIT": split,
-            "BASE_PLANES": base_planes,
-            "IN_PLACE": base is out and bias is None,
+            "BASE_PLANES": 0 if base is None else base.shape[0],
+            "IN_PLACE": first.base is first.out and first.bias is None,
             "DTYPE": triton_dtype(dtype),
             "BLOCK_M": BLOCK_ROWS,
             "BLOCK_N": tile.block_n,
@@ -267,16 +361,15 @@ def expand_planes_call(
         num_warps=tile.expand_warps,
         num_stages=1,
         options=compile_options(arch) | ({"launch_pdl": True} if tile.overlap else {}),
-        bytes=nbytes(planes, base, bias, out, s_out) + min(routing.slots, M) * R * N * adapters.pool_b.element_size(),
-        flops=2 * M * N * R + split * M * R,
+        bytes=nbytes(planes, *(each.base for each in group), *biases, *outs, *s_outs) + factors,
+        flops=2 * M * sum(a.N * a.max_rank for a in held) + split * M * width,
     )
 
 
-def _tables(adapters: Adapters, routing: Routing) -> dict[str, object]:
+def _tables(group: Sequence[Adapters], routing: Routing) -> dict[str, object]:
     return {
+        **table_pointers(group),
         "perm_ptr": routing.perm,
         "blocks_ptr": routing.blocks,
-        "row_offset_ptr": adapters.row_offset,
-        "rank_ptr": adapters.rank,
         "B": routing.blocks.shape[1],
     }

@@ -68,13 +68,23 @@ class DecodeTile:
 
 
 def multi_decode_tile(
-    *, arch: int, dtype: torch.dtype, M: int, N: int, K: int, R: int, aligned: bool, masters: bool = False
+    *,
+    arch: int,
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    aligned: bool,
+    masters: bool = False,
+    projections: int = 1,
 ) -> DecodeTile:
     """The tile of a decode step over as many adapters as there are rows.
 
     The shrink has a warp for 16 ranks, so that each reads its own rows of A once, by asynchronous copies of which
     `num_stages - 1` are under way; K is split until each multiprocessor has four programs. The expand's programs read
-    8 KB of B each (rank 16), all at once. `masters`: the adapters are fp32, and dtype, x's, is not.
+    8 KB of B each (rank 16), all at once. `masters`: the adapters are fp32, and dtype, x's, is not. `projections`: of
+    x, that share the launches, and so fill the device with fewer parts of K; R is then the largest of their ranks.
     """
     if arch == 0:
         return DecodeTile(32, min(4, cdiv(K, 32)), 1, rank_block(R, 32), 4, 64, 4)
@@ -84,8 +94,8 @@ def multi_decode_tile(
     if arch >= 900:
         block_k, stages = 64, 2
     programs = 4 * MULTIPROCESSORS.get(arch, 64)
-    split = 1
-    while split < 16 and M * cdiv(R, block_r) * split * 2 <= 1.1 * programs and K // (2 * split) >= 2 * block_k:
+    split, blocks = 1, projections * M * cdiv(R, block_r)
+    while split < 16 and blocks * split * 2 <= 1.1 * programs and K // (2 * split) >= 2 * block_k:
         split *= 2
     block_n = max(64, min(256, 4096 // block_r if half else 1024 // block_r))
     warps = 4 if not half or arch >= 900 else block_r // 16  # fp32's operands are in registers, tensor cores' are not

@@ -6,6 +6,7 @@ from peftkern.ops.lora_embedding import lora_embedding
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.lora_linear_shared import lora_linear_shared
 from peftkern.ops.multi_lora_linear import multi_lora_linear
+from peftkern.ops.multi_lora_linear_shared import multi_lora_linear_shared
 from peftkern.ops.quantize import dequantize, dequantize_4bit, dequantize_8bit, quantize_4bit, quantize_8bit
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "lora_linear_shared",
     "multi_ia3_linear",
     "multi_lora_linear",
+    "multi_lora_linear_shared",
     "quantize_4bit",
     "quantize_8bit",
 ]

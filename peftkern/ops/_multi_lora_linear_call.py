@@ -1,4 +1,7 @@
-"""Forward and backward of `multi_lora_linear`, whichever door they are called through and whatever path they take."""
+"""Forward and backward of `multi_lora_linear`, whichever door they are called through and whatever path they take.
+
+Written for projections that share x, its batch and its dropout mask; one layer by itself is a group of one.
+"""
 
 from __future__ import annotations
 
@@ -65,26 +68,73 @@ def is_plain(path: str) -> bool:
 
 def forward(x: torch.Tensor, bias: Optional, call: Call, *, keep: bool) -> tuple[torch.Tensor, Optional]:
     """y [..., N], and S [M, max_rank] if it is to be kept."""
+    (y,), (s,) = forward_shared(x, [bias], [call], [keep])
+    return y, s
+
+
+def forward_shared(
+    x: torch.Tensor, biases: Sequence[Optional], calls: Sequence[Call], keeps: Sequence[bool]
+) -> tuple[list[torch.Tensor], list[Optional]]:
+    """y [..., N] of each projection of x, and S [M, max_rank] of those that are to keep it.
+
+    The calls have one batch, one seed and one path.
+    """
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    weight, adapters, p = call.weight, call.adapters, call.dropout_p
-    if isinstance(weight, torch.Tensor) and weight.dtype != x.dtype:
-        weight = weight.to(x.dtype)
-    if bias is not None and bias.dtype != x.dtype:
-        bias = bias.to(x.dtype)
-    s: Optional = None
-    if is_plain(call.path):
-        dense_path = call.path.rpartition(":")[2]
-        y = _base(rows, weight, bias, dense_path)
-        layout, scalings = call.layout()
-        groups = call.batch.groups(rows.shape[0], layout)
-        if keep:
-            s = x.new_zeros(rows.shape[0], adapters.max_rank)
-        kept = plain.masks(groups, call.seed, rows.shape[1], p)
-        pools = (adapters.pool_a.detach(), adapters.pool_b.detach())
-        plain.add_adapters(y, rows, *pools, groups, scalings, kept, p, s, dense_path == "torch_fp32")
-    else:
-        y, s = _kernel_forward(rows, weight, bias, call, keep)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])), s
+    weights = [_in_dtype(call.weight, x.dtype) for call in calls]
+    biases = [bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype) for bias in biases]
+    run = _plain_forward if is_plain(calls[0].path) else _kernel_forward
+    ys, ss = run(rows, weights, biases, calls, keeps)
+    return (ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[1]) for y in ys]), ss
+
+
+def _in_dtype(weight: Any, dtype: torch.dtype) -> Any:
+    """A dense weight in `dtype`; a quantized one as it is."""
+    return weight.to(dtype) if isinstance(weight, torch.Tensor) and weight.dtype != dtype else weight
+
+
+def _plain_forward(
+    rows: torch.Tensor,
+    weights: Sequence[Any],
+    biases: Sequence[Optional],
+    calls: Sequence[Call],
+    keeps: Sequence[bool],
+) -> tuple[list[torch.Tensor], list[Optional]]:
+    dense_path = calls[0].path.rpartition(":")[2]
+    ys = [_base(rows, weight, bias, dense_path) for weight, bias in zip(weights, biases, strict=True)]
+    M, p = rows.shape[0], calls[0].dropout_p
+    ss = [rows.new_zeros(M, c.adapters.max_rank) if keep else None for c, keep in zip(calls, keeps, strict=True)]
+    layouts = [call.layout() for call in calls]
+    projections = _projections(ys, ss, calls, layouts, [{} for _ in calls])
+    for layout, alike in _by_layout(projections, layouts).items():
+        groups = calls[0].batch.groups(M, layout)
+        kept = plain.masks(groups, calls[0].seed, rows.shape[1], p)
+        plain.add_adapters(rows, alike, groups, kept, p, dense_path == "torch_fp32")
+    return ys, ss
+
+
+def _projections(
+    each: Sequence[torch.Tensor],
+    ss: Sequence[Optional],
+    calls: Sequence[Call],
+    layouts: Sequence[tuple[Layout, Sequence[float]]],
+    wants: Sequence[plain.Gradients],
+) -> list[plain.Projection]:
+    """What the plain path takes of each call, beside its y or dY and its S."""
+    found = []
+    for rows, s, call, (_, scalings), wanted in zip(each, ss, calls, layouts, wants, strict=True):
+        pools = (call.adapters.pool_a.detach(), call.adapters.pool_b.detach())
+        found.append(plain.Projection(rows, *pools, scalings, s, wanted))
+    return found
+
+
+def _by_layout(
+    projections: Sequence[plain.Projection], layouts: Sequence[tuple[Layout, Sequence[float]]]
+) -> dict[Layout, list[plain.Projection]]:
+    """Those projections together whose adapters lie alike, and whose groups are therefore the same."""
+    found: dict[Layout, list[plain.Projection]] = {}
+    for projection, (layout, _) in zip(projections, layouts, strict=True):
+        found.setdefault(layout, []).append(projection)
+    return found
 
 
 def _base(rows: torch.Tensor, weight: Any, bias: Optional, path: str) -> torch.Tensor:
@@ -101,26 +151,26 @@ def _base(rows: torch.Tensor, weight: Any, bias: Optional, path: str) -> torch.T
     return y
 
 
-def _base_backward(dy: torch.Tensor, weight: Any, path: str) -> torch.Tensor:
-    """dY W [M, K]."""
+def _add_base_backward(dx: Optional, dy: torch.Tensor, weight: Any, path: str) -> torch.Tensor:
+    """dY W [M, K], added to dx in place if there is one."""
     if isinstance(weight, torch.Tensor):
-        return _times(dy, weight, path)
-    dx: Any = None
+        return _add_product(dx, dy, weight, path)
+    total: Any = dx
     for part, dense in _dense_blocks(weight, dy.dtype, path):
-        added = _times(dy[:, part], dense, path)
-        dx = added if dx is None else dx.add_(added)
-    return dx
+        total = _add_product(total, dy[:, part], dense, path)
+    return total
 
 
-def _times(dy: torch.Tensor, weight: torch.Tensor, path: str) -> torch.Tensor:
+def _add_product(dx: Optional, dy: torch.Tensor, weight: torch.Tensor, path: str) -> torch.Tensor:
     if path != "torch_fp32":
-        return dense_rows(dy).mm(weight)
-    dx = dy.new_empty(dy.shape[0], weight.shape[1])
+        return dense_rows(dy).mm(weight) if dx is None else dx.addmm_(dense_rows(dy), weight)
+    total = dy.new_empty(dy.shape[0], weight.shape[1]) if dx is None else dx
     with torch.autocast("cpu", enabled=False):
         wide = weight.float()
         for rows in _row_blocks(dy.shape[0]):
-            dx[rows] = dy[rows].float().mm(wide)
-    return dx
+            part = dy[rows].float()
+            total[rows] = part.mm(wide) if dx is None else torch.addmm(total[rows].float(), part, wide)
+    return total
 
 
 def backward(
@@ -137,49 +187,84 @@ def backward(
 
     The latter are in the pools' dtype; all of them or none.
     """
-    weight: Any = call.weight
-    N, K = weight.shape
-    grad = dy if dy.dim() == 2 else dy.reshape(-1, N)
-    rows = x if x is None or x.dim() == 2 else x.reshape(-1, K)
-    if isinstance(weight, torch.Tensor) and weight.dtype != dy.dtype:
-        weight = weight.to(dy.dtype)
-    if is_plain(call.path):
-        dx, grads = _plain_backward(grad, rows, s, weight, call, needs_x, needs_adapters)
-    else:
-        dx, grads = _kernel_backward(grad, rows, s, weight, call, needs_x, needs_adapters)
-    if dx is not None and dy.dim() != 2:
-        dx = dx.view(*dy.shape[:-1], K)
-    dw = (grad.t() @ rows).to(call.weight.dtype) if needs_weight and rows is not None else None
+    dx, (grads,) = backward_shared([dy], x, [s], [call], needs_x, [needs_adapters])
+    grad = _flat(dy)
+    dw = (grad.t() @ _flat(x)).to(call.weight.dtype) if needs_weight and x is not None else None
     wide = torch.float32 if dy.dtype.itemsize == 2 else dy.dtype
     dbias = None if bias_dtype is None else grad.sum(0, dtype=wide).to(bias_dtype)
     return dx, dw, dbias, grads
 
 
+def backward_shared(
+    dys: Sequence[torch.Tensor],
+    x: Optional,
+    ss: Sequence[Optional],
+    calls: Sequence[Call],
+    needs_x: bool,
+    needs_adapters: Sequence[bool],
+) -> tuple[Optional, list[list[torch.Tensor]]]:
+    """The gradient of x [..., K], one buffer for all projections, and those of each one's owners as in `backward`.
+
+    The calls are those of the projections whose dY there is.
+    """
+    dy = dys[0]
+    grads = [_flat(each) for each in dys]
+    weights = [_in_dtype(call.weight, dy.dtype) for call in calls]
+    run = _plain_backward if is_plain(calls[0].path) else _kernel_backward
+    dx, found = run(grads, None if x is None else _flat(x), ss, weights, calls, needs_x, needs_adapters)
+    return (dx if dx is None or dy.dim() == 2 else dx.view(*dy.shape[:-1], dx.shape[1])), found
+
+
+def _flat(t: torch.Tensor) -> torch.Tensor:
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
 def _plain_backward(
-    grad: torch.Tensor, rows: Optional, s: Optional, weight: Any, call: Call, needs_x: bool, needs_adapters: bool
-) -> tuple[Optional, list[torch.Tensor]]:
-    dense_path = call.path.rpartition(":")[2]
-    dx = _base_backward(grad, weight, dense_path) if needs_x else None
-    adapters = call.adapters
-    layout, scalings = call.layout()
-    groups = call.batch.groups(grad.shape[0], layout)
-    kept = plain.masks(groups, call.seed, weight.shape[1], call.dropout_p)
-    owners = call.owners if needs_adapters else []
-    whole = bool(owners) and owners[0][0] == WHOLE_POOL
-    slots = range(len(layout.places)) if whole else [slot for slot, _, _ in owners]
-    wanted: plain.Gradients = {slot: [None, None] for slot in slots}
-    pools = (adapters.pool_a.detach(), adapters.pool_b.detach())
-    wide, p = dense_path == "torch_fp32", call.dropout_p
-    plain.backward(grad, rows, dx, *pools, groups, scalings, kept, p, s, wanted, wide)
-    N, K = weight.shape
-    if whole:
-        return dx, _pool_gradients(wanted, layout, *pools, N)
+    grads: Sequence[torch.Tensor],
+    rows: Optional,
+    ss: Sequence[Optional],
+    weights: Sequence[Any],
+    calls: Sequence[Call],
+    needs_x: bool,
+    needs_adapters: Sequence[bool],
+) -> tuple[Optional, list[list[torch.Tensor]]]:
+    dense_path, p = calls[0].path.rpartition(":")[2], calls[0].dropout_p
+    dx: Optional = None
+    if needs_x:
+        for grad, weight in zip(grads, weights, strict=True):
+            dx = _add_base_backward(dx, grad, weight, dense_path)
+    M, K = grads[0].shape[0], weights[0].shape[1]
+    wants = [_wanted(call) if needs else {} for call, needs in zip(calls, needs_adapters, strict=True)]
+    layouts = [call.layout() for call in calls]
+    projections = _projections(grads, ss, calls, layouts, wants)
+    for layout, alike in _by_layout(projections, layouts).items():
+        groups = calls[0].batch.groups(M, layout)
+        kept = plain.masks(groups, calls[0].seed, K, p)
+        plain.backward(rows, dx, alike, groups, kept, p, dense_path == "torch_fp32")
+    return dx, [_gradients(*each) for each in zip(projections, calls, layouts, strict=True)]
+
+
+def _wanted(call: Call) -> plain.Gradients:
+    """Room for the gradients of the slots that the call's owners have."""
+    whole = bool(call.owners) and call.owners[0][0] == WHOLE_POOL
+    slots = range(call.adapters.rank.shape[0]) if whole else [slot for slot, _, _ in call.owners]
+    return {slot: [None, None] for slot in slots}
+
+
+def _gradients(projection: plain.Projection, call: Call, layout: tuple[Layout, Sequence[float]]) -> list[torch.Tensor]:
+    """The gradients of the call's owners, A and B in turn; zeros where an owner has no rows."""
+    wanted, pool_a, pool_b = projection.wanted, projection.pool_a, projection.pool_b
+    N, K = projection.rows.shape[1], pool_a.shape[1]
+    if not wanted:
+        return []
+    if call.owners[0][0] == WHOLE_POOL:
+        return _pool_gradients(wanted, layout[0], pool_a, pool_b, N)
     grads: list[torch.Tensor] = []
-    for slot, _, rank in owners:
+    for slot, _, rank in call.owners:
         da, db = wanted[slot]
-        grads.append(pools[0].new_zeros(rank, K) if da is None else da)
-        grads.append(pools[1].new_zeros(N, rank) if db is None else db)
-    return dx, grads
+        grads.append(pool_a.new_zeros(rank, K) if da is None else da)
+        grads.append(pool_b.new_zeros(N, rank) if db is None else db)
+    return grads
 
 
 def _pool_gradients(
@@ -196,40 +281,60 @@ def _pool_gradients(
 
 
 def _kernel_forward(
-    rows: torch.Tensor, weight: Any, bias: Optional, call: Call, keep: bool
-) -> tuple[torch.Tensor, Optional]:
+    rows: torch.Tensor,
+    weights: Sequence[Any],
+    biases: Sequence[Optional],
+    calls: Sequence[Call],
+    keeps: Sequence[bool],
+) -> tuple[list[torch.Tensor], list[Optional]]:
     from peftkern.ops import _multi_lora_linear_triton as kernels
 
-    weight, path = _for_kernels(weight, rows.dtype, call.path)
-    routing = call.batch.routing(rows.shape[0])
-    return kernels.forward(
-        rows, weight, call.kernel_adapters(), routing, bias, call.seed, call.dropout_p, path, keep_s=keep
-    )
+    first = calls[0]
+    held, path = _for_kernels(weights, rows.dtype, first.path)
+    layers = [
+        kernels.Layer(weight, call.kernel_adapters(), bias)
+        for weight, call, bias in zip(held, calls, biases, strict=True)
+    ]
+    routing = first.batch.routing(rows.shape[0])
+    ys, ss = kernels.forward(rows, layers, routing, first.seed, first.dropout_p, path, keep_s=any(keeps))
+    return ys, [s if keep else None for s, keep in zip(ss, keeps, strict=True)]
 
 
 def _kernel_backward(
-    grad: torch.Tensor, rows: Optional, s: Optional, weight: Any, call: Call, needs_x: bool, needs_adapters: bool
-) -> tuple[Optional, list[torch.Tensor]]:
+    grads: Sequence[torch.Tensor],
+    rows: Optional,
+    ss: Sequence[Optional],
+    weights: Sequence[Any],
+    calls: Sequence[Call],
+    needs_x: bool,
+    needs_adapters: Sequence[bool],
+) -> tuple[Optional, list[list[torch.Tensor]]]:
     from peftkern.ops import _multi_lora_linear_triton as kernels
 
-    N = weight.shape[0]
-    weight, path = _for_kernels(weight, grad.dtype, call.path)
-    routing = call.batch.routing(grad.shape[0])
-    needs = (needs_x, needs_adapters, needs_adapters)
-    dx, pool_a, pool_b = kernels.backward(
-        grad, rows, weight, call.kernel_adapters(), s, routing, call.seed, call.dropout_p, path, needs
-    )
+    first = calls[0]
+    held, path = _for_kernels(weights, grads[0].dtype, first.path)
+    layers = [kernels.Layer(weight, call.kernel_adapters()) for weight, call in zip(held, calls, strict=True)]
+    routing = first.batch.routing(grads[0].shape[0])
+    needs = (needs_x, tuple((needs, needs) for needs in needs_adapters))
+    dx, pools = kernels.backward(grads, rows, layers, ss, routing, first.seed, first.dropout_p, path, needs)
+    return dx, [_of_owners(call, *pair) for call, pair in zip(calls, pools, strict=True)]
+
+
+def _of_owners(call: Call, pool_a: Optional, pool_b: Optional) -> list[torch.Tensor]:
+    """Each owner's part of its pools' gradients."""
     if pool_a is None or pool_b is None:
-        return dx, []
+        return []
     if call.owners[0][0] == WHOLE_POOL:
-        return dx, [pool_a, pool_b]
-    grads = []
+        return [pool_a, pool_b]
+    N, found = call.weight.shape[0], []
     for _, first, rank in call.owners:
-        grads += [pool_a[first : first + rank], pool_b[first * N : (first + rank) * N].view(N, rank)]
-    return dx, grads
+        found += [pool_a[first : first + rank], pool_b[first * N : (first + rank) * N].view(N, rank)]
+    return found
 
 
-def _for_kernels(weight: Any, dtype: torch.dtype, path: str) -> tuple[Any, str]:
-    """The weight as the kernels of a path take it, and that path: "dequantize:PATH" is PATH over a dense weight."""
+def _for_kernels(weights: Sequence[Any], dtype: torch.dtype, path: str) -> tuple[list[Any], str]:
+    """The weights as the kernels of a path take them, and that path: "dequantize:PATH" is PATH over dense weights."""
     how, _, dense_path = path.partition(":")
-    return (dequantize(weight, dtype), dense_path) if how == "dequantize" else (weight, path)
+    if how != "dequantize":
+        return list(weights), path
+    return [dequantize(weight, dtype) for weight in weights], dense_path

@@ -2,7 +2,8 @@
 
 The base product is one product for the whole batch. To it, in place, the adapters' parts are added group by group (see
 `_adapter_groups`): for 8 adapters at 8 rows that is two batched products. Neither x nor y is copied or widened, but for
-rows of an adapter that do not lie together. The dropout mask is drawn again in backward from its seed.
+rows of an adapter that do not lie together. The dropout mask is drawn again in backward from its seed. Projections of
+one x (`multi_lora_linear_shared`) are served together: a group's rows are taken and masked once for all.
 
 On a GPU this path reads ids and tables on the host, which waits for the device: kernels are for that.
 """
@@ -10,6 +11,7 @@ On a GPU this path reads ids and tables on the host, which waits for the device:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import linear
@@ -55,30 +57,44 @@ def masks(groups: Sequence[Group], seed: torch.Tensor | None, K: int, p: float) 
     return found
 
 
+@dataclass(slots=True)
+class Projection:
+    """One layer's part in a product over the groups; layers that share x are served together.
+
+    Attributes:
+        rows: y [M, N] in forward, added to in place; dY [M, N] in backward.
+        pool_a, pool_b: in x's dtype or float32.
+        scalings: of each slot.
+        s: S [M, max_rank], in forward zeros that are written; None where nobody asks for it.
+        wanted: slots whose gradients are asked for; [dA, dB] of each are added up there, in the pools' dtype.
+    """
+
+    rows: torch.Tensor
+    pool_a: torch.Tensor
+    pool_b: torch.Tensor
+    scalings: Sequence[float]
+    s: Kept
+    wanted: Gradients = field(default_factory=dict)
+
+
 def add_adapters(
-    y: torch.Tensor,
     x: torch.Tensor,
-    pool_a: torch.Tensor,
-    pool_b: torch.Tensor,
+    projections: Sequence[Projection],
     groups: Sequence[Group],
-    scalings: Sequence[float],
     kept: Sequence[torch.Tensor | None],
     p: float,
-    s: torch.Tensor | None,
     wide: bool,
 ) -> None:
-    """Adds the adapters' parts to y [M, N] in place, and writes S = scaling * dropout(x) A^T to s [M, max_rank].
+    """Adds the adapters' parts to each y in place, and writes S = scaling * dropout(x) A^T.
+
+    A group's rows of x are taken and masked once, whatever the number of projections.
 
     Args:
         x: [M, K] in y's dtype.
-        pool_a, pool_b: in y's dtype or float32.
-        scalings: of each slot.
         kept: the mask of each group, or None.
-        s: zeros, or None where nobody asks for S.
         wide: multiply in fp32.
     """
     work = torch.float32 if wide else x.dtype
-    N = y.shape[1]
     for group, mask in zip(groups, kept, strict=True):
         P, L, rows = len(group.slots), group.length, group.rows
         part = _take(x, rows)
@@ -86,67 +102,78 @@ def add_adapters(
             part = part.to(work)
         if mask is not None:
             part = apply_mask(part, mask)
-        a, b = _to(group.factors_a(pool_a), work), _to(group.factors_b(pool_b, N), work)
-        low = torch.bmm(part.view(P, L, -1), a.transpose(1, 2))
-        low.mul_(_scale(group, scalings, p if mask is not None else 0.0, low))
-        if s is not None:
-            _write(s, rows, group.rank, low)
-        _add_product(y, rows, low, b.transpose(1, 2), None, wide)
+        for each in projections:
+            a = _to(group.factors_a(each.pool_a), work)
+            b = _to(group.factors_b(each.pool_b, each.rows.shape[1]), work)
+            low = torch.bmm(part.view(P, L, -1), a.transpose(1, 2))
+            low.mul_(_scale(group, each.scalings, p if mask is not None else 0.0, low))
+            if each.s is not None:
+                _write(each.s, rows, group.rank, low)
+            _add_products(each.rows, rows, [(low, b.transpose(1, 2))], None, wide)
 
 
 def backward(
-    dy: torch.Tensor,
     x: Kept,
     dx: torch.Tensor | None,
-    pool_a: torch.Tensor,
-    pool_b: torch.Tensor,
+    projections: Sequence[Projection],
     groups: Sequence[Group],
-    scalings: Sequence[float],
     kept: Sequence[torch.Tensor | None],
     p: float,
-    s: Kept,
-    wanted: Gradients,
     wide: bool,
 ) -> None:
-    """Adds the adapters' parts to dx [M, K] in place, and their gradients into `wanted`.
+    """Adds the adapters' parts of all projections to dx [M, K] in place, and their gradients into each's `wanted`.
 
-    `wanted` names the slots whose gradients are asked for; [dA, dB] of each are added up there, in the pools' dtype.
+    A group's rows of x and of dx are taken and masked once, as in `add_adapters`.
     """
-    work = torch.float32 if wide else dy.dtype
-    N, K = dy.shape[1], pool_a.shape[1]
     for group, mask in zip(groups, kept, strict=True):
         P, L, rows = len(group.slots), group.length, group.rows
-        needs = any(slot in wanted for slot in group.slots)
-        if not needs and dx is None:
-            continue
-        part = _to(_take(dy, rows), work).view(P, L, N)
-        b = _to(group.factors_b(pool_b, N), work)
-        low = torch.bmm(part, b)
-        low.mul_(_scale(group, scalings, p if mask is not None else 0.0, low))
-        if dx is not None:
-            _add_product(dx, rows, low, _to(group.factors_a(pool_a), work), mask, wide)
-        if needs:
-            seen = _to(_take(x, rows), work)
-            if mask is not None:
-                seen = apply_mask(seen, mask)
-            da = torch.bmm(low.transpose(1, 2), seen.view(P, L, K))
-            s_part = _take(s, rows)[:, : group.rank]
-            db = torch.bmm(part.transpose(1, 2), _to(s_part, work).view(P, L, group.rank))
-            _collect(wanted, group.slots, _to(da, pool_a.dtype), _to(db, pool_b.dtype))
+        seen: Kept = None
+        products = []
+        for each in projections:
+            needs = any(slot in each.wanted for slot in group.slots)
+            if not needs and dx is None:
+                continue
+            dy, pool_a, pool_b = each.rows, each.pool_a, each.pool_b
+            N, K = dy.shape[1], pool_a.shape[1]
+            work = torch.float32 if wide else dy.dtype
+            part = _to(_take(dy, rows), work).view(P, L, N)
+            b = _to(group.factors_b(pool_b, N), work)
+            low = torch.bmm(part, b)
+            low.mul_(_scale(group, each.scalings, p if mask is not None else 0.0, low))
+            if dx is not None:
+                products.append((low, _to(group.factors_a(pool_a), work)))
+            if needs:
+                if seen is None:
+                    seen = _to(_take(x, rows), work)
+                    seen = seen if mask is None else apply_mask(seen, mask)
+                da = torch.bmm(low.transpose(1, 2), seen.view(P, L, K))
+                s_part = _take(each.s, rows)[:, : group.rank]
+                db = torch.bmm(part.transpose(1, 2), _to(s_part, work).view(P, L, group.rank))
+                _collect(each.wanted, group.slots, _to(da, pool_a.dtype), _to(db, pool_b.dtype))
+        if dx is not None and products:
+            _add_products(dx, rows, products, mask, wide)
 
 
-def _add_product(
-    out: torch.Tensor, rows: slice | torch.Tensor, low: torch.Tensor, factor: torch.Tensor, mask: Kept, wide: bool
+def _add_products(
+    out: torch.Tensor,
+    rows: slice | torch.Tensor,
+    products: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    mask: Kept,
+    wide: bool,
 ) -> None:
-    """Adds low [P, L, r] x factor [P, r, C], where the mask keeps it, to the rows of out [M, C]."""
-    P, L, _ = low.shape
+    """Adds the sum of low [P, L, r] x factor [P, r, C], where the mask keeps it, to the rows of out [M, C]."""
+    P, L, _ = products[0][0].shape
     C = out.shape[1]
     # Rows that do not lie together are taken out and put back: `index_add_` takes far longer on a CPU.
     part = out[rows] if isinstance(rows, slice) else out.index_select(0, rows)
     if mask is None and not wide:
-        part.view(P, L, C).baddbmm_(low, factor)
+        for low, factor in products:
+            part.view(P, L, C).baddbmm_(low, factor)
     else:
-        added = torch.bmm(low, factor).view(-1, C)
+        added = torch.bmm(*products[0])
+        for low, factor in products[1:]:
+            added.baddbmm_(low, factor)
+        added = added.view(-1, C)
         part.add_(added if mask is None else added.mul_(_as_number(mask, added.dtype)))
     if not isinstance(rows, slice):
         out.index_copy_(0, rows, part)

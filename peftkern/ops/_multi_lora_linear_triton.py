@@ -3,11 +3,14 @@
 As in _lora_linear_triton.py nothing runs here: outputs are allocated and returned with the `Call`s that fill them.
 Paths over a dense weight: "triton" (the expand is in the base GEMM's accumulator), "cublas" (the grouped expand writes
 first, cuBLAS adds the base in place), "decode" (at most 64 rows; up to 16 the base is our kernels' too). Over a
-`Weight4bit`: "fused_4bit", and "decode_4bit" (at most 16 rows).
+`Weight4bit`: "fused_4bit", and "decode_4bit" (at most 16 rows). Written for several projections of one x that share
+batch, mask and path; one layer is a group of one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,20 +30,30 @@ from peftkern.ops._lora_linear_triton import (
 from peftkern_kernels import replay
 from peftkern_kernels.adapters import Adapters
 from peftkern_kernels.dropout import Dropout
-from peftkern_kernels.launch import TorchCall, scratch
+from peftkern_kernels.launch import TorchCall, nbytes, scratch
 from peftkern_kernels.lora_linear import base_plus_expand_calls
 from peftkern_kernels.lora_linear_4bit import base_4bit_plus_expand_calls, base_4bit_transposed_plus_expand_calls
-from peftkern_kernels.multi_decode import MAX_ROWS, multi_decode_calls
+from peftkern_kernels.multi_decode import MAX_ROWS, group_decode_calls, multi_decode_calls
 from peftkern_kernels.multi_decode_base import MAX_ROWS as BASE_MAX_ROWS
-from peftkern_kernels.multi_decode_base import multi_linear_decode_calls
-from peftkern_kernels.multi_expand import multi_expand_calls
-from peftkern_kernels.multi_shrink import multi_shrink_calls
+from peftkern_kernels.multi_decode_base import group_linear_decode_calls
+from peftkern_kernels.multi_expand import group_expand_calls, multi_expand_calls
+from peftkern_kernels.multi_group import Projection, columns
+from peftkern_kernels.multi_shrink import group_shrink_calls, multi_shrink_calls
 from peftkern_kernels.multi_tables import DecodeTile
 from peftkern_kernels.multi_tile import MixedFactor
 from peftkern_kernels.multi_weight_gradient import multi_weight_gradient_calls
 from peftkern_kernels.routing import Routing
 
 __all__ = ["BASE_MAX_ROWS", "MAX_ROWS", "backward_calls", "forward_calls", "multi_calls"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One projection of x: its weight, dense [N, K] or a `Weight4bit`, its adapters, and its bias [N] or None."""
+
+    weight: Any
+    adapters: Adapters
+    bias: torch.Tensor | None = None
 
 
 def forward_calls(
@@ -58,29 +71,51 @@ def forward_calls(
 
     `keep_s` False lets the path "decode" leave S out (None): nothing but a backward needs it.
     """
-    M, N, R = x.shape[0], weight.shape[0], adapters.max_rank
-    y = x.new_empty(M, N)
+    layer = Layer(weight, adapters, bias)
+    (y,), s, calls = shared_forward_calls(x, [layer], routing, dropout, path, arch, keep_s)
+    return y, s, calls
+
+
+def shared_forward_calls(
+    x: torch.Tensor,
+    layers: Sequence[Layer],
+    routing: Routing,
+    dropout: Dropout | None,
+    path: str,
+    arch: int,
+    keep_s: bool = True,
+) -> tuple[list[torch.Tensor], torch.Tensor | None, Calls]:
+    """The same for several projections of x: each one's y, and their S side by side, [M, sum of max_rank].
+
+    The shrink is one launch for all; so is what follows on the decode paths. Elsewhere each has its base and expand.
+    """
+    M, ranks = x.shape[0], [layer.adapters.max_rank for layer in layers]
+    ys = [x.new_empty(M, layer.weight.shape[0]) for layer in layers]
     common: dict[str, Any] = {"arch": arch, "precision": precision()}
     if path in ("decode", "decode_4bit") and dropout is None:
-        s_out = x.new_empty(M, R) if keep_s else None
+        s_out = x.new_empty(M, sum(ranks)) if keep_s else None
+        beside = list(zip(layers, ys, columns(s_out, ranks), strict=True))
         if M <= BASE_MAX_ROWS:
-            stored = packed(weight) if path == "decode_4bit" else weight
-            options: dict[str, Any] = {"bias": bias, "s_out": s_out}
-            return y, s_out, [*multi_linear_decode_calls(x, stored, adapters, routing, y, **options, **common)]
-        calls: Calls = [write_base(x, weight, y)] if M else []
-        calls += multi_decode_calls(x, adapters, routing, y, base=y, bias=bias, s_out=s_out, **common)
-        return y, s_out, calls
-    s = x.new_empty(M, R)
-    calls = [*multi_shrink_calls(x, adapters, routing, s, dropout=dropout, **common)]
-    if path == "triton":
-        calls += base_plus_expand_calls(x, weight, s, MixedFactor(adapters, routing, "b"), y, bias=bias, **common)
-    elif path in FUSED_4BIT_PATHS:
-        factor = MixedFactor(adapters, routing, "b")
-        calls += base_4bit_plus_expand_calls(x, packed(weight), s, factor, y, bias=bias, **common)
-    elif M:
-        calls += multi_expand_calls(s, adapters, routing, y, bias=bias, **common)
-        calls.append(_add_base(x, weight, y))
-    return y, s, calls
+            group = [Projection(each.adapters, y, None, each.bias, part) for each, y, part in beside]
+            weights = [packed(each.weight) if path == "decode_4bit" else each.weight for each in layers]
+            return ys, s_out, [*group_linear_decode_calls(x, weights, group, routing, **common)]
+        calls: Calls = [write_base(x, each.weight, y) for each, y, _ in beside]
+        group = [Projection(each.adapters, y, y, each.bias, part) for each, y, part in beside]
+        return ys, s_out, [*calls, *group_decode_calls(x, group, routing, **common)]
+    s = x.new_empty(M, sum(ranks))
+    calls = [*group_shrink_calls(x, [each.adapters for each in layers], routing, s, dropout=dropout, **common)]
+    for layer, y, part in zip(layers, ys, columns(s, ranks), strict=True):
+        weight, adapters, bias = layer.weight, layer.adapters, layer.bias
+        if path == "triton":
+            factor = MixedFactor(adapters, routing, "b")
+            calls += base_plus_expand_calls(x, weight, part, factor, y, bias=bias, **common)
+        elif path in FUSED_4BIT_PATHS:
+            factor = MixedFactor(adapters, routing, "b")
+            calls += base_4bit_plus_expand_calls(x, packed(weight), part, factor, y, bias=bias, **common)
+        elif M:
+            calls += multi_expand_calls(part, adapters, routing, y, bias=bias, **common)
+            calls.append(_add_base(x, weight, y))
+    return ys, s, calls
 
 
 def backward_calls(
@@ -100,98 +135,171 @@ def backward_calls(
     The pools' gradients are contiguous, in the pools' dtype, zero for adapters without rows and rows of no adapter.
     `x` may be None if pool_a's is not asked for, `s` if pool_b's is not.
     """
-    needs_x, needs_a, needs_b = needs
-    M, K = dy.shape[0], weight.shape[1]
-    common: dict[str, Any] = {"arch": arch, "precision": precision()}
-    dx = dy.new_empty(M, K) if needs_x else None
-    da = torch.empty_like(adapters.pool_a, memory_format=torch.contiguous_format) if needs_a else None
-    db = torch.empty_like(adapters.pool_b) if needs_b else None
-    ds: Kept = None
-    if needs_x or needs_a:
-        ds = scratch(M, adapters.max_rank, dtype=dy.dtype, device=dy.device)
-    # One fill of memory, where finding out who is absent would take a kernel of its own.
-    calls: Calls = [TorchCall("zero", torch.Tensor.zero_, (t,)) for t in (da, db) if t is not None]
-    if ds is not None:
-        calls += multi_shrink_calls(dy, adapters, routing, ds, pool="b", **common)
-    factor = MixedFactor(adapters, routing, "a")
-    if dx is not None and path == "triton":
-        calls += base_plus_expand_calls(dy, weight.t(), ds, factor, dx, dropout=dropout, **common)
-    elif dx is not None and path in FUSED_4BIT_PATHS:
-        calls += base_4bit_transposed_plus_expand_calls(dy, packed(weight), ds, factor, dx, dropout=dropout, **common)
-    elif dx is not None and M:
-        calls += multi_expand_calls(ds, adapters, routing, dx, pool="a", dropout=dropout, **common)
-        calls.append(_add_base(dy, weight.t(), dx))
-    if da is not None or db is not None:
-        calls += multi_weight_gradient_calls(
-            ds if da is not None else None,
-            x if da is not None else None,
-            s if db is not None else None,
-            dy if db is not None else None,
-            da,
-            db,
-            adapters,
-            routing,
-            dropout=dropout,
-            **common,
-        )
+    needs_x, *pools = needs
+    layer, asked = Layer(weight, adapters), (needs_x, [(pools[0], pools[1])])
+    dx, ((da, db),), calls = shared_backward_calls([dy], x, [layer], [s], routing, dropout, path, arch, asked)
     return dx, da, db, calls
 
 
-def _tensors(weight: Any, adapters: Adapters, routing: Routing) -> tuple[Any, list[Any]]:
+Pair = tuple[torch.Tensor | None, torch.Tensor | None]  # gradients of pool_a and pool_b
+SharedNeeds = tuple[bool, Sequence[tuple[bool, bool]]]  # whether x asks, and each projection's pools
+
+
+def shared_backward_calls(
+    dys: Sequence[torch.Tensor],
+    x: Kept,
+    layers: Sequence[Layer],
+    parts_s: Sequence[Kept],
+    routing: Routing,
+    dropout: Dropout | None,
+    path: str,
+    arch: int,
+    needs: SharedNeeds,
+) -> tuple[torch.Tensor | None, list[Pair], Calls]:
+    """The same for several projections of x: one dX, and each one's gradients of its pools.
+
+    dX is one buffer: the first launches write it, the others add to it.
+    """
+    needs_x, needs_pools = needs
+    first, M, K = dys[0], dys[0].shape[0], layers[0].weight.shape[1]
+    common: dict[str, Any] = {"arch": arch, "precision": precision()}
+    dx = first.new_empty(M, K) if needs_x else None
+    pairs: list[Pair] = []
+    for layer, (needs_a, needs_b) in zip(layers, needs_pools, strict=True):
+        da = torch.empty_like(layer.adapters.pool_a, memory_format=torch.contiguous_format) if needs_a else None
+        pairs.append((da, torch.empty_like(layer.adapters.pool_b) if needs_b else None))
+    # One fill of memory, where finding out who is absent would take a kernel of its own.
+    calls: Calls = [TorchCall("zero", torch.Tensor.zero_, (t,)) for pair in pairs for t in pair if t is not None]
+    parts_ds: list[Kept] = [None] * len(layers)
+    if needs_x or any(needs_a for needs_a, _ in needs_pools):
+        ranks = [layer.adapters.max_rank for layer in layers]
+        parts_ds = [*columns(scratch(M, sum(ranks), dtype=first.dtype, device=first.device), ranks)]
+        for i, (dy, layer) in enumerate(zip(dys, layers, strict=True)):
+            if needs_x or needs_pools[i][0]:
+                calls += multi_shrink_calls(dy, layer.adapters, routing, parts_ds[i], pool="b", **common)
+            else:
+                parts_ds[i] = None
+    if dx is not None:
+        calls += _dx_calls(dys, layers, parts_ds, routing, dx, dropout, path, common)
+    for dy, layer, s, ds, (da, db) in zip(dys, layers, parts_s, parts_ds, pairs, strict=True):
+        if da is not None or db is not None:
+            calls += multi_weight_gradient_calls(
+                ds if da is not None else None,
+                x if da is not None else None,
+                s if db is not None else None,
+                dy if db is not None else None,
+                da,
+                db,
+                layer.adapters,
+                routing,
+                dropout=dropout,
+                **common,
+            )
+    return dx, pairs, calls
+
+
+def _dx_calls(
+    dys: Sequence[torch.Tensor],
+    layers: Sequence[Layer],
+    parts_ds: Sequence[Kept],
+    routing: Routing,
+    dx: torch.Tensor,
+    dropout: Dropout | None,
+    path: str,
+    common: dict[str, Any],
+) -> Calls:
+    """Launches of dX = sum over the projections of dY W + keep / (1 - p) * (dS A)."""
+    calls: Calls = []
+    if dx.shape[0] == 0:
+        return calls
+    options: dict[str, Any] = {"dropout": dropout, **common}
+    others = list(zip(dys, layers, parts_ds, strict=True))
+    if path == "triton" or path in FUSED_4BIT_PATHS:
+        dy, layer, ds = others.pop(0)
+        calls += _base_and_expand(dy, layer, ds, routing, dx, options)
+    if path in FUSED_4BIT_PATHS:  # that kernel only writes: a second buffer, added
+        for dy, layer, ds in others:
+            more = scratch(*dx.shape, dtype=dx.dtype, device=dx.device)
+            calls += _base_and_expand(dy, layer, ds, routing, more, options)
+            calls.append(TorchCall("dX: sum", torch.Tensor.add_, (dx, more), nbytes(dx, dx, more)))
+        return calls
+    if others:
+        held = [layer.adapters for _, layer, _ in others]
+        accumulate = len(others) < len(dys)
+        parts = [ds for _, _, ds in others]
+        calls += group_expand_calls(parts, held, routing, dx, accumulate=accumulate, **options)
+        calls += [_add_base(dy, layer.weight.t(), dx) for dy, layer, _ in others]
+    return calls
+
+
+def _base_and_expand(
+    dy: torch.Tensor, layer: Layer, ds: Kept, routing: Routing, dx: torch.Tensor, options: dict[str, Any]
+) -> Calls:
+    """One projection's dX by a GEMM with the expand in its accumulator."""
+    factor = MixedFactor(layer.adapters, routing, "a")
+    if isinstance(layer.weight, torch.Tensor):
+        return [*base_plus_expand_calls(dy, layer.weight.t(), ds, factor, dx, **options)]
+    return [*base_4bit_transposed_plus_expand_calls(dy, packed(layer.weight), ds, factor, dx, **options)]
+
+
+def _tensors(layers: Sequence[Layer], routing: Routing) -> tuple[Any, list[Any]]:
     """What a recording of the launches must know of these: numbers, and tensors."""
-    blocksize, *held = weight_parts(weight)
-    tables = (adapters.pool_a, adapters.pool_b, adapters.row_offset, adapters.rank, adapters.scaling)
-    return (blocksize, adapters.max_rank, adapters.N), [*held, *tables, *routing.tensors]
+    numbers, tensors = [], []
+    for layer in layers:
+        adapters = layer.adapters
+        blocksize, *held = weight_parts(layer.weight)
+        numbers.append((blocksize, adapters.max_rank, adapters.N))
+        tensors += [*held, adapters.pool_a, adapters.pool_b, adapters.row_offset, adapters.rank, adapters.scaling]
+        tensors.append(layer.bias)
+    return tuple(numbers), [*tensors, *routing.tensors]
 
 
 def forward(
     x: torch.Tensor,
-    weight: Any,
-    adapters: Adapters,
+    layers: Sequence[Layer],
     routing: Routing,
-    bias: torch.Tensor | None,
     seed: torch.Tensor | None,
     p: float,
     path: str,
     *,
     keep_s: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run the launches of `forward_calls`, from a recording once the situation has been met; y and S."""
-    arch, (numbers, tensors) = device_info(x.device).arch, _tensors(weight, adapters, routing)
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """Run the launches of `shared_forward_calls`, from a recording once the situation has been met; y and S of each."""
+    arch, (numbers, tensors) = device_info(x.device).arch, _tensors(layers, routing)
     drop = dropout(seed, p)
 
     def build() -> Any:
-        y, s, calls = forward_calls(x, weight, adapters, routing, bias, drop, path, arch, keep_s)
-        return (y, s), calls
+        ys, s, calls = shared_forward_calls(x, layers, routing, drop, path, arch, keep_s)
+        return (*ys, s), calls
 
     key = ("multi_lora_linear", numbers, p, path, keep_s, precision())
-    y, s = replay.produce(key, (x, *tensors, bias, seed), build, x.device)
-    return y, s
+    *ys, s = replay.produce(key, (x, *tensors, seed), build, x.device)
+    return ys, columns(s, [layer.adapters.max_rank for layer in layers])
 
 
 def backward(
-    dy: torch.Tensor,
+    dys: Sequence[torch.Tensor],
     x: Kept,
-    weight: Any,
-    adapters: Adapters,
-    s: Kept,
+    layers: Sequence[Layer],
+    parts_s: Sequence[Kept],
     routing: Routing,
     seed: torch.Tensor | None,
     p: float,
     path: str,
-    needs: tuple[bool, bool, bool],
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Run the launches of `backward_calls`, likewise; the gradients of x and of the pools."""
-    arch, (numbers, tensors) = device_info(dy.device).arch, _tensors(weight, adapters, routing)
+    needs: SharedNeeds,
+) -> tuple[torch.Tensor | None, list[Pair]]:
+    """Run the launches of `shared_backward_calls`, likewise; the gradients of x and of each one's pools."""
+    device = dys[0].device
+    arch, (numbers, tensors) = device_info(device).arch, _tensors(layers, routing)
     drop = dropout(seed, p)
 
     def build() -> Any:
-        *results, calls = backward_calls(dy, x, weight, adapters, s, routing, drop, path, arch, needs)
-        return results, calls
+        dx, pairs, calls = shared_backward_calls(dys, x, layers, parts_s, routing, drop, path, arch, needs)
+        return [dx, *(t for pair in pairs for t in pair)], calls
 
-    key = ("multi_lora_linear backward", numbers, p, path, needs, precision())
-    dx, da, db = replay.produce(key, (dy, x, *tensors, s, seed), build, dy.device)
-    return dx, da, db
+    key = ("multi_lora_linear backward", numbers, p, path, needs[0], tuple(needs[1]), precision())
+    dx, *flat = replay.produce(key, (*dys, x, *tensors, *parts_s, seed), build, device)
+    return dx, list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def multi_calls(

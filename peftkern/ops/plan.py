@@ -229,6 +229,34 @@ def plan_multi_lora_linear(
     return Plan("fused_4bit", f"at most {most} tokens: decoded inside the GEMM, rows grouped by adapter (predicted)")
 
 
+APART = "apart"  # as a path: each projection is a call of its own
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_multi_lora_linear_shared(plans: tuple[Plan, ...], unlike: str = "") -> Plan:
+    """Whether the projections of `multi_lora_linear_shared` share their work: the path of all, or `APART`.
+
+    Args:
+        plans: what `plan_multi_lora_linear` says of each projection.
+        unlike: what keeps them apart beside that, in words; "" for nothing.
+    """
+    paths = dict.fromkeys(plan.path for plan in plans)
+    if not unlike and len(plans) == 1:
+        unlike = "there is but one"
+    if not unlike and len(paths) > 1:
+        unlike = f"their paths differ ({', '.join(paths)})"
+    if unlike:
+        return Plan(APART, f"each projection by itself: {unlike}")
+    path, reason = plans[0].path, plans[0].reason
+    if path.rpartition(":")[2] in ("torch", "torch_fp32"):
+        shared = "x's rows taken and masked once"
+    elif path.rpartition(":")[2] in ("decode", "decode_4bit"):
+        shared = "the two launches of all are two"
+    else:
+        shared = "one shrink"
+    return Plan(path, f"{len(plans)} projections of one x: {shared}, one dX; {reason}")
+
+
 @functools.lru_cache(maxsize=1024)
 def plan_lora_embedding(tokens: int, dtype: torch.dtype, device: DeviceInfo, backend: str = "auto") -> Plan:
     """The path of `lora_embedding`: "triton" (gather and expand in one kernel, sorted scatter) or "torch".
