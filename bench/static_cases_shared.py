@@ -14,7 +14,7 @@ from bench.static_cases_4bit import weight_on_meta
 from peftkern.backend import DeviceInfo
 from peftkern.ops import _lora_linear_shared_triton as shared
 from peftkern.ops._lora_linear_triton import Calls, input_gradient_calls, output_calls, thin_calls
-from peftkern.ops.plan import ONE_BY_ONE, plan_lora_linear, plan_shared
+from peftkern.ops.plan import APART, plan_lora_linear, plan_shared
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.launch import Call
 from peftkern_kernels.weight_gradient import weight_gradient_calls
@@ -56,7 +56,7 @@ class LoraLinearShared:
     def launches(self, arch: int) -> list[Call]:
         """The kernel launches of forward and backward on an architecture; cuBLAS's are left out."""
         path = self.path if self.path != "auto" else self.plan(arch)
-        if path in ("torch", ONE_BY_ONE):
+        if path in ("torch", APART):
             return []
         x = torch.empty(self.M, self.K, dtype=self.dtype, device="meta")
         kind = torch.float32 if self.masters else self.dtype

@@ -353,7 +353,7 @@ def test_plan_says_why_not():
     assert "different paths: cublas, triton" in plans.plan_shared([single, plans.Plan("cublas", "odd rows")]).reason
     for path in ("decode", "decode_4bit", "torch_fp32", "dequantize:torch_fp32"):
         plan = plans.plan_shared([plans.Plan(path, "because"), plans.Plan(path, "because")])
-        assert plan.path == plans.ONE_BY_ONE and plan.reason.startswith("because")
+        assert plan.path == plans.APART and plan.reason.startswith("because")
 
 
 def test_errors_name_the_argument():

@@ -313,6 +313,79 @@ def test_copies_and_pickles_in_the_middle_of_a_forward():
         torch.testing.assert_close(other[1](x), alone(made[1], x))
 
 
+@pytest.fixture
+def shared_by_many(monkeypatch):
+    """The number of projections of each call of `multi_lora_linear_shared`."""
+    calls = []
+    operation = MODULE.multi_lora_linear_shared
+
+    def counted(x, weights, *rest, **options):
+        calls.append(len(weights))
+        return operation(x, weights, *rest, **options)
+
+    monkeypatch.setattr(MODULE, "multi_lora_linear_shared", counted)
+    return calls
+
+
+def with_two_adapters():
+    model = adapted(lora_dropout=0.0)
+    model.add_adapter("other", peftkern.LoraConfig(r=2, target_modules="all-linear"))
+    randomize(model, seed=7)
+    model.set_requires_grad(["default", "other"])
+    return model
+
+
+def mixed_results(model, names=("default", "__base__", "other")):
+    model.zero_grad()
+    output = model(input_ids=ids(3), labels=ids(3), adapter_names=list(names))
+    output.loss.backward()
+    return [output.logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def test_a_batch_of_many_adapters_is_shared(shared_by_many, shared):
+    """Would catch projections that share their input but not their launches where rows name their adapters."""
+    model = with_two_adapters()
+    together = mixed_results(model)
+    assert sorted(shared_by_many) == [2, 2, 3, 3] and not shared
+    peftkern.share_inputs(model, enabled=False)
+    apart = mixed_results(model)
+    assert len(together) == len(apart) == 1 + 2 * 2 * 7 * 2  # logits; A and B of two adapters, 7 layers in each block
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert len(shared_by_many) == 4
+
+
+def test_checkpointed_batch_of_many_adapters(shared_by_many):
+    """Would catch a recomputation in backward that takes another batch's outputs, or leaves some lying."""
+    plain, model = with_two_adapters(), with_two_adapters()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    for names in (("default", "__base__", "other"), ("other", "other", "default")):
+        for one, other in zip(mixed_results(plain, names), mixed_results(model, names), strict=True):
+            assert torch.equal(one, other)
+    assert len(shared_by_many) == 2 * 3 * 4
+
+
+@pytest.mark.parametrize("change", [change_x, change_adapter, change_base], ids=lambda f: f.__name__)
+def test_a_batch_of_many_sees_changes_in_between(change):
+    """Would catch a layer that hands out what was computed before its adapters in the pool, or its input, changed."""
+    model = with_two_adapters()
+    attention = model.base_model.model.model.layers[0].self_attn
+    x = torch.randn(3, 4, 64)
+    tuner = model.base_model
+    with tuner.mixed_batch(["default", "__base__", "other"]):
+        attention.q_proj(x)
+        before = attention.k_proj(x)
+        attention.q_proj(x)
+        change(x, attention.k_proj)
+        got = attention.k_proj(x)
+        held, attention.k_proj._shared_input = attention.k_proj._shared_input, None
+        want = attention.k_proj(x)
+        attention.k_proj._shared_input = held
+    torch.testing.assert_close(got, want)
+    assert not torch.equal(got, before)
+
+
 def test_compiled_model_runs_each_by_itself(shared):
     """Would catch a graph break, or state that tracing leaves behind."""
     model = adapted(lora_dropout=0.0)

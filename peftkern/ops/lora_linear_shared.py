@@ -32,7 +32,7 @@ from peftkern.ops.lora_linear import PLAIN_PATHS, lora_linear
 from peftkern.ops.lora_linear import plan_for as plan_for_dense
 from peftkern.ops.lora_linear_quantized import _check as check_quantized
 from peftkern.ops.lora_linear_quantized import plan_for as plan_for_quantized
-from peftkern.ops.plan import ONE_BY_ONE, Plan, plan_shared
+from peftkern.ops.plan import APART, Plan, plan_shared
 from peftkern.weights import Weight
 
 Optional = torch.Tensor | None
@@ -90,7 +90,7 @@ def lora_linear_shared(
     scalings = [float(scaling) for scaling in scalings]
     path = shared_plan_for(x, weights, lora_As, backend_in_force()).path
     learned = [t for t in (*weights, *biases) if isinstance(t, torch.Tensor)]
-    if path == ONE_BY_ONE or needs_operator(x, *lora_As, *lora_Bs, *learned) or any(t.requires_grad for t in learned):
+    if path == APART or needs_operator(x, *lora_As, *lora_Bs, *learned) or any(t.requires_grad for t in learned):
         each = zip(weights, lora_As, lora_Bs, scalings, biases, strict=True)
         return tuple(lora_linear(x, *parts, dropout_p=p, seed=seed) for parts in each)
     group = _Group(tuple(weights), tuple(scalings), _columns(lora_As), p, path)
@@ -103,7 +103,7 @@ def lora_linear_shared(
 
 
 def shared_plan_for(x: torch.Tensor, weights: Sequence[Weight], lora_As: Sequence[torch.Tensor], backend: str) -> Plan:
-    """The plan for x [..., K] and these weights: a path of `lora_linear` that they share, or "one by one"."""
+    """The plan for x [..., K] and these weights: a path of `lora_linear` that they share, or `plan.APART`."""
     plans = []
     for weight, lora_A in zip(weights, lora_As, strict=True):
         if isinstance(weight, torch.Tensor):

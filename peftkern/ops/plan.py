@@ -115,20 +115,20 @@ def plan_lora_linear(
     return Plan("triton", f"{FOLDED} (predicted)")
 
 
-ONE_BY_ONE = "one by one"
+APART = "apart"  # as a path: each projection is a call of its own
 
 
 def plan_shared(plans: Sequence[Plan]) -> Plan:
     """The path of `lora_linear_shared`, from those that its projections would take by themselves: the one that they
-    all take, if its launches can share a shrink, else "one by one"."""
+    all take, if its launches can share a shrink, else `APART`."""
     paths = sorted({plan.path for plan in plans})
     if len(paths) > 1:
-        return Plan(ONE_BY_ONE, f"the projections take different paths: {', '.join(paths)}")
+        return Plan(APART, f"the projections take different paths: {', '.join(paths)}")
     (path,) = paths
     if path in ("decode", "decode_4bit"):
-        return Plan(ONE_BY_ONE, f"{plans[0].reason}; two launches a projection")
+        return Plan(APART, f"{plans[0].reason}; two launches a projection")
     if path.endswith("torch_fp32"):
-        return Plan(ONE_BY_ONE, f"{plans[0].reason}; x is widened block by block for each projection")
+        return Plan(APART, f"{plans[0].reason}; x is widened block by block for each projection")
     return Plan(path, f"{plans[0].reason}; one shrink, one dX and one dA of {len(plans)} projections")
 
 
@@ -227,9 +227,6 @@ def plan_multi_lora_linear(
     if M <= DECODE_TOKENS:
         return Plan("decode_4bit", f"{M} tokens: bound by reading the 4-bit weight, base and adapters in two launches")
     return Plan("fused_4bit", f"at most {most} tokens: decoded inside the GEMM, rows grouped by adapter (predicted)")
-
-
-APART = "apart"  # as a path: each projection is a call of its own
 
 
 @functools.lru_cache(maxsize=4096)

@@ -158,6 +158,10 @@ def _is_simple(layer: Any, names: list[str]) -> bool:
 
 def linear_forward(layer: Any, mixed: LayerBatch, x: torch.Tensor, args: tuple[Any, ...], kwargs: Any) -> torch.Tensor:
     """Forward of a linear layer for a batch of many adapters."""
+    if layer._shared_input is not None and not args and not kwargs:
+        y = layer._shared_input.forward(layer, x, mixed)
+        if y is not None:
+            return y
     if layer.training is not mixed.training and not torch.compiler.is_compiling():
         mixed.decide(layer)
     if mixed.empty:

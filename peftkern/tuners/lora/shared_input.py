@@ -8,18 +8,21 @@ computed when, and never what is computed. `share_inputs` ties the layers of a m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from peftkern.backend import current_backend
-from peftkern.ops import lora_linear_shared
+from peftkern.ops import lora_linear_shared, multi_lora_linear_shared
 from peftkern.ops._common import autocast_dtype
 from peftkern.ops.lora_linear_shared import shared_plan_for
-from peftkern.ops.plan import ONE_BY_ONE, Plan, plan_shared
+from peftkern.ops.multi_lora_linear_shared import shared_plan_for as shared_plan_for_many
+from peftkern.ops.plan import APART, Plan, plan_shared
 from peftkern.tuners.fusing import compute_dtype
 from peftkern.tuners.lora.layer import Linear
+from peftkern.utils.other import batch_in_force
 
 # Children of one module that its forward gives the same tensor, in the order of their calls.
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -45,69 +48,99 @@ class SharedInput:
         self._misses = 0
         self._left: _Left | None = None
 
-    def forward(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
-        """The output of `layer`, one of the group, for x; None where it has to compute it by itself."""
+    def forward(self, layer: Any, x: torch.Tensor, mixed: Any = None) -> torch.Tensor | None:
+        """The output of `layer`, one of the group, for x; None where it has to compute it by itself.
+
+        Args:
+            layer: one of the group.
+            x: its input.
+            mixed: the batch of many adapters (`LayerBatch`) that its forward serves, if it serves one.
+        """
         # Changes in place of an inference tensor cannot be told.
         if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or x.is_inference():
             return None
         if layer is self.layers[0]:
-            return self._all(x)
+            return self._all(x, mixed is not None)
         left = self._left
         if left is None or left.x is not x or left.version != x._version or left.modes != _modes(x):
             return None
         y, key = left.outputs.pop(layer, (None, None))
         if not left.outputs:
             self._left, self._misses = None, 0
-        return y if y is not None and key == _key(layer._operands()) else None
+        return y if y is not None and key == _key(layer, mixed) else None
 
-    def _all(self, x: torch.Tensor) -> torch.Tensor | None:
+    def _all(self, x: torch.Tensor, many: bool) -> torch.Tensor | None:
         """The first layer's output; those of the others are left for them to take."""
         if self._left is not None:
             self._left = None
             self._misses += 1
         if self._misses >= MOST_MISSES:
             return None
-        found = self._operands(x)
-        if found is None:
+        batches = [batch_in_force(layer) if many else None for layer in self.layers]
+        ys = self._outputs_of_many(x, batches) if many else self._outputs(x)
+        if ys is None:
             return None
-        each, operands, dtype, p = found
-        if shared_plan_for(x, operands[0], operands[1], current_backend()).path == ONE_BY_ONE:
-            return None
-        ys = lora_linear_shared(x.to(dtype), *operands, dropout_p=p)
-        y, *others = ys if dtype == x.dtype else [y.to(x.dtype) for y in ys]
-        keys = [_key(own) for own in each[1:]]
-        if None in keys:
-            return y
-        outputs = {layer: pair for layer, *pair in zip(self.layers[1:], others, keys, strict=True)}
-        self._left = _Left(x, outputs)
-        return y
+        outputs = {}
+        for layer, y, mixed in list(zip(self.layers, ys, batches, strict=True))[1:]:
+            outputs[layer] = (y, _key(layer, mixed))
+        if all(key is not None for _, key in outputs.values()):
+            self._left = _Left(x, outputs)
+        return ys[0]
 
-    def _operands(self, x: torch.Tensor) -> tuple[list[Any], tuple[Any, ...], torch.dtype, float] | None:
-        """Each layer's operands, (weights, As, Bs, scalings, biases), the dtype to compute in, and the dropout; None if
-        they do not go together."""
+    def _outputs(self, x: torch.Tensor) -> list[torch.Tensor] | None:
+        """Each layer's output with its one adapter; None if they do not go together."""
         each: list[Any] = [layer._operands() for layer in self.layers]
         if any(operands is None for operands in each):
             return None
         weights, *adapters, biases, ps = zip(*each, strict=True)
         As, Bs, scalings = adapters
-        quantized = [not isinstance(weight, torch.Tensor) for weight in weights]
-        dtypes = {compute_dtype(layer.base_layer, x.dtype) for layer in self.layers} if any(quantized) else {x.dtype}
-        if len(set(ps)) > 1 or len(dtypes) > 1 or len(set(quantized)) > 1:
+        dtype = self._dtype(x, weights)
+        if len(set(ps)) > 1 or dtype is None:
             return None
-        (dtype,) = dtypes
-        if quantized[0]:  # as the layer by itself does
+        if not isinstance(weights[0], torch.Tensor):  # as the layer by itself does
             fits = (dtype, torch.float32)
             As, Bs, biases = (
                 tuple(t if t is None or t.dtype in fits else t.to(dtype) for t in given) for given in (As, Bs, biases)
             )
-        return each, (weights, As, Bs, scalings, biases), dtype, ps[0]
+        if shared_plan_for(x, weights, As, current_backend()).path == APART:
+            return None
+        ys = lora_linear_shared(x.to(dtype), weights, As, Bs, scalings, biases, dropout_p=ps[0])
+        return [y.to(x.dtype) for y in ys]
+
+    def _outputs_of_many(self, x: torch.Tensor, batches: list[Any]) -> list[torch.Tensor] | None:
+        """Each layer's output for a batch whose rows want different adapters; None if they do not go together."""
+        for layer, mixed in zip(self.layers, batches, strict=True):
+            if mixed is None or mixed.batch is not batches[0].batch:
+                return None
+            if layer.training is not mixed.training:
+                mixed.decide(layer)
+            if mixed.empty or mixed.biased or not mixed.fused or mixed.dropout_p != batches[0].dropout_p:
+                return None
+        weights = [layer._weight_by_rows() for layer in self.layers]
+        dtype = self._dtype(x, weights)
+        if dtype is None:
+            return None
+        for mixed in batches:
+            mixed.settle()
+        pools, biases = [mixed.pool for mixed in batches], [layer.base_layer.bias for layer in self.layers]
+        if shared_plan_for_many(x, weights, pools, biases, current_backend()).path == APART:
+            return None
+        p = batches[0].dropout_p
+        ys = multi_lora_linear_shared(x.to(dtype), weights, pools, batches[0].batch, biases, dropout_p=p)
+        return [y.to(x.dtype) for y in ys]
+
+    def _dtype(self, x: torch.Tensor, weights: Sequence[Any]) -> torch.dtype | None:
+        """What to compute in: x's dtype, or that of quantized layers; None if they do not agree."""
+        quantized = {not isinstance(weight, torch.Tensor) for weight in weights}
+        dtypes = {compute_dtype(layer.base_layer, x.dtype) for layer in self.layers} if True in quantized else {x.dtype}
+        return dtypes.pop() if len(dtypes) == len(quantized) == 1 else None
 
     def plan(self, alone: Plan, tokens: int) -> Plan:
         """The plan of a layer of the group for `tokens` rows, given that by itself: the same path, with others."""
         names = ", ".join(self.names)
         if self._misses >= MOST_MISSES:
             return Plan(alone.path, f"{alone.reason}; by itself: {names} were seen to have other inputs")
-        if plan_shared([layer.plan_alone(tokens) for layer in self.layers]).path in (ONE_BY_ONE, "unfused"):
+        if plan_shared([layer.plan_alone(tokens) for layer in self.layers]).path in (APART, "unfused"):
             return alone
         return Plan(alone.path, f"{alone.reason}; one shrink, dX and dA pass for {names} in eager mode")
 
@@ -130,16 +163,25 @@ def _modes(x: torch.Tensor) -> tuple[Any, ...]:
     return torch.is_grad_enabled(), autocast_dtype(x)
 
 
-def _key(operands: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-    """All that a layer computes from, beside x, by identity and version; None where that cannot be told."""
-    if operands is None:
+def _key(layer: Any, mixed: Any) -> tuple[Any, ...] | None:
+    """All that the layer computes from, beside x, by identity and version; None where that cannot be told."""
+    numbers: tuple[Any, ...]
+    if mixed is None:
+        operands = layer._operands()
+        if operands is None:
+            return None
+        weight, A, B, scaling, bias, p = operands
+        numbers, tensors = (scaling, p), [A, B, bias]
+    else:
+        pool, weight = mixed.pool, layer._weight_by_rows()
+        numbers = (mixed, mixed.dropout_p, pool.layout, pool.scalings)
+        tensors = [pool.pool_a, pool.pool_b, layer.base_layer.bias]
+        tensors += [t for entry in pool.entries if entry is not None for t in (entry.lora_A, entry.lora_B)]
+    tensors += [weight] if isinstance(weight, torch.Tensor) else weight.tensors()
+    found = [t for t in tensors if t is not None]
+    if any(t.is_inference() for t in found):
         return None
-    weight, A, B, scaling, bias, p = operands
-    stored = [weight] if isinstance(weight, torch.Tensor) else [t for t in weight.tensors() if t is not None]
-    tensors = [t for t in (*stored, A, B, bias) if t is not None]
-    if any(t.is_inference() for t in tensors):
-        return None
-    return scaling, p, *((t.data_ptr(), t._version, t.requires_grad) for t in tensors)
+    return *numbers, *((t.data_ptr(), t._version, t.requires_grad) for t in found)
 
 
 def share_input(*layers: Any) -> None:
