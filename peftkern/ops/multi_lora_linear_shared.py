@@ -184,10 +184,12 @@ class _MultiLoraLinearShared(torch.autograd.Function):
         calls: Sequence[Call],
         *params: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        _, _, _, *needs_params = ctx.needs_input_grad
+        needs_x, _, _, *needs_params = ctx.needs_input_grad
         parts = _split(needs_params, calls)
         ctx.set_materialize_grads(False)
         ys, ss = forward_shared(x, biases, calls, [any(part) for part in parts])
+        if not needs_x:  # what nothing in front of it learns from has no history, as by single calls
+            ctx.mark_non_differentiable(*(y for y, part in zip(ys, parts, strict=True) if not any(part)))
         # Weights, pools and parameters are kept by reference, so that autograd notices a change before backward.
         held = [t for c in calls for t in (c.weight, c.adapters.pool_a, c.adapters.pool_b)]
         held = [t for t in held if isinstance(t, torch.Tensor)]
