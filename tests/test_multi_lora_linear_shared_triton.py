@@ -124,4 +124,4 @@ def test_only_one_projection_learns():
     _, want = gradients(lambda: singly(x, held, ids), x, held, dys)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, want, strict=True))
     learnt = [t is not None for t in got]
-    assert any(learnt) and not any(learnt[:9]) and not any(learnt[-10:])
+    assert any(learnt) and not any(learnt[:9]) and not any(learnt[-8:])
