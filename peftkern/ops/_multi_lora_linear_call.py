@@ -105,7 +105,7 @@ def _plain_forward(
     ss = [rows.new_zeros(M, c.adapters.max_rank) if keep else None for c, keep in zip(calls, keeps, strict=True)]
     layouts = [call.layout() for call in calls]
     projections = _projections(ys, ss, calls, layouts, [{} for _ in calls])
-    for layout, alike in _by_layout(projections, layouts).items():
+    for layout, alike in _by_layout(projections, layouts):
         groups = calls[0].batch.groups(M, layout)
         kept = plain.masks(groups, calls[0].seed, rows.shape[1], p)
         plain.add_adapters(rows, alike, groups, kept, p, dense_path == "torch_fp32")
@@ -128,13 +128,15 @@ def _projections(
 
 
 def _by_layout(
-    projections: Sequence[plain.Projection], layouts: Sequence[tuple[Layout, Sequence[float]]]
-) -> dict[Layout, list[plain.Projection]]:
+    projections: list[plain.Projection], layouts: Sequence[tuple[Layout, Sequence[float]]]
+) -> list[tuple[Layout, list[plain.Projection]]]:
     """Those projections together whose adapters lie alike, and whose groups are therefore the same."""
+    if len(projections) == 1:  # hashing would cost more than all of this
+        return [(layouts[0][0], projections)]
     found: dict[Layout, list[plain.Projection]] = {}
     for projection, (layout, _) in zip(projections, layouts, strict=True):
         found.setdefault(layout, []).append(projection)
-    return found
+    return list(found.items())
 
 
 def _base(rows: torch.Tensor, weight: Any, bias: Optional, path: str) -> torch.Tensor:
@@ -237,7 +239,7 @@ def _plain_backward(
     wants = [_wanted(call) if needs else {} for call, needs in zip(calls, needs_adapters, strict=True)]
     layouts = [call.layout() for call in calls]
     projections = _projections(grads, ss, calls, layouts, wants)
-    for layout, alike in _by_layout(projections, layouts).items():
+    for layout, alike in _by_layout(projections, layouts):
         groups = calls[0].batch.groups(M, layout)
         kept = plain.masks(groups, calls[0].seed, K, p)
         plain.backward(rows, dx, alike, groups, kept, p, dense_path == "torch_fp32")
