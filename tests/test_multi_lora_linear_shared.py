@@ -49,12 +49,12 @@ def singly(x, held, ids, **options):
 
 
 def gradients(function, x, held, dys):
-    """Outputs and all gradients after a backward through those outputs whose dY is not None."""
+    """Outputs and all gradients after a backward through those that have a history and whose dY is not None."""
     tensors = [x, *(t for *_, pool in held for t in params_of(pool))]
     for t in tensors:
         t.grad = None
     ys = function()
-    live = [(y, dy) for y, dy in zip(ys, dys, strict=True) if dy is not None]
+    live = [(y, dy) for y, dy in zip(ys, dys, strict=True) if dy is not None and y.requires_grad]
     torch.autograd.backward(*zip(*live, strict=True))
     return [y.detach() for y in ys], [t.grad for t in tensors]
 
@@ -195,6 +195,8 @@ def test_only_the_gradients_asked_for(asked):
         assert (a is None) or wanted
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    histories = [[y.requires_grad for y in function(x, held, ids)] for function in (together, singly)]
+    assert histories[0] == histories[1]
     kept = [t for t in saved if t.shape == (20, 6)]
     assert len(kept) == (0 if asked == "x" else 1), "S of the projection that learns"
     assert any(t.data_ptr() == x.data_ptr() for t in saved) == (asked != "x")

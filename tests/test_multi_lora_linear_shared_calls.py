@@ -11,14 +11,17 @@ from adapter_batches import make_adapters, rows_of, wide  # noqa: E402
 from numerics import arch_of, assert_rounded  # noqa: E402
 from peftkern.ops._multi_lora_linear_triton import (  # noqa: E402
     Layer,
+    _tensors,
     backward_calls,
     forward_calls,
     shared_backward_calls,
     shared_forward_calls,
 )
 from peftkern.reference import dequantize_4bit  # noqa: E402
+from peftkern_kernels import replay  # noqa: E402
 from peftkern_kernels.dropout import Dropout  # noqa: E402
-from peftkern_kernels.launch import Call, run_all  # noqa: E402
+from peftkern_kernels.launch import Call, recorded_scratch, run_all  # noqa: E402
+from peftkern_kernels.multi_group import columns  # noqa: E402
 from peftkern_kernels.routing import build_routing  # noqa: E402
 from quantized_data import random_4bit  # noqa: E402
 from test_multi_lora_linear_calls import alone  # noqa: E402
@@ -207,3 +210,34 @@ def test_what_one_launch_cannot_serve(M, device):
         other = [first, Layer(layers[1].weight.contiguous(), layers[1].adapters, layers[1].bias)]
         with pytest.raises(ValueError, match="weights: expected one dtype and one set of strides"):
             shared_forward_calls(x, other, routing, None, "decode", arch)
+
+
+def accounted_for(calls, sources):
+    """Whether each launch could be recorded: all that it takes lies in one of the sources."""
+    for call in calls:
+        if isinstance(call, Call):
+            taken = [t for t in call.args.values() if isinstance(t, torch.Tensor) and t.numel()]
+            if any(replay._source_of(t, sources) is None for t in taken):
+                return False
+        elif replay._library_step(call, sources) is None:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("path, M", [("decode", 7), ("decode", 20), ("cublas", 70), ("triton", 70)])
+def test_every_address_lies_in_a_named_tensor_or_in_scratch(path, M, device):
+    """Bug: a copy made on the way to a launch, by which the whole list is built anew in every step."""
+    x, dys, layers, routing = make(M, 40, torch.float32, device)
+    dropout = Dropout(torch.tensor([5], device=device), 0.2) if M == 70 else None
+    seed, arch = None if dropout is None else dropout.seed, arch_of(device)
+    _, tensors = _tensors(layers, routing)
+    with recorded_scratch() as taken:
+        ys, s, calls = shared_forward_calls(x, layers, routing, dropout, path, arch)
+    assert accounted_for(calls, [x, *tensors, seed, *ys, s, *taken])
+    parts = columns(s, [layer.adapters.max_rank for layer in layers])
+    with recorded_scratch() as taken:
+        needs = (True, [NEEDS] * 3)
+        dx, pairs, calls = shared_backward_calls(dys, x, layers, parts, routing, dropout, path, arch, needs)
+    made = [t for pair in pairs for t in pair]
+    assert accounted_for(calls, [*dys, x, *tensors, *parts, seed, dx, *made, *taken])
+    assert not accounted_for(calls, [*dys, x, *tensors, *parts, seed, dx, *made]), "the check checks"

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.static_cases_multi import MultiLoraLinear, all_cases_multi  # noqa: E402
+from bench.static_cases_multi import MultiLoraLinear, MultiLoraLinearShared, all_cases_multi  # noqa: E402
 from bench.static_judge import Code, Dot, Loop, Record, judge  # noqa: E402
 
 
@@ -51,3 +51,14 @@ def test_traffic_of_a_decode_step_is_near_its_floor():
     assert floor < shrink.bytes + expand.bytes < 1.35 * floor
     for call in (shrink, expand):
         assert call.grid[0] * call.grid[1] >= 3.8 * 132
+
+
+@pytest.mark.parametrize("path, M", [("decode", 1), ("decode", 16), ("decode", 64), ("decode_4bit", 16)])
+def test_a_decode_step_of_three_projections_is_two_launches(path, M):
+    """Bug: launches that crept in for each projection; at 64 rows cuBLAS's three come beside them."""
+    case = MultiLoraLinearShared(M, 4096, (4096, 1024, 1024), 16, path, training=False)
+    shrink, expand = case.launches(90)
+    alone = [call for N in case.Ns for call in MultiLoraLinear(M, 4096, N, 16, path, training=False).launches(90)]
+    moved = sum(call.bytes for call in alone if call.name != "route")
+    assert shrink.bytes + expand.bytes <= moved
+    assert shrink.args["pool2_ptr" if M == 64 else "a2_ptr"] is not None and expand.args["out3_ptr"] is None

@@ -1,6 +1,8 @@
 """The frozen part of a linear layer in plain PyTorch, whatever the weight is: `x W^T + bias`, and `dY W` in backward.
 
-A quantized weight is written out dense, in blocks where it is large, for as long as one product takes.
+A quantized weight is written out dense, in blocks where it is large, for as long as one product takes. `path` is that
+of the dense operation: "torch_fp32" multiplies in fp32, block by block (see `_lora_linear_fp32`), any other by torch's
+own products.
 """
 
 from __future__ import annotations
@@ -10,21 +12,18 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from peftkern.ops._lora_linear_fp32 import _row_blocks
 from peftkern.ops._lora_linear_torch import dense_rows
-from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
+from peftkern.ops.lora_linear_quantized import _dense_blocks
 
 
 def base(x: torch.Tensor, weight: Any, bias: torch.Tensor | None, path: str) -> torch.Tensor:
-    """x [M, K], a weight [N, K] dense (cast to x's dtype) or quantized, bias [N] or None -> x W^T + bias [M, N].
-
-    `path` is that of the dense operation, which says by what a quantized weight is decoded.
-    """
-    x = dense_rows(x)
+    """x [M, K], a weight [N, K] dense (cast to x's dtype) or quantized, bias [N] or None -> x W^T + bias [M, N]."""
     if isinstance(weight, torch.Tensor):
-        return linear(x, weight.to(x.dtype), bias)
+        return _product(x, weight if weight.dtype == x.dtype else weight.to(x.dtype), bias, path)
     y: Any = None
-    for part, dense in dense_blocks(weight, x.dtype, path):
-        added = linear(x, dense, None if bias is None else bias[part])
+    for part, dense in _dense_blocks(weight, x.dtype, path):
+        added = _product(x, dense, None if bias is None else bias[part], path)
         if dense.shape[0] == weight.shape[0]:
             return added
         y = x.new_empty(x.shape[0], weight.shape[0]) if y is None else y
@@ -32,15 +31,35 @@ def base(x: torch.Tensor, weight: Any, bias: torch.Tensor | None, path: str) -> 
     return y
 
 
-def base_backward(dy: torch.Tensor, weight: Any, path: str, onto: torch.Tensor | None = None) -> torch.Tensor:
-    """dY [M, N] -> dY W [M, K]; added to `onto`, in place, where that is given."""
-    dx: Any = onto
-    blocks = (
-        [(slice(None), weight.to(dy.dtype))]
-        if isinstance(weight, torch.Tensor)
-        else dense_blocks(weight, dy.dtype, path)
-    )
-    for part, dense in blocks:
-        rows = dense_rows(dy[:, part])
-        dx = rows.mm(dense) if dx is None else dx.addmm_(rows, dense)
-    return dx
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, path: str) -> torch.Tensor:
+    if path != "torch_fp32":
+        return linear(dense_rows(x), weight, bias)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    with torch.autocast("cpu", enabled=False):
+        wide = weight.float()
+        wide_bias = None if bias is None else bias.float()
+        for rows in _row_blocks(x.shape[0]):
+            y[rows] = linear(x[rows].float(), wide, wide_bias)
+    return y
+
+
+def add_base_backward(dx: torch.Tensor | None, dy: torch.Tensor, weight: Any, path: str) -> torch.Tensor:
+    """dY [M, N] -> dY W [M, K], added to dx in place if there is one."""
+    if isinstance(weight, torch.Tensor):
+        return _add_product(dx, dy, weight if weight.dtype == dy.dtype else weight.to(dy.dtype), path)
+    total: Any = dx
+    for part, dense in _dense_blocks(weight, dy.dtype, path):
+        total = _add_product(total, dy[:, part], dense, path)
+    return total
+
+
+def _add_product(dx: torch.Tensor | None, dy: torch.Tensor, weight: torch.Tensor, path: str) -> torch.Tensor:
+    if path != "torch_fp32":
+        return dense_rows(dy).mm(weight) if dx is None else dx.addmm_(dense_rows(dy), weight)
+    total = dy.new_empty(dy.shape[0], weight.shape[1]) if dx is None else dx
+    with torch.autocast("cpu", enabled=False):
+        wide = weight.float()
+        for rows in _row_blocks(dy.shape[0]):
+            part = dy[rows].float()
+            total[rows] = part.mm(wide) if dx is None else torch.addmm(total[rows].float(), part, wide)
+    return total

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from peftkern.ops._base_product import base, base_backward
+from peftkern.ops._base_product import add_base_backward, base
 from peftkern.ops._lora_linear_torch import FEW_ROWS, Kept, _as_number, apply_mask, dense_rows, keep_mask
 
 Ranks = Sequence[slice]  # the columns of S that are each projection's
@@ -94,7 +94,7 @@ def backward(
         if needs_x or needs_a:
             parts.append(dy.mm(_to(lora_B, dtype)).mul_(scaling))
         if needs_x:
-            dx = base_backward(dy, weight, path, dx)
+            dx = add_base_backward(dx, dy, weight, path)
         db = dy.t().mm(s[:, columns]) if needs_b else None
         dbs.append(db.mul_(scaling) if few and db is not None else db)
     if needs_x or needs_a:

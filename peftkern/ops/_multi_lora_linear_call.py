@@ -13,11 +13,9 @@ import torch
 
 from peftkern.adapter_pool import LayerAdapters, Layout
 from peftkern.ops import _multi_lora_linear_torch as plain
-from peftkern.ops._lora_linear_fp32 import _row_blocks
-from peftkern.ops._lora_linear_torch import dense_rows
+from peftkern.ops._base_product import add_base_backward, base
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.ops.lora_linear import PLAIN_PATHS
-from peftkern.ops.lora_linear_quantized import _dense_blocks
 from peftkern.ops.quantize import dequantize
 from peftkern_kernels.adapters import Adapters
 
@@ -100,12 +98,12 @@ def _plain_forward(
     keeps: Sequence[bool],
 ) -> tuple[list[torch.Tensor], list[Optional]]:
     dense_path = calls[0].path.rpartition(":")[2]
-    ys = [_base(rows, weight, bias, dense_path) for weight, bias in zip(weights, biases, strict=True)]
+    ys = [base(rows, weight, bias, dense_path) for weight, bias in zip(weights, biases, strict=True)]
     M, p = rows.shape[0], calls[0].dropout_p
     ss = [rows.new_zeros(M, c.adapters.max_rank) if keep else None for c, keep in zip(calls, keeps, strict=True)]
     layouts = [call.layout() for call in calls]
     projections = _projections(ys, ss, calls, layouts, [{} for _ in calls])
-    for layout, alike in _by_layout(projections, layouts).items():
+    for layout, alike in _by_layout(projections, layouts):
         groups = calls[0].batch.groups(M, layout)
         kept = plain.masks(groups, calls[0].seed, rows.shape[1], p)
         plain.add_adapters(rows, alike, groups, kept, p, dense_path == "torch_fp32")
@@ -128,49 +126,15 @@ def _projections(
 
 
 def _by_layout(
-    projections: Sequence[plain.Projection], layouts: Sequence[tuple[Layout, Sequence[float]]]
-) -> dict[Layout, list[plain.Projection]]:
+    projections: list[plain.Projection], layouts: Sequence[tuple[Layout, Sequence[float]]]
+) -> list[tuple[Layout, list[plain.Projection]]]:
     """Those projections together whose adapters lie alike, and whose groups are therefore the same."""
+    if len(projections) == 1:  # hashing would cost more than all of this
+        return [(layouts[0][0], projections)]
     found: dict[Layout, list[plain.Projection]] = {}
     for projection, (layout, _) in zip(projections, layouts, strict=True):
         found.setdefault(layout, []).append(projection)
-    return found
-
-
-def _base(rows: torch.Tensor, weight: Any, bias: Optional, path: str) -> torch.Tensor:
-    """x W^T + bias, a quantized weight decoded block by block."""
-    if isinstance(weight, torch.Tensor):
-        return plain.base(rows, weight, bias, path)
-    y: Any = None
-    for part, dense in _dense_blocks(weight, rows.dtype, path):
-        added = plain.base(rows, dense, None if bias is None else bias[part], path)
-        if dense.shape[0] == weight.shape[0]:
-            return added
-        y = rows.new_empty(rows.shape[0], weight.shape[0]) if y is None else y
-        y[:, part] = added
-    return y
-
-
-def _add_base_backward(dx: Optional, dy: torch.Tensor, weight: Any, path: str) -> torch.Tensor:
-    """dY W [M, K], added to dx in place if there is one."""
-    if isinstance(weight, torch.Tensor):
-        return _add_product(dx, dy, weight, path)
-    total: Any = dx
-    for part, dense in _dense_blocks(weight, dy.dtype, path):
-        total = _add_product(total, dy[:, part], dense, path)
-    return total
-
-
-def _add_product(dx: Optional, dy: torch.Tensor, weight: torch.Tensor, path: str) -> torch.Tensor:
-    if path != "torch_fp32":
-        return dense_rows(dy).mm(weight) if dx is None else dx.addmm_(dense_rows(dy), weight)
-    total = dy.new_empty(dy.shape[0], weight.shape[1]) if dx is None else dx
-    with torch.autocast("cpu", enabled=False):
-        wide = weight.float()
-        for rows in _row_blocks(dy.shape[0]):
-            part = dy[rows].float()
-            total[rows] = part.mm(wide) if dx is None else torch.addmm(total[rows].float(), part, wide)
-    return total
+    return list(found.items())
 
 
 def backward(
@@ -232,12 +196,12 @@ def _plain_backward(
     dx: Optional = None
     if needs_x:
         for grad, weight in zip(grads, weights, strict=True):
-            dx = _add_base_backward(dx, grad, weight, dense_path)
+            dx = add_base_backward(dx, grad, weight, dense_path)
     M, K = grads[0].shape[0], weights[0].shape[1]
     wants = [_wanted(call) if needs else {} for call, needs in zip(calls, needs_adapters, strict=True)]
     layouts = [call.layout() for call in calls]
     projections = _projections(grads, ss, calls, layouts, wants)
-    for layout, alike in _by_layout(projections, layouts).items():
+    for layout, alike in _by_layout(projections, layouts):
         groups = calls[0].batch.groups(M, layout)
         kept = plain.masks(groups, calls[0].seed, K, p)
         plain.backward(rows, dx, alike, groups, kept, p, dense_path == "torch_fp32")

@@ -14,27 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn.functional import linear
 
 from peftkern.ops._adapter_groups import Group
-from peftkern.ops._lora_linear_fp32 import _row_blocks
 from peftkern.ops._lora_linear_torch import Kept, _as_number, apply_mask, dense_rows, keep_mask
 from peftkern_kernels.routing import slot_seed
 
 Gradients = dict[int, list[torch.Tensor | None]]  # slot -> [dA, dB]
-
-
-def base(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, path: str) -> torch.Tensor:
-    """x [M, K] -> x W^T + bias, in x's dtype; by fp32 products, block by block, on "torch_fp32"."""
-    if path != "torch_fp32":
-        return linear(dense_rows(x), weight, bias)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    with torch.autocast("cpu", enabled=False):
-        wide = weight.float()
-        wide_bias = None if bias is None else bias.float()
-        for rows in _row_blocks(x.shape[0]):
-            y[rows] = linear(x[rows].float(), wide, wide_bias)
-    return y
 
 
 def masks(groups: Sequence[Group], seed: torch.Tensor | None, K: int, p: float) -> list[torch.Tensor] | list[None]:

@@ -216,6 +216,9 @@ class _LoraLinearShared(torch.autograd.Function):
         needs = ctx.needs_input_grad[3:]
         ctx.needs = (any(needs[n : 2 * n]), needs[n : 2 * n], needs[2 * n : 3 * n])
         ctx.set_materialize_grads(False)
+        if not ctx.needs_input_grad[0]:  # an output that nothing learns from has no history, as by single calls
+            learns = zip(ys, needs[n : 2 * n], needs[2 * n : 3 * n], strict=True)
+            ctx.mark_non_differentiable(*(y for y, a, b in learns if not (a or b)))
         ctx.group = group
         ctx.save_for_backward(
             x if ctx.needs[0] else None,

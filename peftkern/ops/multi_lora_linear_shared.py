@@ -48,15 +48,15 @@ def multi_lora_linear_shared(
     Shared is, on a GPU: for at most 64 tokens without dropout the two launches (the base of more than 16 tokens is
     cuBLAS's, one for each projection); for more the shrink, and in backward the low-rank part of dX; dX is one buffer
     that the first product writes and the others add to. On the plain path: a group's rows of x, taken and masked once,
-    and dX likewise. Over 4-bit and 8-bit weights the same, with these differences: where the weight is written out
-    dense for each product, those of all projections are dense at the same time; on "fused_4bit" each projection has
-    its base GEMM, and dX one buffer more, since that kernel only writes. Kept for backward: x by reference, S
-    [M, sum of max_rank], the ids and a seed.
+    and dX likewise. Over 4-bit weights the same, but that on "fused_4bit" each projection has its base GEMM, and dX one
+    buffer more, since that kernel only writes. Kept for backward: x by reference, S [M, sum of max_rank], the ids and
+    a seed.
 
     Nothing is shared, and the result is that of the single calls with one seed, under torch.compile, a dispatch mode
     or tensor subclasses, where a base weight or a bias learns, and where the projections are unlike: their paths, or
     their pools' slots or dtypes, or, for kernels, the strides of weights, pools and biases, whether they have a bias,
-    the 4-bit format. `shared_plan_for` says which, and why.
+    the 4-bit format; and on a GPU where quantized weights are written out dense, one at a time. `shared_plan_for` says
+    which, and why.
 
     Args:
         x: [..., in_features], as for `multi_lora_linear`.
@@ -137,6 +137,8 @@ def shared_plan_for(
     plans = tuple(plan_for(x, weight, pool.max_rank, backend) for weight, pool in each)
     if len(plans) > 1 and not is_plain(plans[0].path):
         unlike = _launched_apart(weights, pools, biases)
+        if plans[0].path.startswith("dequantize:"):
+            unlike = "their weights take turns at being dense"
     return ask(plan_multi_lora_linear_shared, plans, unlike)
 
 
@@ -184,10 +186,12 @@ class _MultiLoraLinearShared(torch.autograd.Function):
         calls: Sequence[Call],
         *params: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        _, _, _, *needs_params = ctx.needs_input_grad
+        needs_x, _, _, *needs_params = ctx.needs_input_grad
         parts = _split(needs_params, calls)
         ctx.set_materialize_grads(False)
         ys, ss = forward_shared(x, biases, calls, [any(part) for part in parts])
+        if not needs_x:  # what nothing in front of it learns from has no history, as by single calls
+            ctx.mark_non_differentiable(*(y for y, part in zip(ys, parts, strict=True) if not any(part)))
         # Weights, pools and parameters are kept by reference, so that autograd notices a change before backward.
         held = [t for c in calls for t in (c.weight, c.adapters.pool_a, c.adapters.pool_b)]
         held = [t for t in held if isinstance(t, torch.Tensor)]
