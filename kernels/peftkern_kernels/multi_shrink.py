@@ -201,7 +201,8 @@ def group_shrink_calls(
         return []
     if tile is None:
         aligned = vectorizes(x) and all(map(pools_vectorize, group))
-        tile = multi_shrink_tile(arch=arch, dtype=x.dtype, M=M, R=R, aligned=aligned, dropout=dropout is not None)
+        sizes: dict[str, Any] = {"M": M, "R": R, "projections": len(group)}
+        tile = multi_shrink_tile(arch=arch, dtype=x.dtype, **sizes, aligned=aligned, dropout=dropout is not None)
     parts, steps = block_rows(M) // tile.block_m, cdiv(C, tile.block_c)
     blocks_r = sum(cdiv(rank, tile.block_r) for rank in ranks)
     if splits is None:

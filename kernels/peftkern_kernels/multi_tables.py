@@ -22,12 +22,18 @@ def pools_vectorize(adapters: Adapters) -> bool:
     return adapters.K % 16 == 0 and adapters.N % 16 == 0 and adapters.pool_a.stride(0) % 16 == 0
 
 
-def multi_shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, dropout: bool) -> Tile:
-    """Tile of the grouped shrink: a block's rows by BLOCK_C of the contraction by BLOCK_R of the rank."""
+def multi_shrink_tile(
+    *, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, dropout: bool, projections: int = 1
+) -> Tile:
+    """Tile of the grouped shrink: a block's rows by BLOCK_C of the contraction by BLOCK_R of the rank.
+
+    `projections`: of x, that share the launch; in fp32 their pointers are registers too many beside 64 ranks.
+    """
     tile = shrink_tile(arch=arch, dtype=dtype, M=min(M, 64), R=R, aligned=aligned, dropout=dropout)
     most = 64 if tile.block_m == min(64, 16 if M <= 16 else 32 if M <= 32 else 64) else tile.block_m
     # B's ranks of no known multiple, and RDNA's fewer registers, leave less room than one adapter's.
-    block_r = tile.block_r if aligned and arch != 1100 else min(tile.block_r, 32)
+    crowded = not aligned or arch == 1100 or (projections > 1 and dtype.itemsize == 4)
+    block_r = min(tile.block_r, 32) if crowded else tile.block_r
     block_c = 64 if arch == 90 and block_r == 64 and dtype.itemsize == 2 else tile.block_c
     return replace(tile, block_m=min(block_rows(M), most), block_c=block_c, block_r=block_r)
 
