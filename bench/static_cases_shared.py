@@ -82,7 +82,7 @@ class LoraLinearShared:
         device = DeviceInfo("cuda", arch)
         aligned = self.K * self.dtype.itemsize % 16 == 0
         plans = [plan_lora_linear(self.M, N, self.K, self.R, self.dtype, device, aligned) for N in self.outs]
-        return plan_shared(plans).path
+        return plan_shared(plans, self.M * self.K).path
 
 
 def all_cases_shared() -> list[LoraLinearShared]:

@@ -27,6 +27,12 @@ SIZES = [
 SCALINGS = (0.75, 0.75, 0.75, 0.75)
 
 
+@pytest.fixture(autouse=True)
+def joined_at_any_size(monkeypatch):
+    """Small sizes are tied together too, which in plain PyTorch does not pay."""
+    monkeypatch.setattr(plans, "JOINED_ELEMENTS", 0)
+
+
 def nf4(w):
     return quantize_4bit(w, "nf4", 64, True)
 
@@ -350,10 +356,16 @@ def test_keeps_x_by_reference_and_s(quantize, p):
 def test_plan_says_why_not():
     """Would catch a group that silently runs one by one."""
     single = plans.Plan("triton", "many tokens")
-    assert plans.plan_shared([single, single]).path == "triton"
-    assert "different paths: cublas, triton" in plans.plan_shared([single, plans.Plan("cublas", "odd rows")]).reason
+    assert plans.plan_shared([single, single], 10**6).path == "triton"
+    assert (
+        "different paths: cublas, triton" in plans.plan_shared([single, plans.Plan("cublas", "odd rows")], 10**6).reason
+    )
+    plain = plans.Plan("torch", "on a CPU")
+    assert plans.plan_shared([plain, plain], 10**6).path == "torch"
+    assert plans.plan_shared([plain, plain], 0).path == plans.APART
+    assert "x so small" in plans.plan_shared([plain, plain], 0).reason
     for path in ("decode", "decode_4bit", "torch_fp32", "dequantize:torch_fp32"):
-        plan = plans.plan_shared([plans.Plan(path, "because"), plans.Plan(path, "because")])
+        plan = plans.plan_shared([plans.Plan(path, "because"), plans.Plan(path, "because")], 10**6)
         assert plan.path == plans.APART and plan.reason.startswith("because")
 
 

@@ -13,23 +13,34 @@ from torch import nn
 
 import peftkern
 from peftkern.nn import LoraLinear, share_input
+from peftkern.ops import plan as plans
 from peftkern.tuners.lora.shared_input import MODEL_TYPES, MOST_MISSES
 from tiny_models import VOCAB, ids, randomize, tiny_llama
 
 MODULE = importlib.import_module("peftkern.tuners.lora.shared_input")
 
 
+@pytest.fixture(autouse=True)
+def joined_at_any_size(monkeypatch):
+    """Small sizes are tied together too, which in plain PyTorch does not pay."""
+    monkeypatch.setattr(MODULE, "JOINED_ELEMENTS", 0)
+    monkeypatch.setattr(plans, "JOINED_ELEMENTS", 0)
+
+
 @pytest.fixture
 def shared(monkeypatch):
     """The number of projections of each call of `lora_linear_shared`."""
     calls = []
-    operation = MODULE.lora_linear_shared
 
-    def counted(x, weights, *rest, **options):
-        calls.append(len(weights))
-        return operation(x, weights, *rest, **options)
+    def counted(operation):
+        def call(x, weights, *rest, **options):
+            calls.append(len(weights))
+            return operation(x, weights, *rest, **options)
 
-    monkeypatch.setattr(MODULE, "lora_linear_shared", counted)
+        return call
+
+    for name in ("lora_linear_shared", "lora_linear_shared_on"):
+        monkeypatch.setattr(MODULE, name, counted(getattr(MODULE, name)))
     return calls
 
 
@@ -88,6 +99,17 @@ def test_every_known_model_gives_them_the_same_tensor(model_type, shared):
     for one, other in zip(together, results(model), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5)
     assert len(shared) == len(groups)
+
+
+def test_small_products_are_not_tied(shared, monkeypatch):
+    """Would catch Python around a group that takes longer than its products, and explain that says otherwise."""
+    monkeypatch.undo()
+    a, b = layers(8, 12)
+    x = torch.randn(7, 16)
+    assert {a(x).grad_fn.name(), b(x).grad_fn.name()} == {"_ProductsBackward"}
+    for tokens, tied in ((8, False), (2048, False), (2049, True)):
+        reason = peftkern.explain(nn.ModuleList([a, b]), tokens).rows[0].reason
+        assert ("one shrink, dX and dA pass" in reason) == tied
 
 
 def test_saves_adds_and_shrinks():

@@ -86,16 +86,31 @@ def lora_linear_shared(
         x = x.to(cast)
     for parts in zip(weights, lora_As, lora_Bs, biases, strict=True):
         _check(x, *parts, mixed=cast is not None)
-    seed = None if p == 0.0 else dropout_seed(seed, x.device)
     scalings = [float(scaling) for scaling in scalings]
     path = shared_plan_for(x, weights, lora_As, backend_in_force()).path
+    return run(x, weights, lora_As, lora_Bs, scalings, biases, p, seed, path)
+
+
+def run(
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    scalings: Sequence[float],
+    biases: Sequence[torch.Tensor | None],
+    p: float,
+    seed: torch.Tensor | None,
+    path: str,
+) -> tuple[torch.Tensor, ...]:
+    """`lora_linear_shared` on a path of `shared_plan_for`, all arguments checked and autocast's casts done."""
+    seed = None if p == 0.0 else dropout_seed(seed, x.device)
     learned = [t for t in (*weights, *biases) if isinstance(t, torch.Tensor)]
     if path == APART or needs_operator(x, *lora_As, *lora_Bs, *learned) or any(t.requires_grad for t in learned):
         each = zip(weights, lora_As, lora_Bs, scalings, biases, strict=True)
         return tuple(lora_linear(x, *parts, dropout_p=p, seed=seed) for parts in each)
     group = _Group(tuple(weights), tuple(scalings), _columns(lora_As), p, path)
     biases = [b if b is None or b.dtype == x.dtype else b.to(x.dtype) for b in biases]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *lora_As, *lora_Bs)):
+    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in (*lora_As, *lora_Bs))):
         dense = [w if isinstance(w, torch.Tensor) else None for w in weights]
         return apply_directly(_LoraLinearShared, x, seed, group, *dense, *lora_As, *lora_Bs, *biases)
     ys, _, _ = _forward(x, group, lora_As, lora_Bs, biases, seed)
@@ -110,7 +125,7 @@ def shared_plan_for(x: torch.Tensor, weights: Sequence[Weight], lora_As: Sequenc
             plans.append(plan_for_dense(x, weight, lora_A.shape[0], backend))
         else:
             plans.append(plan_for_quantized(x, weight, lora_A.shape[0], backend))
-    return plan_shared(plans)
+    return plan_shared(plans, x.numel())
 
 
 def _check(

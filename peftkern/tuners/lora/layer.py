@@ -382,9 +382,11 @@ class Linear(LoraLayer, nn.Module):
     def _operands(self) -> tuple[Any, ...] | None:
         """(weight, A, B, scaling, bias, dropout) where forward is one `lora_linear` of one adapter; None elsewhere."""
         simple = self._operands_if_simple()
-        names = self._active_here()
-        if simple is not None or self._disable_adapters or self.merged_adapters or len(names) != 1:
+        if simple is not None:
             return simple
+        names = self._active_here()
+        if self._disable_adapters or self.merged_adapters or len(names) != 1:
+            return None
         name = names[0]
         if self.lora_bias[name] or self._why_not_fused(names):
             return None

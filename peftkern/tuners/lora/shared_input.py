@@ -16,10 +16,11 @@ from torch import nn
 
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear_shared, multi_lora_linear_shared
-from peftkern.ops._common import autocast_dtype
+from peftkern.ops._common import adapters_fit, autocast_dtype, calls_are_changed
+from peftkern.ops.lora_linear_shared import run as lora_linear_shared_on
 from peftkern.ops.lora_linear_shared import shared_plan_for
 from peftkern.ops.multi_lora_linear_shared import shared_plan_for as shared_plan_for_many
-from peftkern.ops.plan import APART, Plan, plan_shared
+from peftkern.ops.plan import APART, JOINED_ELEMENTS, Plan, plan_shared
 from peftkern.tuners.fusing import compute_dtype
 from peftkern.tuners.lora.layer import Linear
 from peftkern.utils.other import batch_in_force
@@ -31,6 +32,7 @@ MODEL_TYPES = frozenset(
     ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral")
     + ("olmo", "olmo2", "phi", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2")
 )
+_Found = tuple[tuple[torch.Tensor, ...], list[Any]]  # outputs, and the key of each
 # Times in a row that outputs were left lying before a group gives up: its layers do not share their input after all.
 MOST_MISSES = 3
 
@@ -67,30 +69,31 @@ class SharedInput:
         y, key = left.outputs.pop(layer, (None, None))
         if not left.outputs:
             self._left, self._misses = None, 0
-        return y if y is not None and key == _key(layer, mixed) else None
+        if y is None:
+            return None
+        return y if key == (_key(layer._operands()) if mixed is None else _key_of_many(layer, mixed)) else None
 
     def _all(self, x: torch.Tensor, many: bool) -> torch.Tensor | None:
         """The first layer's output; those of the others are left for them to take."""
         if self._left is not None:
             self._left = None
             self._misses += 1
-        if self._misses >= MOST_MISSES:
+        few = x.is_cpu and not many and x.numel() <= JOINED_ELEMENTS  # told here at a lower price
+        if self._misses >= MOST_MISSES or few:
             return None
-        batches = [batch_in_force(layer) if many else None for layer in self.layers]
-        ys = self._outputs_of_many(x, batches) if many else self._outputs(x)
-        if ys is None:
+        found = self._outputs_of_many(x) if many else self._outputs(x)
+        if found is None:
             return None
-        outputs = {}
-        for layer, y, mixed in list(zip(self.layers, ys, batches, strict=True))[1:]:
-            outputs[layer] = (y, _key(layer, mixed))
-        if all(key is not None for _, key in outputs.values()):
+        ys, keys = found
+        if None not in keys:
+            outputs = {layer: pair for layer, *pair in zip(self.layers[1:], ys[1:], keys[1:], strict=True)}
             self._left = _Left(x, outputs)
         return ys[0]
 
-    def _outputs(self, x: torch.Tensor) -> list[torch.Tensor] | None:
+    def _outputs(self, x: torch.Tensor) -> _Found | None:
         """Each layer's output with its one adapter; None if they do not go together."""
         each: list[Any] = [layer._operands() for layer in self.layers]
-        if any(operands is None for operands in each):
+        if None in each:
             return None
         weights, *adapters, biases, ps = zip(*each, strict=True)
         As, Bs, scalings = adapters
@@ -102,13 +105,22 @@ class SharedInput:
             As, Bs, biases = (
                 tuple(t if t is None or t.dtype in fits else t.to(dtype) for t in given) for given in (As, Bs, biases)
             )
-        if shared_plan_for(x, weights, As, current_backend()).path == APART:
+        rows = x if x.dtype is dtype else x.to(dtype)
+        path = shared_plan_for(rows, weights, As, current_backend()).path
+        if path == APART:
             return None
-        ys = lora_linear_shared(x.to(dtype), weights, As, Bs, scalings, biases, dropout_p=ps[0])
-        return [y.to(x.dtype) for y in ys]
+        each_fits = (adapters_fit(rows, *operands) for operands in zip(weights, As, Bs, biases, strict=True))
+        if not calls_are_changed() and all(each_fits):
+            ys = lora_linear_shared_on(rows, weights, As, Bs, scalings, biases, ps[0], None, path)
+        else:  # a quantized weight, autocast, or something to be refused
+            ys = lora_linear_shared(rows, weights, As, Bs, scalings, biases, dropout_p=ps[0])
+        if dtype is not x.dtype:
+            ys = tuple(y.to(x.dtype) for y in ys)
+        return ys, [_key(operands) for operands in each]
 
-    def _outputs_of_many(self, x: torch.Tensor, batches: list[Any]) -> list[torch.Tensor] | None:
+    def _outputs_of_many(self, x: torch.Tensor) -> _Found | None:
         """Each layer's output for a batch whose rows want different adapters; None if they do not go together."""
+        batches = [batch_in_force(layer) for layer in self.layers]
         for layer, mixed in zip(self.layers, batches, strict=True):
             if mixed is None or mixed.batch is not batches[0].batch:
                 return None
@@ -127,7 +139,8 @@ class SharedInput:
             return None
         p = batches[0].dropout_p
         ys = multi_lora_linear_shared(x.to(dtype), weights, pools, batches[0].batch, biases, dropout_p=p)
-        return [y.to(x.dtype) for y in ys]
+        keys = [_key_of_many(*pair) for pair in zip(self.layers, batches, strict=True)]
+        return tuple(y.to(x.dtype) for y in ys), keys
 
     def _dtype(self, x: torch.Tensor, weights: Sequence[Any]) -> torch.dtype | None:
         """What to compute in: x's dtype, or that of quantized layers; None if they do not agree."""
@@ -140,7 +153,9 @@ class SharedInput:
         names = ", ".join(self.names)
         if self._misses >= MOST_MISSES:
             return Plan(alone.path, f"{alone.reason}; by itself: {names} were seen to have other inputs")
-        if plan_shared([layer.plan_alone(tokens) for layer in self.layers]).path in (APART, "unfused"):
+        if plan_shared(
+            [layer.plan_alone(tokens) for layer in self.layers], tokens * self.layers[0].in_features
+        ).path in (APART, "unfused"):
             return alone
         return Plan(alone.path, f"{alone.reason}; one shrink, dX and dA pass for {names} in eager mode")
 
@@ -163,25 +178,30 @@ def _modes(x: torch.Tensor) -> tuple[Any, ...]:
     return torch.is_grad_enabled(), autocast_dtype(x)
 
 
-def _key(layer: Any, mixed: Any) -> tuple[Any, ...] | None:
-    """All that the layer computes from, beside x, by identity and version; None where that cannot be told."""
-    numbers: tuple[Any, ...]
-    if mixed is None:
-        operands = layer._operands()
-        if operands is None:
-            return None
-        weight, A, B, scaling, bias, p = operands
-        numbers, tensors = (scaling, p), [A, B, bias]
-    else:
-        pool, weight = mixed.pool, layer._weight_by_rows()
-        numbers = (mixed, mixed.dropout_p, pool.layout, pool.scalings)
-        tensors = [pool.pool_a, pool.pool_b, layer.base_layer.bias]
-        tensors += [t for entry in pool.entries if entry is not None for t in (entry.lora_A, entry.lora_B)]
-    tensors += [weight] if isinstance(weight, torch.Tensor) else weight.tensors()
-    found = [t for t in tensors if t is not None]
-    if any(t.is_inference() for t in found):
+def _key(operands: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    """All that a layer with these operands computes from, beside x, by identity and version; None where that cannot be
+    told."""
+    if operands is None:
         return None
-    return *numbers, *((t.data_ptr(), t._version, t.requires_grad) for t in found)
+    weight, A, B, scaling, bias, p = operands
+    stored = (weight,) if isinstance(weight, torch.Tensor) else weight.tensors()
+    return _states((*stored, A, B, bias), scaling, p)
+
+
+def _key_of_many(layer: Any, mixed: Any) -> tuple[Any, ...] | None:
+    """The same of a layer that serves a batch of many adapters."""
+    pool, weight = mixed.pool, layer._weight_by_rows()
+    stored = (weight,) if isinstance(weight, torch.Tensor) else weight.tensors()
+    entries = (t for entry in pool.entries if entry is not None for t in (entry.lora_A, entry.lora_B))
+    tensors = (*stored, pool.pool_a, pool.pool_b, layer.base_layer.bias, *entries)
+    return _states(tensors, mixed, mixed.dropout_p, pool.layout, pool.scalings)
+
+
+def _states(tensors: Sequence[torch.Tensor | None], *others: Any) -> tuple[Any, ...] | None:
+    try:
+        return *others, *((t.data_ptr(), t._version, t.requires_grad) for t in tensors if t is not None)
+    except RuntimeError:  # an inference tensor has no version
+        return None
 
 
 def share_input(*layers: Any) -> None:
