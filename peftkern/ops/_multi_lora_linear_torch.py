@@ -187,9 +187,10 @@ def _to(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _scale(group: Group, scalings: Sequence[float], p: float, like: torch.Tensor) -> float | torch.Tensor:
     """What multiplies S of each piece: a number, or [P, 1, 1]."""
-    numbers = [scalings[slot] / (1.0 - p) for slot in group.slots]
-    if len(set(numbers)) == 1:
-        return numbers[0]
+    numbers = [scalings[slot] for slot in group.slots]
+    if numbers.count(numbers[0]) == len(numbers):
+        return numbers[0] / (1.0 - p)
+    numbers = [number / (1.0 - p) for number in numbers]
     return torch.tensor(numbers, dtype=torch.float32, device=like.device).to(like.dtype)[:, None, None]
 
 

@@ -36,6 +36,7 @@ class MixedAdapters(MixedRows):
     def __init__(self, model: nn.Module, slots: int, max_rank: int, layer_class: type) -> None:
         self.max_rank = max_rank
         self._pools: dict[nn.Module, LayerAdapters] = {}
+        self._seen: dict[nn.Module, tuple[Any, ...]] = {}
         super().__init__(model, slots, layer_class)
 
     @property
@@ -57,9 +58,18 @@ class MixedAdapters(MixedRows):
         Raises:
             TypeError, ValueError: an adapter does not fit into its layer's pool.
         """
-        if not torch.compiler.is_compiling():
-            for layer in self._tuned:
-                self._sync_layer(layer)
+        if torch.compiler.is_compiling():
+            return
+        for layer in self._tuned:
+            now = _adapters_now(layer)
+            if now is not None and self._seen.get(layer) == (now, self.names):
+                continue
+            self._sync_layer(layer)
+            now = _adapters_now(layer)  # in the pool by now
+            if now is None:
+                self._seen.pop(layer, None)
+            else:
+                self._seen[layer] = (now, list(self.names))
 
     def _sync_layer(self, layer: Any) -> None:
         held = layer._modules
@@ -92,6 +102,17 @@ class MixedAdapters(MixedRows):
 
     def rows_for(self, layer: Any, batch: AdapterBatch, names: Sequence[str | None]) -> LayerRows:
         return LayerBatch(batch, names, self._pools.get(layer))
+
+
+def _adapters_now(layer: Any) -> tuple[Any, ...] | None:
+    """The adapters of a layer as a sync finds them, by name, identity, address and scaling; None of any but plain
+    parameters. Every forward asks, so few steps of Python."""
+    held = layer._modules
+    As, Bs = held["lora_A"]._modules, held["lora_B"]._modules
+    weights = [module._parameters.get("weight") for modules in (As, Bs) for module in modules.values()]
+    if any(type(weight) is not nn.Parameter for weight in weights):
+        return None
+    return list(As), [(id(weight), weight.data_ptr()) for weight in weights], list(layer.scaling.values())
 
 
 class LayerBatch(LayerRows):

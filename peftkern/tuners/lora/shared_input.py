@@ -78,7 +78,7 @@ class SharedInput:
         if self._left is not None:
             self._left = None
             self._misses += 1
-        few = x.is_cpu and not many and x.numel() <= JOINED_ELEMENTS  # told here at a lower price
+        few = x.is_cpu and x.numel() <= JOINED_ELEMENTS  # told here at a lower price
         if self._misses >= MOST_MISSES or few:
             return None
         found = self._outputs_of_many(x) if many else self._outputs(x)
