@@ -16,7 +16,7 @@ from .launch import Call, cdiv, compile_options, is_aligned, nbytes
 from .lora_decode import MAX_ROWS
 from .lora_decode_4bit import packed_rows_times_tokens
 from .multi_decode_planes import Planes, factor_bytes, programs, shrink_arguments, shrink_beside_base
-from .multi_group import block_of_projection, blocks_of, numbered, of_projection, sum_of
+from .projections import block_of_projection, blocks_of, numbered, of_projection, sum_of
 from .routing import Routing
 from .tables_4bit import choose_decode_4bit
 
