@@ -1,4 +1,4 @@
-"""Projections of one x, each under many adapters of its own: what each has by itself, and what they must have in common.
+"""Projections of one x, each under many adapters: what is each one's own, and what they must have in common.
 
 How they share a launch: projections.py.
 """
