@@ -118,15 +118,28 @@ def plan_lora_linear(
 APART = "apart"  # as a path: each projection is a call of its own
 
 
-def plan_shared(plans: Sequence[Plan]) -> Plan:
+DECODE_PATHS = ("decode", "decode_4bit")
+MOST_DECODED_TOGETHER = 4  # projections that one launch of the kernels takes
+
+
+def plan_shared(plans: Sequence[Plan], unlike: str = "") -> Plan:
     """The path of `lora_linear_shared`, from those that its projections would take by themselves: the one that they
-    all take, if its launches can share a shrink, else `APART`."""
+    all take, if its launches can be shared, else `APART`.
+
+    Args:
+        plans: of each projection.
+        unlike: what keeps them from one launch on the decode paths, in words; "" for nothing.
+    """
     paths = sorted({plan.path for plan in plans})
     if len(paths) > 1:
         return Plan(APART, f"the projections take different paths: {', '.join(paths)}")
     (path,) = paths
-    if path in ("decode", "decode_4bit"):
-        return Plan(APART, f"{plans[0].reason}; two launches a projection")
+    if path in DECODE_PATHS:
+        if len(plans) > MOST_DECODED_TOGETHER:
+            unlike = f"{len(plans)} are more than the {MOST_DECODED_TOGETHER} that a launch takes"
+        if unlike:
+            return Plan(APART, f"{plans[0].reason}; two launches a projection: {unlike}")
+        return Plan(path, f"{plans[0].reason}; two launches for {len(plans)} projections, one dX and one dA")
     if path.endswith("torch_fp32"):
         return Plan(APART, f"{plans[0].reason}; x is widened block by block for each projection")
     return Plan(path, f"{plans[0].reason}; one shrink, one dX and one dA of {len(plans)} projections")

@@ -17,9 +17,9 @@ from torch import nn
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear_shared, multi_lora_linear_shared
 from peftkern.ops._common import autocast_dtype
-from peftkern.ops.lora_linear_shared import shared_plan_for
+from peftkern.ops.lora_linear_shared import launched_apart, shared_plan_for
 from peftkern.ops.multi_lora_linear_shared import shared_plan_for as shared_plan_for_many
-from peftkern.ops.plan import APART, Plan, plan_shared
+from peftkern.ops.plan import APART, DECODE_PATHS, MOST_DECODED_TOGETHER, Plan, plan_shared
 from peftkern.tuners.fusing import compute_dtype
 from peftkern.tuners.lora.layer import Linear
 from peftkern.utils.other import batch_in_force
@@ -102,7 +102,7 @@ class SharedInput:
             As, Bs, biases = (
                 tuple(t if t is None or t.dtype in fits else t.to(dtype) for t in given) for given in (As, Bs, biases)
             )
-        if shared_plan_for(x, weights, As, current_backend()).path == APART:
+        if shared_plan_for(x, weights, As, Bs, biases, current_backend()).path == APART:
             return None
         ys = lora_linear_shared(x.to(dtype), weights, As, Bs, scalings, biases, dropout_p=ps[0])
         return [y.to(x.dtype) for y in ys]
@@ -140,9 +140,18 @@ class SharedInput:
         names = ", ".join(self.names)
         if self._misses >= MOST_MISSES:
             return Plan(alone.path, f"{alone.reason}; by itself: {names} were seen to have other inputs")
-        if plan_shared([layer.plan_alone(tokens) for layer in self.layers]).path in (APART, "unfused"):
-            return alone
-        return Plan(alone.path, f"{alone.reason}; one shrink, dX and dA pass for {names} in eager mode")
+        decodes, unlike = alone.path in DECODE_PATHS, ""
+        if decodes:
+            each: list[Any] = [layer._operands() for layer in self.layers]
+            if not any(operands is None for operands in each):
+                weights, As, Bs, _, biases, _ = zip(*each, strict=True)
+                unlike = launched_apart(weights, As, Bs, biases)
+        shared = plan_shared([layer.plan_alone(tokens) for layer in self.layers], unlike)
+        if shared.path in (APART, "unfused"):
+            told = unlike or (decodes and len(self.layers) > MOST_DECODED_TOGETHER)
+            return Plan(alone.path, shared.reason) if told else alone
+        what = "two launches" if decodes else "one shrink, dX and dA pass"
+        return Plan(alone.path, f"{alone.reason}; {what} for {names} in eager mode")
 
     def __getstate__(self) -> dict[str, Any]:
         """Without outputs that are left: they belong to a forward of the original."""
