@@ -60,8 +60,8 @@ def test_dense_weights_match_fp64(M, K, outs, dtype, masters, bias, p, device):
 @pytest.mark.parametrize(
     "M, K, outs, dtype, masters, bias, p",
     [
-        (1, 34, [(70, 12), (17, 3)], torch.float32, False, False, 0.4),  # read by bytes
-        (3, 72, [(17, 20), (66, 8), (5, 1)], torch.bfloat16, True, True, 0.0),
+        (1, 96, [(70, 12), (17, 3)], torch.bfloat16, False, False, 0.4),
+        (3, 160, [(17, 20), (66, 8), (5, 1)], torch.bfloat16, True, True, 0.0),
         (16, 64, FOUR, torch.float16, False, True, 0.4),
     ],
 )
@@ -74,7 +74,7 @@ def test_4bit_weights_match_fp64(M, K, outs, dtype, masters, bias, p, quantize, 
 def test_same_bits_as_single_calls_in_two_launches(quantize, monkeypatch, device):
     """K is split here. Would catch a group whose arithmetic is another than that of one, and one that launches for each
     of its projections."""
-    projections = Projections(3, 600, [(70, 12), (17, 3), (33, 16)], torch.float16, device=device, quantize=quantize)
+    projections = Projections(3, 608, [(70, 12), (17, 3), (33, 16)], torch.float16, device=device, quantize=quantize)
     seed = torch.tensor([77], device=device)
     names, before = [], launch.Call.run
     monkeypatch.setattr(launch.Call, "run", lambda call: names.append(call.name) or before(call))
@@ -125,14 +125,15 @@ def test_unlike_projections_run_apart(change, words, device):
 
 def test_4bit_weights_of_two_kinds_run_apart(device):
     """Would catch one projection's blocksize or kind of scales taken for all."""
-    projections = Projections(2, 64, [(9, 2), (12, 3)], device=device, quantize=nf4)
+    projections = Projections(2, 64, [(9, 2), (12, 3)], torch.bfloat16, device=device, quantize=nf4)
     projections.weights[1] = fp4(projections.dense[1])
     assert "weights are stored differently" in projections.plan("triton").reason
 
 
 def test_few_tokens_compiled(device):
     """Would catch a graph break where the plan looks at addresses."""
-    projections = Projections(2, 64, [(9, 2), (12, 3)], device=device, quantize=nf4)
+    projections = Projections(2, 64, [(9, 2), (12, 3)], torch.bfloat16, device=device, quantize=nf4)
+    assert projections.plan("triton").path == "decode_4bit"
 
     def run(x):
         return lora_linear_shared(x, projections.weights, projections.As, projections.Bs, SCALINGS[:2])
@@ -154,11 +155,13 @@ def test_builders_refuse_what_one_launch_cannot_take():
     weight = torch.randn(6, 8)
     with pytest.raises(ValueError, match="projections: expected 1 to 4, got 5"):
         group_decode_calls(x, [weight] * 5, [projection()] * 5, arch=0)
+    with pytest.raises(ValueError, match="weights: expected one for each of 2"):
+        group_decode_calls(x, [weight], [projection()] * 2, arch=0)
     for other in (projection(of=torch.float64), projection(bias=torch.randn(6))):
         with pytest.raises(ValueError, match="(a|bias): expected one dtype and one order of strides"):
             group_decode_calls(x, [weight] * 2, [projection(), other], arch=0)
     with pytest.raises(ValueError, match="weight: expected one dtype"):
-        group_decode_calls(x, [weight, padded_randn(6, 8, pad=1)], [projection()] * 2, arch=0)
+        group_decode_calls(x, [weight, padded_randn(6, 8, pad=1, dtype=torch.float32)], [projection()] * 2, arch=0)
     assert len(group_decode_calls(x, [weight] * 2, [projection(), projection(R=3)], arch=0)) == 2
     packed = [as_packed(make(torch.randn(6, 8))) for make in (nf4, fp4)]
     with pytest.raises(ValueError, match="weights: expected one blocksize"):

@@ -163,7 +163,7 @@ def group_decode_calls(
     Raises:
         ValueError: more than 16 rows or four projections, or kinds that do not agree.
     """
-    check_group(x, group, weights)
+    check_group(x, weights, group)
     if x.shape[0] == 0:
         return []
     planes, call = _planes_call(x, weights, [each.a for each in group], dropout, arch, precision)

@@ -172,7 +172,7 @@ def group_decode_4bit_calls(
     Raises:
         ValueError: as there, or an odd K, or weights that one launch cannot read (see `weights_fit`).
     """
-    check_group(x, group)
+    check_group(x, weights, group)
     if x.shape[1] % 2:
         raise ValueError(f"weight: expected an even K on the 4-bit decode path, got {x.shape[1]}")
     if not weights_fit(weights):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -106,16 +107,18 @@ class Planes:
         return cls(each(sizes), each(ranks))
 
 
-def check_group(x: torch.Tensor, group: Sequence[Projection], dense: Sequence[torch.Tensor] = ()) -> None:
-    """ValueError where x has too many rows, or the projections (their `dense` weights too) cannot share a launch."""
+def check_group(x: torch.Tensor, weights: Sequence[Any], group: Sequence[Projection]) -> None:
+    """ValueError where x has too many rows, or the projections (their dense weights too) cannot share a launch."""
     if x.shape[0] > MAX_ROWS:
         raise ValueError(f"x: expected at most {MAX_ROWS} rows on the decode path, got {x.shape[0]}")
     if not 1 <= len(group) <= MOST_PROJECTIONS:
         raise ValueError(f"projections: expected 1 to {MOST_PROJECTIONS}, got {len(group)}")
+    if len(weights) != len(group):
+        raise ValueError(f"weights: expected one for each of {len(group)} projections, got {len(weights)}")
     if len(group) == 1:
         return
     kinds = {
-        "weight": {(w.dtype, w.stride()) for w in dense},
+        "weight": {(w.dtype, w.stride()) for w in weights if isinstance(w, torch.Tensor)},
         "a": {(each.a.dtype, each.a.stride()) for each in group},
         "b": {(each.b.dtype, each.b.stride(1)) for each in group},
         "bias": {None if each.bias is None else (each.bias.dtype, each.bias.stride(0)) for each in group},
