@@ -59,14 +59,13 @@ def rows_times_tokens(
 @triton.jit
 def low_rank_program(
     x_ptr, index, a_ptr, a1_ptr, a2_ptr, a3_ptr, seed_ptr, s_planes_ptr, s_planes1_ptr, s_planes2_ptr, s_planes3_ptr,
-    R, R1, R2, R3, M, k_start, k_stop, stride_xm, stride_xk, stride_ar, stride_ak, threshold,
+    R, R1, R2, R3, offs_m, M, k_start, k_stop, stride_xm, stride_xk, stride_ar, stride_ak, threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A's program `index` of the first launch: up to BLOCK_N ranks of one projection, a part of K."""
     which, block_r = block_of_projection(index, R, R1, R2, R3, BLOCK_N)
     own_R = of_projection(which, R, R1, R2, R3)
-    offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     offs_r = block_r.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     # The two loops' buffers do not overlap in shared memory, so A's few programs do without a pipeline.
     acc = rows_times_tokens(
@@ -83,24 +82,24 @@ def _decode_planes_kernel(
     x_ptr, w_ptr, w1_ptr, w2_ptr, w3_ptr, a_ptr, a1_ptr, a2_ptr, a3_ptr, seed_ptr,
     y_planes_ptr, y_planes1_ptr, y_planes2_ptr, y_planes3_ptr,  # each [SPLIT, M, N]
     s_planes_ptr, s_planes1_ptr, s_planes2_ptr, s_planes3_ptr,  # each [SPLIT, M, R]
-    N, N1, N2, N3, R, R1, R2, R3,
-    M, K, k_part, stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, threshold,
+    M, N, N1, N2, N3, K, R, R1, R2, R3, k_part,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     programs_r = blocks_of(R, R1, R2, R3, BLOCK_N)  # A's come first: a straggler would be all of the last wave
     k_start = tl.program_id(1) * k_part
     k_stop = tl.minimum(k_start + k_part, K)
+    offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     if tl.program_id(0) < programs_r:
         low_rank_program(
             x_ptr, tl.program_id(0), a_ptr, a1_ptr, a2_ptr, a3_ptr, seed_ptr, s_planes_ptr, s_planes1_ptr,
-            s_planes2_ptr, s_planes3_ptr, R, R1, R2, R3, M, k_start, k_stop, stride_xm, stride_xk, stride_ar,
+            s_planes2_ptr, s_planes3_ptr, R, R1, R2, R3, offs_m, M, k_start, k_stop, stride_xm, stride_xk, stride_ar,
             stride_ak, threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
         )  # fmt: skip
     else:
         which, block_n = block_of_projection(tl.program_id(0) - programs_r, N, N1, N2, N3, BLOCK_N)
         own_N = of_projection(which, N, N1, N2, N3)
-        offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
         offs_n = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = rows_times_tokens(
             of_projection(which, w_ptr, w1_ptr, w2_ptr, w3_ptr), x_ptr, None, offs_n % own_N, offs_m, M, k_start,

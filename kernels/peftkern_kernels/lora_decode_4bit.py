@@ -86,8 +86,8 @@ def _decode_4bit_planes_kernel(
     offset_ptr, offset1_ptr, offset2_ptr, offset3_ptr, a_ptr, a1_ptr, a2_ptr, a3_ptr, seed_ptr,
     y_planes_ptr, y_planes1_ptr, y_planes2_ptr, y_planes3_ptr,  # each [SPLIT, M, N]
     s_planes_ptr, s_planes1_ptr, s_planes2_ptr, s_planes3_ptr,  # each [SPLIT, M, R]
-    N, N1, N2, N3, R, R1, R2, R3,
-    M, K, row_words, k_part, part_words, stride_xm, stride_xk, stride_ar, stride_ak, threshold,
+    M, N, N1, N2, N3, K, R, R1, R2, R3, row_words, k_part, part_words,
+    stride_xm, stride_xk, stride_ar, stride_ak, threshold,
     GROUP: tl.constexpr, SHIFT: tl.constexpr, WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, NUM_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -95,16 +95,16 @@ def _decode_4bit_planes_kernel(
     programs_r = blocks_of(R, R1, R2, R3, BLOCK_N)  # A's come first, as in lora_decode.py
     k_start = tl.program_id(1) * k_part
     k_stop = tl.minimum(k_start + k_part, K)
+    offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     if tl.program_id(0) < programs_r:
         low_rank_program(
             x_ptr, tl.program_id(0), a_ptr, a1_ptr, a2_ptr, a3_ptr, seed_ptr, s_planes_ptr, s_planes1_ptr,
-            s_planes2_ptr, s_planes3_ptr, R, R1, R2, R3, M, k_start, k_stop, stride_xm, stride_xk, stride_ar,
+            s_planes2_ptr, s_planes3_ptr, R, R1, R2, R3, offs_m, M, k_start, k_stop, stride_xm, stride_xk, stride_ar,
             stride_ak, threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
         )  # fmt: skip
     else:
         which, block_n = block_of_projection(tl.program_id(0) - programs_r, N, N1, N2, N3, BLOCK_N)
         own_N = of_projection(which, N, N1, N2, N3)
-        offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
         offs_n = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         nested_absmax, nested_code, offset = None, None, None
         if nested_absmax_ptr is not None:

@@ -46,9 +46,9 @@ def _decode_finish_kernel(
     s_planes_ptr, s_planes1_ptr, s_planes2_ptr, s_planes3_ptr,  # each [SPLIT, M, R]
     b_ptr, b1_ptr, b2_ptr, b3_ptr, bias_ptr, bias1_ptr, bias2_ptr, bias3_ptr,  # [N, R] [N]
     out_ptr, out1_ptr, out2_ptr, out3_ptr, s_out_ptr, s_out1_ptr, s_out2_ptr, s_out3_ptr,  # -> [M, N] [M, R]
-    N, N1, N2, N3, R, R1, R2, R3, factor, factor1, factor2, factor3,
-    stride_bn, stride_bn1, stride_bn2, stride_bn3, stride_om, stride_om1, stride_om2, stride_om3,
-    M, stride_br, stride_bias, stride_on, stride_sm, stride_sr,
+    M, N, N1, N2, N3, R, R1, R2, R3, factor, factor1, factor2, factor3,
+    stride_bn, stride_bn1, stride_bn2, stride_bn3, stride_br, stride_bias,
+    stride_om, stride_om1, stride_om2, stride_om3, stride_on, stride_sm, stride_sr,
     DTYPE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
