@@ -10,7 +10,7 @@ Paths of `lora_linear`:
     "triton"  shrink; base GEMM with the expand in its accumulator.
     "cublas"  shrink and expand as Triton kernels, the base GEMM by cuBLAS into the expand's output.
     "mixed"   "triton", but for dX where dropout masks its low-rank part: that as "cublas".
-    "decode"  at most 16 tokens: two launches with K split over programs.
+    "decode"  at most 16 tokens: two launches with K split over programs, for up to four projections of one x.
 and over a quantized weight:
     "fused_4bit"  "triton", the weight decoded inside the GEMM: forward and backward.
     "decode_4bit"  "decode", likewise.

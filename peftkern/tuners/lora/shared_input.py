@@ -196,7 +196,8 @@ def _key(layer: Any, mixed: Any) -> tuple[Any, ...] | None:
 def share_input(*layers: Any) -> None:
     """Tell LoRA layers that they are always called one after another, in this order, with the very same tensor.
 
-    They are then computed together: one pass over x for all shrinks, one dX and one pass for dA. With dropout they drop
+    They are then computed together: one pass over x for all shrinks, one dX and one pass for dA; two launches for up to
+    four of them where there are at most 16 tokens. With dropout they drop
     the same elements of x. Results are as before otherwise, whatever the layers are called with; backward serves all
     outputs at once, so that a second backward through another of them needs `retain_graph=True`. Each runs by itself
     under torch.compile, in `torch.inference_mode()`, and where `explain` says so.
