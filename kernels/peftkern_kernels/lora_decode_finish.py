@@ -117,7 +117,7 @@ def check_group(x: torch.Tensor, weights: Sequence[Any], group: Sequence[Project
         raise ValueError(f"weights: expected one for each of {len(group)} projections, got {len(weights)}")
     if len(group) == 1:
         return
-    kinds = {
+    kinds: dict[str, set[Any]] = {
         "weight": {(w.dtype, w.stride()) for w in weights if isinstance(w, torch.Tensor)},
         "a": {(each.a.dtype, each.a.stride()) for each in group},
         "b": {(each.b.dtype, each.b.stride(1)) for each in group},
