@@ -17,7 +17,7 @@ from peftkern.ops import _multi_lora_linear_triton
 from peftkern_kernels.adapters import Adapters
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.launch import Call
-from peftkern_kernels.multi_group import columns
+from peftkern_kernels.projections import columns
 from peftkern_kernels.route_kernel import MAX_ROWS, route_calls
 from peftkern_kernels.routing import empty_routing
 

@@ -1,26 +1,28 @@
 """Calls of `lora_linear_shared` whose kernel launches the static check compiles: q, k and v, and gate and up, of an 8B
 Llama. What a projection's launches do not share is in the grid already; new are S beside others' in its rows, and the
-rank of all projections in one shrink, one dX and one dA.
+rank of all projections in one shrink, one dX and one dA; and for a few tokens the two launches of all projections.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 
 from bench.static_cases_4bit import weight_on_meta
 from peftkern.backend import DeviceInfo
 from peftkern.ops import _lora_linear_shared_triton as shared
-from peftkern.ops._lora_linear_triton import Calls, input_gradient_calls, output_calls, thin_calls
-from peftkern.ops.plan import APART, plan_lora_linear, plan_shared
+from peftkern.ops._lora_linear_triton import input_gradient_calls, output_calls, thin_calls
+from peftkern.ops.plan import APART, DECODE_PATHS, plan_lora_linear, plan_shared
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.launch import Call
 from peftkern_kernels.weight_gradient import weight_gradient_calls
 
 HALF = torch.bfloat16
 QKV, GATE_UP = (4096, 1024, 1024), (14336, 14336)
+FOUR = (4096, 1024, 1024, 512)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class LoraLinearShared:
 
     Attributes:
         masters: whether the adapters are fp32. dropout: whether there is any.
-        path: "auto" for the plan's over dense weights, or "fused_4bit".
+        path: "auto" for the plan's over dense weights, or one over 4-bit weights. bias: whether there is any.
     """
 
     M: int
@@ -40,17 +42,18 @@ class LoraLinearShared:
     masters: bool = False
     dropout: bool = False
     path: str = "auto"
+    bias: bool = False
 
     @property
     def aligned(self) -> bool:
         """Whether every row of x, weight and y starts at a multiple of 16 elements."""
-        return all(n % 16 == 0 for n in (self.K, *self.outs))
+        return self.K % (128 if "4bit" in self.path else 16) == 0 and all(n % 16 == 0 for n in self.outs)
 
     def label(self) -> str:
         """The case in a few words."""
         sizes = "+".join(map(str, self.outs))
         words = [f"shared M{self.M} K{self.K} N{sizes} r{self.R} {str(self.dtype).removeprefix('torch.')}"]
-        words += [name for name in ("masters", "dropout") if getattr(self, name)]
+        words += [name for name in ("masters", "dropout", "bias") if getattr(self, name)]
         return " ".join([*words, *([] if self.path == "auto" else [f"path={self.path}"])])
 
     def launches(self, arch: int) -> list[Call]:
@@ -64,11 +67,22 @@ class LoraLinearShared:
         lora_A = x.new_empty(self.R * len(self.outs), self.K, dtype=kind)
         drop = Dropout(x.new_empty(1, dtype=torch.int64), 0.1) if self.dropout else None
         s, ds = x.new_empty(self.M, lora_A.shape[0]), x.new_empty(self.M, lora_A.shape[0])
-        calls: Calls = shared.all_shrinks(x, lora_A, s, [2.0] * len(self.outs), ranks, drop, arch)
-        for i, (N, columns) in enumerate(zip(self.outs, ranks, strict=True)):
-            weight = weight_on_meta(N, self.K, dtype=self.dtype) if "4bit" in path else x.new_empty(N, self.K)
-            lora_B, y = x.new_empty(N, self.R, dtype=kind), x.new_empty(self.M, N)
-            calls += output_calls(x, weight, s[:, columns], lora_B, y, None, path, arch)
+        scalings = [2.0] * len(self.outs)
+        weights: list[Any] = [x.new_empty(N, self.K) for N in self.outs]
+        if "4bit" in path:
+            weights = [weight_on_meta(N, self.K, dtype=self.dtype) for N in self.outs]
+        Bs = [x.new_empty(N, self.R, dtype=kind) for N in self.outs]
+        ys = [x.new_empty(self.M, N) for N in self.outs]
+        biases = [x.new_empty(N) if self.bias else None for N in self.outs]
+        decodes = path in DECODE_PATHS
+        if decodes:
+            As = [x.new_empty(self.R, self.K, dtype=kind) for _ in self.outs]
+            calls = shared.decoded_calls(x, weights, As, Bs, scalings, biases, ys, s, ranks, drop, path, arch)
+        else:
+            calls = shared.all_shrinks(x, lora_A, s, scalings, ranks, drop, arch)
+        for i, (weight, lora_B, y, bias, columns) in enumerate(zip(weights, Bs, ys, biases, ranks, strict=True)):
+            if not decodes:
+                calls += output_calls(x, weight, s[:, columns], lora_B, y, bias, path, arch)
             calls += thin_calls(y, lora_B, s[:, columns], ds[:, columns], torch.empty_like(lora_B), 2.0, arch)[0]
             if "4bit" in path:
                 calls += input_gradient_calls(y, weight, ds[:, columns], lora_A[columns], x, drop, path, arch)
@@ -95,4 +109,17 @@ def all_cases_shared() -> list[LoraLinearShared]:
     fused = [
         replace(case, M=128, path="fused_4bit", dropout=dropout) for case in groups[1::3] for dropout in (False, True)
     ]
-    return [*groups, *small, *variants, *fused]
+    return [*groups, *small, *variants, *fused, *_decoded_cases()]
+
+
+def _decoded_cases() -> list[LoraLinearShared]:
+    """The same for a few tokens."""
+    groups = [LoraLinearShared(M, 4096, outs, R) for M, outs, R in product((1, 16), (QKV, GATE_UP, FOUR), (16, 64))]
+    packed = [replace(case, path="decode_4bit") for case in groups]
+    few = replace(groups[0], M=16)
+    variants = [replace(few, **{name: True}) for name in ("masters", "dropout", "bias")]
+    variants += [replace(few, R=64, dropout=True, masters=True, bias=True), replace(few, dtype=torch.float32)]
+    variants += [replace(few, dtype=torch.float16), replace(few, K=4104), replace(few, K=4095)]
+    variants += [replace(few, K=4095, outs=(4095, 1023, 1023), R=3)]
+    over_4bit = [replace(few, path="decode_4bit", dropout=True, **{name: True}) for name in ("masters", "bias")]
+    return [*groups, *packed, *variants, *over_4bit]

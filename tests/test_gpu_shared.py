@@ -17,7 +17,7 @@ from peftkern_kernels import replay
 pytestmark = pytest.mark.gpu
 SHARED = importlib.import_module("peftkern.ops.lora_linear_shared")
 QKV, GATE_UP = (2048, 512, 512), (3072, 3072)
-SCALINGS = (2.0, 2.0, 2.0)
+SCALINGS = (2.0, 2.0, 2.0, 2.0)
 
 
 def make(M, K, outs, R, adapter_dtype=torch.bfloat16, quantized=False):
@@ -37,19 +37,12 @@ def run(x, weights, As, Bs, dys, **options):
     return [*ys, *torch.autograd.grad(ys, [x, *As, *Bs], dys)]
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("path", ["triton", "cublas", "mixed", "nf4"])
-@pytest.mark.parametrize("outs, R", [(QKV, 16), (QKV, 64), (GATE_UP, 16), ((1000, 130), 12)])
-@pytest.mark.parametrize("M", [2048, 200])
-def test_real_tiles_match_fp64(M, outs, R, path, adapter_dtype, p, monkeypatch):
-    """Would catch a compiled tile that reads S beside other projections' wrongly, or dX that is added to too early."""
-    if path != "nf4":
-        monkeypatch.setattr(SHARED, "plan_for_dense", lambda *_: Plan(path, "forced by a test"))
-    x, weights, As, Bs, dys = make(M, 1024, outs, R, adapter_dtype, path == "nf4")
+def assert_matches_fp64(x, weights, As, Bs, dys, p):
+    """Outputs and gradients within their bounds."""
     seed = torch.tensor([99], device="cuda")
     got = run(x, weights, As, Bs, dys, dropout_p=p, seed=seed)
-    keep = reference.dropout_mask(seed, M, 1024, p) if p else None
+    (M, K), outs = x.shape, [dy.shape[1] for dy in dys]
+    keep = reference.dropout_mask(seed, M, K, p) if p else None
     results = []
     for transform in (lambda t: t.detach().double(), lambda t: t.detach().double().abs()):
         wide = [transform(t).requires_grad_() for t in (x, *As, *Bs)]
@@ -63,30 +56,58 @@ def test_real_tiles_match_fp64(M, outs, R, path, adapter_dtype, p, monkeypatch):
         # S or dS, masters, the expand on cuBLAS; of dX each projection's sum besides.
         rounded = 4 + (n if i == n else 0)
         factor = eps / torch.finfo(out.dtype).eps
-        assert_rounded(out.detach(), truth, magnitude, terms=M + sum(outs) + 1024, rounded=rounded * factor)
+        assert_rounded(out.detach(), truth, magnitude, terms=M + sum(outs) + K, rounded=rounded * factor)
 
 
-def test_same_bits_and_replays():
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("path", ["triton", "cublas", "mixed", "nf4"])
+@pytest.mark.parametrize("outs, R", [(QKV, 16), (QKV, 64), (GATE_UP, 16), ((1000, 130), 12)])
+@pytest.mark.parametrize("M", [2048, 200])
+def test_real_tiles_match_fp64(M, outs, R, path, adapter_dtype, p, monkeypatch):
+    """Would catch a compiled tile that reads S beside other projections' wrongly, or dX that is added to too early."""
+    if path != "nf4":
+        monkeypatch.setattr(SHARED, "plan_for_dense", lambda *_: Plan(path, "forced by a test"))
+    x, weights, As, Bs, dys = make(M, 1024, outs, R, adapter_dtype, path == "nf4")
+    assert_matches_fp64(x, weights, As, Bs, dys, p)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("outs, R", [(QKV, 16), (QKV, 64), (GATE_UP, 16), ((1000, 130), 12), ((512, 512, 256, 1), 3)])
+@pytest.mark.parametrize("M", [1, 3, 16])
+def test_few_tokens_match_fp64(M, outs, R, quantized, adapter_dtype, p):
+    """Would catch a compiled program of the decode launches that takes another projection's pointers or sizes."""
+    x, weights, As, Bs, dys = make(M, 1024, outs, R, adapter_dtype, quantized)
+    plan = SHARED.shared_plan_for(x, weights, As, Bs, [None] * len(outs), "auto")
+    assert plan.path == ("decode_4bit" if quantized else "decode")
+    assert_matches_fp64(x, weights, As, Bs, dys, p)
+
+
+@pytest.mark.parametrize("M", [1, 16, 1024])
+def test_same_bits_and_replays(M):
     """Would catch an atomic, a replay with a stale address, or launches that are never kept."""
     for quantized in (False, True):
         seed = torch.tensor([7], device="cuda")
-        operands = make(1024, 1024, QKV, 16, torch.float32, quantized)
+        operands = make(M, 1024, QKV, 16, torch.float32, quantized)
         first = run(*operands, dropout_p=0.1, seed=seed)
         kept = len(replay._kept)
         again = run(*operands, dropout_p=0.1, seed=seed)
         assert len(replay._kept) == kept > 0
-        other = make(1024, 1024, QKV, 16, torch.float32, quantized)
+        other = make(M, 1024, QKV, 16, torch.float32, quantized)
         run(*other, dropout_p=0.1, seed=seed)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_cuda_graph_of_tied_layers():
+@pytest.mark.parametrize("tokens", [512, 3])
+def test_cuda_graph_of_tied_layers(tokens):
     """Would catch a host synchronisation, an allocation that capture forbids, or outputs left from before capture."""
     layers = [LoraLinear(1024, N, r=16, lora_alpha=32, device="cuda", dtype=torch.bfloat16) for N in QKV]
     for layer in layers:
         torch.nn.init.normal_(layer.lora_B["default"].weight)
     share_input(*layers)
-    x = torch.randn(512, 1024, device="cuda").bfloat16().requires_grad_()
+    x = torch.randn(tokens, 1024, device="cuda").bfloat16().requires_grad_()
     wanted = [x, *(layer.lora_A["default"].weight for layer in layers)]
 
     def step():

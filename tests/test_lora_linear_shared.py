@@ -56,6 +56,9 @@ class Projections:
     def leaves(self):
         return [self.x, *self.As, *self.Bs]
 
+    def plan(self, backend):
+        return shared_plan_for(self.x, self.weights, self.As, self.Bs, self.biases, backend)
+
     def run(self, scalings=SCALINGS, which=None, **options):
         """[each y], [dX, each dA, each dB]; backward from the outputs `which` alone, if given."""
         n = len(self.weights)
@@ -147,7 +150,7 @@ def test_kernels_match_fp64(M, K, outs, dtype, masters, dropout_p, path, device)
     seed = torch.tensor([1234], device=device)
     keep = reference.dropout_mask(seed, M, K, dropout_p) if dropout_p else None
     with use_backend("triton"):
-        assert shared_plan_for(projections.x, projections.weights, projections.As, "triton").path == path
+        assert projections.plan("triton").path == path
         got = projections.run(dropout_p=dropout_p, seed=seed)
     casts, n = 2 if masters else 0, len(outs)
     roundings = (2 + casts, 2 + n + casts, 1 + casts, 1 + casts)
@@ -204,7 +207,7 @@ def test_quantized_weights(M, quantize, backend, device):
     """Would catch a buffer that a later projection writes while an earlier one's product still reads it."""
     projections = Projections(M, 64, [(48, 8), (80, 4)], torch.bfloat16, device=device, quantize=quantize)
     with use_backend(backend):
-        plan = shared_plan_for(projections.x, projections.weights, projections.As, backend)
+        plan = projections.plan(backend)
         got = projections.run()
     fused = backend == "triton" and quantize is nf4 and M == 20
     assert plan.path.partition(":")[0] == ("fused_4bit" if fused else "dequantize")
@@ -357,16 +360,23 @@ def test_plan_says_why_not():
     """Would catch a group that silently runs one by one."""
     single = plans.Plan("triton", "many tokens")
     assert plans.plan_shared([single, single], 10**6).path == "triton"
-    assert (
-        "different paths: cublas, triton" in plans.plan_shared([single, plans.Plan("cublas", "odd rows")], 10**6).reason
-    )
+    other = plans.Plan("cublas", "odd rows")
+    assert "different paths: cublas, triton" in plans.plan_shared([single, other], 10**6).reason
     plain = plans.Plan("torch", "on a CPU")
     assert plans.plan_shared([plain, plain], 10**6).path == "torch"
     assert plans.plan_shared([plain, plain], 0).path == plans.APART
     assert "x so small" in plans.plan_shared([plain, plain], 0).reason
-    for path in ("decode", "decode_4bit", "torch_fp32", "dequantize:torch_fp32"):
+    for path in ("torch_fp32", "dequantize:torch_fp32"):
         plan = plans.plan_shared([plans.Plan(path, "because"), plans.Plan(path, "because")], 10**6)
         assert plan.path == plans.APART and plan.reason.startswith("because")
+    for path in plans.DECODE_PATHS:
+        few = plans.plan_shared([plans.Plan(path, "because")] * 4, 1)
+        assert few.path == path and few.reason == "because; two launches for 4 projections, one dX and one dA"
+        many = plans.plan_shared([plans.Plan(path, "because")] * 5, 1)
+        assert many.path == plans.APART and "5 are more than the 4 that a launch takes" in many.reason
+        unlike = plans.plan_shared([plans.Plan(path, "because")] * 2, 1, "they quarrel")
+        assert unlike.path == plans.APART
+        assert unlike.reason == "because; two launches a projection: they quarrel"
 
 
 def test_errors_name_the_argument():

@@ -21,7 +21,7 @@ from peftkern.reference import dequantize_4bit  # noqa: E402
 from peftkern_kernels import replay  # noqa: E402
 from peftkern_kernels.dropout import Dropout  # noqa: E402
 from peftkern_kernels.launch import Call, recorded_scratch, run_all  # noqa: E402
-from peftkern_kernels.multi_group import columns  # noqa: E402
+from peftkern_kernels.projections import columns  # noqa: E402
 from peftkern_kernels.routing import build_routing  # noqa: E402
 from quantized_data import random_4bit  # noqa: E402
 from test_multi_lora_linear_calls import alone  # noqa: E402

@@ -218,6 +218,35 @@ def test_another_input_runs_alone_and_then_the_group_gives_up(shared):
     assert shared == [2] * MOST_MISSES
 
 
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_few_tokens_share_two_launches(quantization, shared, device):
+    """Would catch layers that decode one by one where their launches could be shared, or share them unlike as they are,
+    and explain not saying which."""
+    pytest.importorskip("triton")
+
+    def made(biases):
+        bases = [nn.Linear(32, n, bias=bias).to(torch.bfloat16) for n, bias in zip((24, 16, 8), biases, strict=True)]
+        found = [LoraLinear.from_linear(base, r=4, lora_alpha=8, quantization=quantization) for base in bases]
+        for layer in found:
+            randomize(layer)
+            layer.to(device)
+        share_input(*found)
+        return found
+
+    x = torch.randn(3, 32, dtype=torch.bfloat16, device=device)
+    for biases, words in (
+        ((True, True, True), "two launches for layer 0, layer 1, layer 2"),
+        ((True, False, True), "two launches a projection: some have a bias and some have not"),
+    ):
+        layers = made(biases)
+        with peftkern.use_backend("triton"), torch.no_grad():
+            for layer, y in [(layer, layer(x)) for layer in layers]:
+                torch.testing.assert_close(y, alone(layer, x), rtol=2e-2, atol=2e-2)
+            row = peftkern.explain(nn.ModuleList(layers), tokens=3).rows[0]
+        assert row.path == ("decode" if quantization is None else "decode_4bit") and words in row.reason
+    assert shared == [3]
+
+
 def test_equal_values_are_not_the_same_tensor():
     """Would catch a group that compares values: x and its copy have histories of their own."""
     a, b = layers(8, 12)

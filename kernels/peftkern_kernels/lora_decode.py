@@ -1,24 +1,29 @@
 """Decoding: `y = x W^T + bias + scaling * (keep * x / (1 - p)) A^T B^T` for at most 16 rows, in two launches.
 
 With so few rows the time is that of reading W once. The first launch splits K and gives A's rows programs of their own
-beside W's, so that x W^T and x A^T are one pass of fp32 planes; the second adds the planes in a fixed order, scales and
-rounds S (kept for the caller), and adds S B^T and the bias. W's rows are the dot's M, tokens its N: a tile of 64 rows
-of W and 16 tokens fits Hopper's matrix instruction and wastes nothing on padding.
+beside W's, so that x W^T and x A^T are one pass of fp32 planes; the second (lora_decode_finish.py) adds the planes in a
+fixed order, scales and rounds S (kept for the caller), and adds S B^T and the bias. W's rows are the dot's M, tokens
+its N: a tile of 64 rows of W and 16 tokens fits Hopper's matrix instruction and wastes nothing on padding. Up to four
+projections of one x (q, k and v; gate and up) share both launches (projections.py); one is a group of one.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from .dropout import Dropout, keep_tile
-from .gemm_tables import choose_decode_tile, rank_block
-from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
-from .lora_expand import triton_dtype
+from .gemm_tables import choose_decode_tile
+from .launch import Call, cdiv, compile_options, nbytes, strides
+from .lora_decode_finish import MAX_ROWS, Planes, Projection, check_group, finish_call
+from .projections import block_of_projection, blocks_of, numbered, of_projection
 from .reduction_tables import vectorizes
 
-MAX_ROWS = 16
+__all__ = ["MAX_ROWS", "decode_calls", "group_decode_calls"]
 
 
 @triton.jit
@@ -51,68 +56,59 @@ def rows_times_tokens(
     return acc
 
 
+@triton.jit
+def low_rank_program(
+    x_ptr, index, a_ptr, a1_ptr, a2_ptr, a3_ptr, seed_ptr, s_planes_ptr, s_planes1_ptr, s_planes2_ptr, s_planes3_ptr,
+    R, R1, R2, R3, offs_m, M, k_start, k_stop, stride_xm, stride_xk, stride_ar, stride_ak, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A's program `index` of the first launch: up to BLOCK_N ranks of one projection, a part of K."""
+    which, block_r = block_of_projection(index, R, R1, R2, R3, BLOCK_N)
+    own_R = of_projection(which, R, R1, R2, R3)
+    offs_r = block_r.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # The two loops' buffers do not overlap in shared memory, so A's few programs do without a pipeline.
+    acc = rows_times_tokens(
+        of_projection(which, a_ptr, a1_ptr, a2_ptr, a3_ptr), x_ptr, seed_ptr, offs_r % own_R, offs_m, M, k_start,
+        k_stop, stride_ar, stride_ak, stride_xm, stride_xk, threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, 1, PRECISION,
+    )  # fmt: skip
+    s_ptrs = of_projection(which, s_planes_ptr, s_planes1_ptr, s_planes2_ptr, s_planes3_ptr)
+    s_ptrs += (tl.program_id(1) * M + offs_m)[None, :] * own_R + offs_r[:, None]
+    tl.store(s_ptrs, acc, mask=(offs_m < M)[None, :] & (offs_r < own_R)[:, None])
+
+
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _decode_planes_kernel(
-    x_ptr, w_ptr, a_ptr, seed_ptr, y_planes_ptr, s_planes_ptr,  # ... -> [SPLIT, M, N] [SPLIT, M, R]
-    M, N, K, R, k_part, stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, threshold,
+    x_ptr, w_ptr, w1_ptr, w2_ptr, w3_ptr, a_ptr, a1_ptr, a2_ptr, a3_ptr, seed_ptr,
+    y_planes_ptr, y_planes1_ptr, y_planes2_ptr, y_planes3_ptr,  # each [SPLIT, M, N]
+    s_planes_ptr, s_planes1_ptr, s_planes2_ptr, s_planes3_ptr,  # each [SPLIT, M, R]
+    M, N, N1, N2, N3, K, R, R1, R2, R3, k_part,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    programs_r = tl.cdiv(R, BLOCK_N)  # A's come first: a straggler at the end would be all of the last wave
+    programs_r = blocks_of(R, R1, R2, R3, BLOCK_N)  # A's come first: a straggler would be all of the last wave
     k_start = tl.program_id(1) * k_part
     k_stop = tl.minimum(k_start + k_part, K)
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
-    # The two loops' buffers do not overlap in shared memory, so A's few programs do without a pipeline.
     if tl.program_id(0) < programs_r:
-        offs_r = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        acc = rows_times_tokens(
-            a_ptr, x_ptr, seed_ptr, offs_r % R, offs_m, M, k_start, k_stop, stride_ar, stride_ak, stride_xm,
-            stride_xk, threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, 1, PRECISION,
+        low_rank_program(
+            x_ptr, tl.program_id(0), a_ptr, a1_ptr, a2_ptr, a3_ptr, seed_ptr, s_planes_ptr, s_planes1_ptr,
+            s_planes2_ptr, s_planes3_ptr, R, R1, R2, R3, offs_m, M, k_start, k_stop, stride_xm, stride_xk, stride_ar,
+            stride_ak, threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
         )  # fmt: skip
-        s_ptrs = s_planes_ptr + (tl.program_id(1) * M + offs_m)[None, :] * R + offs_r[:, None]
-        tl.store(s_ptrs, acc, mask=(offs_m < M)[None, :] & (offs_r < R)[:, None])
     else:
-        offs_n = (tl.program_id(0) - programs_r).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        which, block_n = block_of_projection(tl.program_id(0) - programs_r, N, N1, N2, N3, BLOCK_N)
+        own_N = of_projection(which, N, N1, N2, N3)
+        offs_n = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = rows_times_tokens(
-            w_ptr, x_ptr, None, offs_n % N, offs_m, M, k_start, k_stop, stride_wn, stride_wk, stride_xm, stride_xk,
-            threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, NUM_STAGES, PRECISION,
+            of_projection(which, w_ptr, w1_ptr, w2_ptr, w3_ptr), x_ptr, None, offs_n % own_N, offs_m, M, k_start,
+            k_stop, stride_wn, stride_wk, stride_xm, stride_xk, threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+            NUM_STAGES, PRECISION,
         )  # fmt: skip
-        y_ptrs = y_planes_ptr + (tl.program_id(1) * M + offs_m)[None, :] * N + offs_n[:, None]
-        tl.store(y_ptrs, acc, mask=(offs_m < M)[None, :] & (offs_n < N)[:, None])
-
-
-@triton.jit(do_not_specialize=["M", "factor"])
-def _decode_finish_kernel(
-    y_planes_ptr, s_planes_ptr, b_ptr, bias_ptr, out_ptr, s_out_ptr,  # ... [N, R] [N] -> [M, N] [M, R]
-    M, N, R, factor, stride_bn, stride_br, stride_bias, stride_om, stride_on, stride_sm, stride_sr,
-    DTYPE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m = (offs_m < M)[None, :]
-    mask = (offs_n < N)[:, None] & mask_m
-    base = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for plane in tl.static_range(SPLIT):
-        base += tl.load(y_planes_ptr + (plane * M + offs_m)[None, :] * N + offs_n[:, None], mask=mask, other=0.0)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for r in tl.range(0, R, BLOCK_R, num_stages=1):
-        offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
-        mask_s = (offs_r < R)[:, None] & mask_m
-        s = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-        for plane in tl.static_range(SPLIT):
-            s += tl.load(s_planes_ptr + (plane * M + offs_m)[None, :] * R + offs_r[:, None], mask=mask_s, other=0.0)
-        s = (s * factor).to(s_out_ptr.dtype.element_ty)  # scaled in fp32, then rounded once
-        if tl.program_id(0) == 0:
-            tl.store(s_out_ptr + offs_m[None, :] * stride_sm + offs_r[:, None] * stride_sr, s, mask=mask_s)
-        b_ptrs = b_ptr + (offs_n % N)[:, None] * stride_bn + offs_r[None, :] * stride_br
-        b = tl.load(b_ptrs, mask=(offs_r < R)[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
-        acc = tl.dot(b.to(DTYPE), s.to(DTYPE), acc, input_precision=PRECISION)
-    acc += base
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + (offs_n % N) * stride_bias).to(tl.float32)[:, None]
-    out_ptrs = out_ptr + offs_m[None, :] * stride_om + offs_n[:, None] * stride_on
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        y_ptrs = of_projection(which, y_planes_ptr, y_planes1_ptr, y_planes2_ptr, y_planes3_ptr)
+        y_ptrs += (tl.program_id(1) * M + offs_m)[None, :] * own_N + offs_n[:, None]
+        tl.store(y_ptrs, acc, mask=(offs_m < M)[None, :] & (offs_n < own_N)[:, None])
 
 
 def decode_calls(
@@ -141,52 +137,82 @@ def decode_calls(
     Raises:
         ValueError: more than 16 rows.
     """
+    group = [Projection(a, b, scaling, out, s_out, bias)]
+    return group_decode_calls(x, [weight], group, dropout=dropout, arch=arch, precision=precision)
+
+
+def group_decode_calls(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    group: Sequence[Projection],
+    *,
+    dropout: Dropout | None = None,
+    arch: int,
+    precision: str = "ieee",
+) -> list[Call]:
+    """The same two launches for up to four projections of x, each with what is its own.
+
+    Out features, ranks and scalings may differ; dropout is one mask for all.
+
+    Args:
+        x: [M, K] with M at most 16. weights: [N, K] of each, with one stride order; x's dtype.
+        group: their tensors of a name have one dtype and one stride order; all have a bias or none.
+        dropout, arch, precision: as in `decode_calls`.
+
+    Raises:
+        ValueError: more than 16 rows or four projections, or kinds that do not agree.
+    """
+    check_group(x, weights, group)
     if x.shape[0] == 0:
         return []
-    y_planes, s_planes, planes = planes_call(x, weight, a, dropout=dropout, arch=arch, precision=precision)
-    factor = float(scaling) * (1.0 if dropout is None else dropout.keep_scale)
-    return [planes, finish_call(y_planes, s_planes, b, bias, factor, out, s_out, arch, precision)]
+    planes, call = _planes_call(x, weights, [each.a for each in group], dropout, arch, precision)
+    return [call, finish_call(planes, group, dropout, x.dtype, arch, precision)]
 
 
-def planes_call(
+def shrink_arguments(
+    x: torch.Tensor, As: Sequence[torch.Tensor], planes: Planes, dropout: Dropout | None
+) -> dict[str, Any]:
+    """The run-time arguments, by name, of the first launch but for W's own."""
+    return {
+        "x_ptr": x,
+        **numbered("a{}_ptr", As),
+        "seed_ptr": None if dropout is None else dropout.seed,
+        **numbered("y_planes{}_ptr", planes.y),
+        **numbered("s_planes{}_ptr", planes.s),
+        **numbered("N{}", [y.shape[2] for y in planes.y]),
+        **numbered("R{}", [a.shape[0] for a in As]),
+        "M": x.shape[0],
+        "K": x.shape[1],
+        **strides(x, "xm", "xk"),
+        **strides(As[0], "ar", "ak"),
+        "threshold": 0 if dropout is None else dropout.threshold,
+    }
+
+
+def _planes_call(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    a: torch.Tensor,
-    *,
+    weights: Sequence[torch.Tensor],
+    As: Sequence[torch.Tensor],
     dropout: Dropout | None,
     arch: int,
     precision: str,
-) -> tuple[torch.Tensor, torch.Tensor, Call]:
-    """The first launch, and what it fills: fp32 planes [split, M, N] of x W^T and [split, M, R] of x A^T."""
-    (M, K), N, R = x.shape, weight.shape[0], a.shape[0]
-    if M > MAX_ROWS:
-        raise ValueError(f"x: expected at most {MAX_ROWS} rows on the decode path, got {M}")
-    aligned = vectorizes(x) and (vectorizes(weight) or vectorizes(weight.t()))
-    tile = choose_decode_tile(arch, x.dtype, N=N, K=K, R=R, aligned=aligned)
+) -> tuple[Planes, Call]:
+    """The first launch, and what it fills."""
+    (M, K), sizes, ranks = x.shape, [w.shape[0] for w in weights], [a.shape[0] for a in As]
+    aligned = vectorizes(x) and all(vectorizes(w) or vectorizes(w.t()) for w in weights)
+    tile = choose_decode_tile(arch, x.dtype, N=sum(sizes), K=K, R=sum(ranks), aligned=aligned)
     k_part = cdiv(cdiv(K, tile.block_k), tile.split_k) * tile.block_k
     split = cdiv(K, k_part)
-    y_planes = scratch(split, M, N, dtype=torch.float32, device=x.device)
-    s_planes = scratch(split, M, R, dtype=torch.float32, device=x.device)
-    planes = Call(
+    planes = Planes.empty(split, x, sizes, ranks)
+    call = Call(
         name="decode: planes",
         kernel=_decode_planes_kernel,
-        grid=(cdiv(R, tile.block_n) + cdiv(N, tile.block_n), split, 1),
+        grid=(sum(cdiv(size, tile.block_n) for size in (*ranks, *sizes)), split, 1),
         args={
-            "x_ptr": x,
-            "w_ptr": weight,
-            "a_ptr": a,
-            **strides(a, "ar", "ak"),
-            "seed_ptr": None if dropout is None else dropout.seed,
-            "y_planes_ptr": y_planes,
-            "s_planes_ptr": s_planes,
-            "M": M,
-            "N": N,
-            "K": K,
-            "R": R,
+            **shrink_arguments(x, As, planes, dropout),
+            **numbered("w{}_ptr", weights),
             "k_part": k_part,
-            **strides(x, "xm", "xk"),
-            **strides(weight, "wn", "wk"),
-            "threshold": 0 if dropout is None else dropout.threshold,
+            **strides(weights[0], "wn", "wk"),
         },
         constants={
             "BLOCK_M": MAX_ROWS,
@@ -198,57 +224,9 @@ def planes_call(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        bytes=nbytes(x, weight, a, y_planes, s_planes),
-        flops=2 * M * (N + R) * K,
+        bytes=nbytes(x, *weights, *As, *planes.y, *planes.s),
+        flops=2 * M * sum((*sizes, *ranks)) * K,
+        # The assembler's own limit costs a group two spills on sm_120, where shared memory holds fewer programs anyway.
+        options=compile_options(arch) if len(weights) > 1 and arch == 120 else {},
     )
-    return y_planes, s_planes, planes
-
-
-def finish_call(
-    y_planes: torch.Tensor,
-    s_planes: torch.Tensor,
-    b: torch.Tensor,
-    bias: torch.Tensor | None,
-    factor: float,
-    out: torch.Tensor,
-    s_out: torch.Tensor,
-    arch: int,
-    precision: str,
-) -> Call:
-    """The second launch: planes [split, M, N] and [split, M, R] -> out and s_out."""
-    split, M, N = y_planes.shape
-    R, block_n = s_planes.shape[2], 64
-    return Call(
-        name="decode: sum of planes + expand",
-        kernel=_decode_finish_kernel,
-        grid=(cdiv(N, block_n), 1, 1),
-        args={
-            "y_planes_ptr": y_planes,
-            "s_planes_ptr": s_planes,
-            "b_ptr": b,
-            "bias_ptr": bias,
-            "out_ptr": out,
-            "s_out_ptr": s_out,
-            "M": M,
-            "N": N,
-            "R": R,
-            "factor": factor,
-            **strides(b, "bn", "br"),
-            **strides(bias, "bias"),
-            **strides(out, "om", "on"),
-            **strides(s_out, "sm", "sr"),
-        },
-        constants={
-            "DTYPE": triton_dtype(out.dtype),
-            "SPLIT": split,
-            "BLOCK_M": MAX_ROWS,
-            "BLOCK_N": block_n,
-            "BLOCK_R": rank_block(R, out.dtype),
-            "PRECISION": precision,
-        },
-        num_warps=4,
-        num_stages=1,
-        options=compile_options(arch),
-        bytes=nbytes(y_planes, s_planes, b, bias, out, s_out),
-        flops=2 * M * N * R + split * M * (N + R),
-    )
+    return planes, call

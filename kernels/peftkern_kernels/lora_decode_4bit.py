@@ -9,6 +9,9 @@ source: format_4bit.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,8 +19,10 @@ import triton.language as tl
 from .dropout import Dropout
 from .format_4bit import NO_FUSION, Packed4bit, load_codes
 from .gemm_tile_4bit import decode_tile, start_scales, step_scales
-from .launch import Call, cdiv, compile_options, is_aligned, nbytes, scratch, strides
-from .lora_decode import MAX_ROWS, finish_call, rows_times_tokens
+from .launch import Call, cdiv, compile_options, is_aligned, nbytes
+from .lora_decode import low_rank_program, shrink_arguments
+from .lora_decode_finish import MAX_ROWS, Planes, Projection, check_group, finish_call
+from .projections import block_of_projection, blocks_of, numbered, of_projection
 from .tables_4bit import choose_decode_4bit
 
 
@@ -74,34 +79,51 @@ def packed_rows_times_tokens(
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _decode_4bit_planes_kernel(
-    x_ptr, packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, a_ptr, seed_ptr,
-    y_planes_ptr, s_planes_ptr,  # ... -> [SPLIT, M, N] [SPLIT, M, R]
-    M, N, K, R, row_words, k_part, part_words, stride_xm, stride_xk, stride_ar, stride_ak, threshold,
+    x_ptr, packed_ptr, packed1_ptr, packed2_ptr, packed3_ptr, absmax_ptr, absmax1_ptr, absmax2_ptr, absmax3_ptr,
+    code_ptr, code1_ptr, code2_ptr, code3_ptr,
+    nested_absmax_ptr, nested_absmax1_ptr, nested_absmax2_ptr, nested_absmax3_ptr,
+    nested_code_ptr, nested_code1_ptr, nested_code2_ptr, nested_code3_ptr,
+    offset_ptr, offset1_ptr, offset2_ptr, offset3_ptr, a_ptr, a1_ptr, a2_ptr, a3_ptr, seed_ptr,
+    y_planes_ptr, y_planes1_ptr, y_planes2_ptr, y_planes3_ptr,  # each [SPLIT, M, N]
+    s_planes_ptr, s_planes1_ptr, s_planes2_ptr, s_planes3_ptr,  # each [SPLIT, M, R]
+    M, N, N1, N2, N3, K, R, R1, R2, R3, row_words, k_part, part_words,
+    stride_xm, stride_xk, stride_ar, stride_ak, threshold,
     GROUP: tl.constexpr, SHIFT: tl.constexpr, WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, NUM_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    programs_r = tl.cdiv(R, BLOCK_N)  # A's come first, as in lora_decode.py
+    programs_r = blocks_of(R, R1, R2, R3, BLOCK_N)  # A's come first, as in lora_decode.py
     k_start = tl.program_id(1) * k_part
     k_stop = tl.minimum(k_start + k_part, K)
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     if tl.program_id(0) < programs_r:
-        offs_r = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        acc = rows_times_tokens(
-            a_ptr, x_ptr, seed_ptr, offs_r % R, offs_m, M, k_start, k_stop, stride_ar, stride_ak, stride_xm,
-            stride_xk, threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, 1, PRECISION,
+        low_rank_program(
+            x_ptr, tl.program_id(0), a_ptr, a1_ptr, a2_ptr, a3_ptr, seed_ptr, s_planes_ptr, s_planes1_ptr,
+            s_planes2_ptr, s_planes3_ptr, R, R1, R2, R3, offs_m, M, k_start, k_stop, stride_xm, stride_xk, stride_ar,
+            stride_ak, threshold, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
         )  # fmt: skip
-        s_ptrs = s_planes_ptr + (tl.program_id(1) * M + offs_m)[None, :] * R + offs_r[:, None]
-        tl.store(s_ptrs, acc, mask=(offs_m < M)[None, :] & (offs_r < R)[:, None])
     else:
-        offs_n = (tl.program_id(0) - programs_r).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        which, block_n = block_of_projection(tl.program_id(0) - programs_r, N, N1, N2, N3, BLOCK_N)
+        own_N = of_projection(which, N, N1, N2, N3)
+        offs_n = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        nested_absmax, nested_code, offset = None, None, None
+        if nested_absmax_ptr is not None:
+            nested_absmax = of_projection(
+                which, nested_absmax_ptr, nested_absmax1_ptr, nested_absmax2_ptr, nested_absmax3_ptr
+            )
+            nested_code = of_projection(which, nested_code_ptr, nested_code1_ptr, nested_code2_ptr, nested_code3_ptr)
+            offset = of_projection(which, offset_ptr, offset1_ptr, offset2_ptr, offset3_ptr)
         acc = packed_rows_times_tokens(
-            packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, x_ptr, offs_n % N, offs_m,
-            M, K, row_words, k_start, k_stop, tl.program_id(1) * part_words, stride_xm, stride_xk, GROUP, SHIFT,
-            WORDS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, NUM_STAGES, PRECISION,
+            of_projection(which, packed_ptr, packed1_ptr, packed2_ptr, packed3_ptr),
+            of_projection(which, absmax_ptr, absmax1_ptr, absmax2_ptr, absmax3_ptr),
+            of_projection(which, code_ptr, code1_ptr, code2_ptr, code3_ptr),
+            nested_absmax, nested_code, offset, x_ptr, offs_n % own_N, offs_m, M, K, row_words, k_start, k_stop,
+            tl.program_id(1) * part_words, stride_xm, stride_xk,
+            GROUP, SHIFT, WORDS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, NUM_STAGES, PRECISION,
         )  # fmt: skip
-        y_ptrs = y_planes_ptr + (tl.program_id(1) * M + offs_m)[None, :] * N + offs_n[:, None]
-        tl.store(y_ptrs, acc, mask=(offs_m < M)[None, :] & (offs_n < N)[:, None])
+        y_ptrs = of_projection(which, y_planes_ptr, y_planes1_ptr, y_planes2_ptr, y_planes3_ptr)
+        y_ptrs += (tl.program_id(1) * M + offs_m)[None, :] * own_N + offs_n[:, None]
+        tl.store(y_ptrs, acc, mask=(offs_m < M)[None, :] & (offs_n < own_N)[:, None])
 
 
 def decode_4bit_calls(
@@ -132,64 +154,84 @@ def decode_4bit_calls(
     Raises:
         ValueError: more than 16 rows, or an odd K: then bytes straddle rows, and the caller dequantizes.
     """
+    group = [Projection(a, b, scaling, out, s_out, bias)]
+    return group_decode_4bit_calls(x, [weight], group, dropout=dropout, arch=arch, precision=precision)
+
+
+def group_decode_4bit_calls(
+    x: torch.Tensor,
+    weights: Sequence[Packed4bit],
+    group: Sequence[Projection],
+    *,
+    dropout: Dropout | None = None,
+    arch: int,
+    precision: str = "ieee",
+) -> list[Call]:
+    """The same two launches for up to four projections of x, as `lora_decode.group_decode_calls`.
+
+    Raises:
+        ValueError: as there, or an odd K, or weights that one launch cannot read (see `weights_fit`).
+    """
+    check_group(x, weights, group)
+    if x.shape[1] % 2:
+        raise ValueError(f"weight: expected an even K on the 4-bit decode path, got {x.shape[1]}")
+    if not weights_fit(weights):
+        raise ValueError("weights: expected one blocksize and one kind of scales")
     if x.shape[0] == 0:
         return []
-    y_planes, s_planes, planes = planes_4bit_call(x, weight, a, dropout=dropout, arch=arch, precision=precision)
-    factor = float(scaling) * (1.0 if dropout is None else dropout.keep_scale)
-    return [planes, finish_call(y_planes, s_planes, b, bias, factor, out, s_out, arch, precision)]
+    planes, call = _planes_call(x, weights, [each.a for each in group], dropout, arch, precision)
+    return [call, finish_call(planes, group, dropout, x.dtype, arch, precision)]
 
 
-def planes_4bit_call(
+def weights_fit(weights: Sequence[Packed4bit]) -> bool:
+    """Whether one launch can read them all: one blocksize, all or none double-quantized, words aligned alike."""
+    kinds = {(w.blocksize, w.nested_absmax is None, w.packed.data_ptr() % 4 == 0) for w in weights}
+    return len(kinds) == 1
+
+
+def weight_arguments(weights: Sequence[Packed4bit]) -> dict[str, Any]:
+    """The pointers, by name, of each weight's parts."""
+    held = [w.arguments() for w in weights]
+    pointers: dict[str, Any] = {}
+    for name in held[0]:
+        pointers |= numbered(name.replace("_ptr", "{}_ptr"), [each[name] for each in held])
+    return pointers
+
+
+def _planes_call(
     x: torch.Tensor,
-    weight: Packed4bit,
-    a: torch.Tensor,
-    *,
+    weights: Sequence[Packed4bit],
+    As: Sequence[torch.Tensor],
     dropout: Dropout | None,
     arch: int,
     precision: str,
-) -> tuple[torch.Tensor, torch.Tensor, Call]:
-    """The first launch and the planes that it fills, as `lora_decode.planes_call`."""
-    (M, K), N, R = x.shape, weight.N, a.shape[0]
-    if M > MAX_ROWS:
-        raise ValueError(f"x: expected at most {MAX_ROWS} rows on the decode path, got {M}")
-    if K % 2:
-        raise ValueError(f"weight: expected an even K on the 4-bit decode path, got {K}")
-    words = K % 8 == 0 and weight.packed.data_ptr() % 4 == 0
+) -> tuple[Planes, Call]:
+    """The first launch, and what it fills."""
+    (M, K), sizes, ranks, first = x.shape, [w.N for w in weights], [a.shape[0] for a in As], weights[0]
+    words = K % 8 == 0 and first.packed.data_ptr() % 4 == 0
     codes = 8 if words else 2
     aligned = words and K % 32 == 0 and is_aligned(x)
-    tile = choose_decode_4bit(arch, x.dtype, M=M, N=N, K=K, R=R, aligned=aligned)
+    tile = choose_decode_4bit(arch, x.dtype, M=M, N=sum(sizes), K=K, R=sum(ranks), aligned=aligned)
     # Columns of a row that surely share a block: a power of two that divides the row, the block and the tile.
-    group = min(K & -K, weight.blocksize, tile.block_k)
+    group = min(K & -K, first.blocksize, tile.block_k)
     k_part = cdiv(cdiv(K, tile.block_k), tile.split_k) * tile.block_k
     split = cdiv(K, k_part)
-    y_planes = scratch(split, M, N, dtype=torch.float32, device=x.device)
-    s_planes = scratch(split, M, R, dtype=torch.float32, device=x.device)
-    planes = Call(
+    planes = Planes.empty(split, x, sizes, ranks)
+    call = Call(
         name="decode 4-bit: planes",
         kernel=_decode_4bit_planes_kernel,
-        grid=(cdiv(R, tile.block_n) + cdiv(N, tile.block_n), split, 1),
+        grid=(sum(cdiv(size, tile.block_n) for size in (*ranks, *sizes)), split, 1),
         args={
-            **weight.arguments(),
-            "x_ptr": x,
-            "a_ptr": a,
-            **strides(a, "ar", "ak"),
-            "seed_ptr": None if dropout is None else dropout.seed,
-            "y_planes_ptr": y_planes,
-            "s_planes_ptr": s_planes,
-            "M": M,
-            "N": N,
-            "K": K,
-            "R": R,
+            **shrink_arguments(x, As, planes, dropout),
+            **weight_arguments(weights),
             # In words (or bytes) by themselves: of K / 8 Triton would not know that it is a multiple of four.
             "row_words": K // codes,
             "k_part": k_part,
             "part_words": k_part // codes,
-            **strides(x, "xm", "xk"),
-            "threshold": 0 if dropout is None else dropout.threshold,
         },
         constants={
             "GROUP": group,
-            "SHIFT": (weight.blocksize // group).bit_length() - 1,
+            "SHIFT": (first.blocksize // group).bit_length() - 1,
             "WORDS": words,
             "BLOCK_M": MAX_ROWS,
             "BLOCK_N": tile.block_n,
@@ -200,9 +242,9 @@ def planes_4bit_call(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        bytes=weight.nbytes + nbytes(x, a, y_planes, s_planes),
-        flops=2 * M * (N + R) * K,
+        bytes=sum(w.nbytes for w in weights) + nbytes(x, *As, *planes.y, *planes.s),
+        flops=2 * M * sum((*sizes, *ranks)) * K,
         # Elsewhere the assembler's own limit, four programs on a multiprocessor, costs no spill.
         options={**NO_FUSION, **(compile_options(arch) if 100 <= arch < 120 else {})},
     )
-    return y_planes, s_planes, planes
+    return planes, call

@@ -5,7 +5,7 @@ With a token or two for each adapter the time is that of reading the adapters on
 rounds S, multiplies it with B and adds what the base gave. A program has rows of one adapter (a block of the routing),
 so that tokens that share one share its loads; the adapter's rank is the dot's M, tokens its N, and one token wastes
 nothing but idle lanes of the matrix instruction. Work follows each adapter's own rank. Up to four projections of one x,
-each with a pool of its own, share the two launches (multi_group.py); one layer is a group of one.
+each with a pool of its own, share the two launches (projections.py); one layer is a group of one.
 """
 
 from __future__ import annotations
@@ -20,19 +20,10 @@ import triton.language as tl
 from .adapters import Adapters
 from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .lora_expand import triton_dtype
-from .multi_group import (
-    Projection,
-    block_of_projection,
-    blocks_of,
-    check_group,
-    columns,
-    numbered,
-    of_projection,
-    sum_of,
-    table_pointers,
-)
+from .multi_group import Projection, check_group, table_pointers
 from .multi_tables import DecodeTile, multi_decode_tile, pools_vectorize
 from .multi_tile import adapter_of, check_rows, piece_of, shrink_part
+from .projections import block_of_projection, blocks_of, columns, numbered, of_projection, sum_of
 from .reduction_tables import vectorizes
 from .routing import Routing
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -14,9 +13,9 @@ from .format_4bit import NO_FUSION, Packed4bit
 from .gemm_tables import rank_block
 from .launch import Call, cdiv, compile_options, is_aligned, nbytes
 from .lora_decode import MAX_ROWS
-from .lora_decode_4bit import packed_rows_times_tokens
+from .lora_decode_4bit import packed_rows_times_tokens, weight_arguments, weights_fit
 from .multi_decode_planes import Planes, factor_bytes, programs, shrink_arguments, shrink_beside_base
-from .multi_group import block_of_projection, blocks_of, numbered, of_projection, sum_of
+from .projections import block_of_projection, blocks_of, of_projection, sum_of
 from .routing import Routing
 from .tables_4bit import choose_decode_4bit
 
@@ -72,12 +71,6 @@ def _multi_decode_4bit_planes_kernel(
         tl.store(y_ptrs, acc, mask=(offs_m < M)[None, :] & (offs_n < own_N)[:, None])
 
 
-def weights_fit(weights: Sequence[Packed4bit]) -> bool:
-    """Whether one launch can read them all: one blocksize, all or none double-quantized, words aligned alike."""
-    kinds = {(w.blocksize, w.nested_absmax is None, w.packed.data_ptr() % 4 == 0) for w in weights}
-    return len(kinds) == 1
-
-
 def group_planes_4bit_call(
     x: torch.Tensor,
     weights: Sequence[Packed4bit],
@@ -107,17 +100,13 @@ def group_planes_4bit_call(
     k_part = cdiv(cdiv(K, tile.block_k), tile.split_k) * tile.block_k
     split, block_r = cdiv(K, k_part), rank_block(R, x.dtype)
     planes = Planes.empty(split, x, group)
-    held = [w.arguments() for w in weights]
-    pointers: dict[str, Any] = {}
-    for name in held[0]:
-        pointers |= numbered(name.replace("_ptr", "{}_ptr"), [each[name] for each in held])
     call = Call(
         name="decode 4-bit with many adapters: planes",
         kernel=_multi_decode_4bit_planes_kernel,
         grid=(programs(group, routing, tile.block_n, block_r), split, 1),
         args={
             **shrink_arguments(x, group, routing, planes),
-            **pointers,
+            **weight_arguments(weights),
             # In words (or bytes) by themselves: of K / 8 Triton would not know that it is a multiple of four.
             "row_words": K // codes,
             "k_part": k_part,

@@ -20,8 +20,9 @@ from .lora_decode import MAX_ROWS
 from .multi_decode import check_projections, expand_planes_call
 from .multi_decode_4bit import group_planes_4bit_call
 from .multi_decode_planes import group_planes_call
-from .multi_group import Projection, columns
+from .multi_group import Projection
 from .multi_tables import multi_decode_tile, pools_vectorize
+from .projections import columns
 from .routing import Routing
 
 __all__ = ["MAX_ROWS", "group_linear_decode_calls", "multi_linear_decode_calls"]

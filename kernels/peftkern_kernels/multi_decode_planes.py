@@ -1,7 +1,7 @@
 """The first launch of decoding with many adapters and the base: fp32 planes of x W^T and of x A^T, for at most 16 rows.
 
 As that of one adapter (lora_decode.py), W's programs beside A's, but each of A's has the rows of one adapter. Up to
-four projections of one x are served (multi_group.py).
+four projections of one x are served (projections.py).
 """
 
 from __future__ import annotations
@@ -18,16 +18,9 @@ from .adapters import Adapters
 from .gemm_tables import choose_decode_tile, rank_block
 from .launch import Call, cdiv, nbytes, scratch, strides
 from .lora_decode import MAX_ROWS, rows_times_tokens
-from .multi_group import (
-    block_of_projection,
-    blocks_of,
-    columns,
-    numbered,
-    of_projection,
-    sum_of,
-    table_pointers,
-)
+from .multi_group import table_pointers
 from .multi_tile import shrink_part
+from .projections import block_of_projection, blocks_of, columns, numbered, of_projection, sum_of
 from .reduction_tables import vectorizes
 from .routing import Routing
 

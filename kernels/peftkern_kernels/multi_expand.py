@@ -21,9 +21,10 @@ from .adapters import Adapters
 from .dropout import Dropout, keep_tile
 from .launch import Call, cdiv, compile_options, nbytes, strides
 from .lora_expand import low_rank_product, triton_dtype
-from .multi_group import check_group, numbered, table_pointers
+from .multi_group import check_group, table_pointers
 from .multi_tables import multi_expand_tile, pools_vectorize
 from .multi_tile import adapter_of, check_rows, dropout_arguments, piece_of, slot_key, table_arguments
+from .projections import numbered
 from .reduction_tables import Tile, vectorizes
 from .routing import Routing, block_rows
 

@@ -5,7 +5,7 @@
 Forward this is S, from x and the pool of A; backward it is dS, from dY and the pool of B, whose adapters are [N, rank]
 blocks. A program takes one block of the routing, rows of one adapter, gathered by `perm` in its loads and scattered by
 it in its stores: x and out stay in the batch's order. Where there are few blocks the contraction is split, as in
-lora_shrink.py. Up to four projections of one x share a launch (multi_group.py); one layer is a group of one.
+lora_shrink.py. Up to four projections of one x share a launch (projections.py); one layer is a group of one.
 """
 
 from __future__ import annotations
@@ -20,17 +20,10 @@ import triton.language as tl
 from .adapters import Adapters
 from .dropout import Dropout, keep_tile
 from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
-from .multi_group import (
-    block_of_projection,
-    blocks_of,
-    check_group,
-    columns,
-    numbered,
-    of_projection,
-    table_pointers,
-)
+from .multi_group import check_group, table_pointers
 from .multi_tables import multi_shrink_tile, pools_vectorize
 from .multi_tile import adapter_of, dropout_arguments, piece_of, slot_key, table_arguments
+from .projections import block_of_projection, blocks_of, columns, numbered, of_projection
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import Tile, best_splits, vectorizes
 from .routing import Routing, block_rows

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from peftkern.ops.plan import Plan
+from peftkern.weights import Weight4bit
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -177,3 +178,12 @@ def check_adapters(
     for name, t in tensors:
         if t.device != x.device:
             raise ValueError(f"{operation}: {name}: expected device {x.device} as x, got {t.device}")
+
+
+def storage(weight: Any) -> Any:
+    """How a weight is stored, but for its size: what one launch over several has to know once."""
+    if isinstance(weight, torch.Tensor):
+        return weight.dtype, weight.stride()
+    if isinstance(weight, Weight4bit):
+        return weight.blocksize, weight.absmax.dtype, weight.packed.data_ptr() % 4 == 0
+    return type(weight)

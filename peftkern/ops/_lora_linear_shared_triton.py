@@ -4,6 +4,10 @@ One shrink makes S [M, R] of all projections, side by side in its columns; each 
 columns. In backward each dY makes its columns of dS, the first projection writes dX with the low-rank part of all of
 them in its accumulator, the others are added to it by cuBLAS, and one launch makes all of dA. A quantized weight that
 is to be dense first is written out for one projection at a time.
+
+On the decode paths the two launches of forward take all projections (lora_decode.py). Backward there is as elsewhere:
+the decode kernels give a projection its dX together with its dS, so three would be three buffers and torch's additions;
+a GEMM with K split and the low-rank part of all, to which cuBLAS adds, reads each W once too and has fewer launches.
 """
 
 from __future__ import annotations
@@ -20,13 +24,18 @@ from peftkern.ops._lora_linear_triton import (
     Kept,
     input_gradient_calls,
     output_calls,
+    packed,
     precision,
     thin_calls,
     weight_parts,
 )
 from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
+from peftkern.ops.plan import DECODE_PATHS
 from peftkern_kernels import replay
 from peftkern_kernels.dropout import Dropout
+from peftkern_kernels.lora_decode import group_decode_calls
+from peftkern_kernels.lora_decode_4bit import group_decode_4bit_calls
+from peftkern_kernels.lora_decode_finish import Projection
 from peftkern_kernels.lora_shrink import shrink_calls
 from peftkern_kernels.weight_gradient import weight_gradient_calls
 
@@ -89,6 +98,8 @@ def forward(
     arch: int,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """x [M, K] -> each y [M, N], and S [M, R] of all projections, with its scaling, in x's dtype."""
+    if path in DECODE_PATHS:
+        return _decoded(x, weights, lora_As, lora_Bs, scalings, biases, ranks, dropout, path, arch)
     lora_A = joined(lora_As)
     s = x.new_empty(x.shape[0], lora_A.shape[0])
     bounds = tuple(columns.stop for columns in ranks)
@@ -106,6 +117,61 @@ def forward(
             _run_output(x, rows, s[:, columns], lora_B[part], y[:, part], part_bias, rows_path, arch)
         ys.append(y)
     return ys, s
+
+
+def _decoded(
+    x: torch.Tensor,
+    weights: Sequence[Any],
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    scalings: Sequence[float],
+    biases: Sequence[torch.Tensor | None],
+    ranks: Ranks,
+    dropout: Dropout | None,
+    path: str,
+    arch: int,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """`forward` on the decode paths."""
+    # Of another dtype only under autocast, as in `_blocks`.
+    weights = [w.to(x.dtype) if isinstance(w, torch.Tensor) else w for w in weights]
+    s = x.new_empty(x.shape[0], ranks[-1].stop)
+    ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
+    blocksizes, tensors = [], []
+    for weight in weights:
+        blocksize, *held = weight_parts(weight)
+        blocksizes.append(blocksize)
+        tensors += held
+    bounds = tuple(columns.stop for columns in ranks)
+    replay.run(
+        _key("lora_linear_shared decode", dropout, path, tuple(scalings), bounds, *blocksizes),
+        (x, *tensors, *lora_As, *lora_Bs, *biases, _seed(dropout), *ys, s),
+        lambda: decoded_calls(x, weights, lora_As, lora_Bs, scalings, biases, ys, s, ranks, dropout, path, arch),
+        x.device,
+    )
+    return ys, s
+
+
+def decoded_calls(
+    x: torch.Tensor,
+    weights: Sequence[Any],
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    scalings: Sequence[float],
+    biases: Sequence[torch.Tensor | None],
+    ys: Sequence[torch.Tensor],
+    s: torch.Tensor,
+    ranks: Ranks,
+    dropout: Dropout | None,
+    path: str,
+    arch: int,
+) -> Calls:
+    """The two launches of each `y = x W^T + bias + S B^T`, S [M, R] made on the way, for at most 16 tokens."""
+    parts = zip(lora_As, lora_Bs, scalings, ys, (s[:, columns] for columns in ranks), biases, strict=True)
+    group = [Projection(*each) for each in parts]
+    common: dict[str, Any] = {"dropout": dropout, "arch": arch, "precision": precision()}
+    if path == "decode":
+        return [*group_decode_calls(x, weights, group, **common)]
+    return [*group_decode_4bit_calls(x, [packed(w) for w in weights], group, **common)]
 
 
 def _run_output(

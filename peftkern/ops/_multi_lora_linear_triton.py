@@ -37,11 +37,12 @@ from peftkern_kernels.multi_decode import MAX_ROWS, group_decode_calls, multi_de
 from peftkern_kernels.multi_decode_base import MAX_ROWS as BASE_MAX_ROWS
 from peftkern_kernels.multi_decode_base import group_linear_decode_calls
 from peftkern_kernels.multi_expand import group_expand_calls, multi_expand_calls
-from peftkern_kernels.multi_group import Projection, columns
+from peftkern_kernels.multi_group import Projection
 from peftkern_kernels.multi_shrink import group_shrink_calls, multi_shrink_calls
 from peftkern_kernels.multi_tables import DecodeTile
 from peftkern_kernels.multi_tile import MixedFactor
 from peftkern_kernels.multi_weight_gradient import multi_weight_gradient_calls
+from peftkern_kernels.projections import columns
 from peftkern_kernels.routing import Routing
 
 __all__ = ["BASE_MAX_ROWS", "MAX_ROWS", "backward_calls", "forward_calls", "multi_calls"]

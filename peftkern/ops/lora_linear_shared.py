@@ -1,7 +1,8 @@
 """`lora_linear_shared`: projections of one x (q, k and v; gate and up), each with its adapter, as one operation.
 
 By themselves three projections read x for their shrinks three times, read it again for each dA, write three dX, and
-leave torch to add those. Together they read x once for S and once for dA, and have one dX.
+leave torch to add those. Together they read x once for S and once for dA, and have one dX. For a few tokens, where the
+number of launches counts, up to four projections take two launches in all.
 
 In plain eager mode that is one autograd function. Where something looks at operators (torch.compile, fake tensors), and
 where the projections have no such path in common, the operation is the projections one by one on the same dropout seed,
@@ -27,12 +28,13 @@ from peftkern.ops._common import (
     dropout_seed,
     needs_operator,
     refuse_double_backward,
+    storage,
 )
 from peftkern.ops.lora_linear import PLAIN_PATHS, lora_linear
 from peftkern.ops.lora_linear import plan_for as plan_for_dense
 from peftkern.ops.lora_linear_quantized import _check as check_quantized
 from peftkern.ops.lora_linear_quantized import plan_for as plan_for_quantized
-from peftkern.ops.plan import APART, Plan, plan_shared
+from peftkern.ops.plan import APART, DECODE_PATHS, Plan, plan_shared
 from peftkern.weights import Weight
 
 Optional = torch.Tensor | None
@@ -53,9 +55,10 @@ def lora_linear_shared(
     """`y_i = x W_i^T + bias_i + scaling_i * dropout(x) A_i^T B_i^T` for projections i of one x.
 
     The same as `lora_linear` of each with the same seed: all of them drop the same elements of x. Out features, ranks
-    and scalings may differ. Kept for backward: x by reference, S of all projections [M, sum of ranks], and a seed
-    (kernels) or one mask (plain PyTorch). Backward serves all outputs at once: gradients of one output alone are right,
-    but then another backward needs `retain_graph=True`.
+    and scalings may differ. On "decode" and "decode_4bit" K may be split otherwise than for one projection alone, and
+    then sums differ in their last bits. Kept for backward: x by reference, S of all projections [M, sum of ranks], and
+    a seed (kernels) or one mask (plain PyTorch). Backward serves all outputs at once: gradients of one output alone are
+    right, but then another backward needs `retain_graph=True`.
 
     Args:
         x: [..., in_features], as for `lora_linear`.
@@ -87,7 +90,7 @@ def lora_linear_shared(
     for parts in zip(weights, lora_As, lora_Bs, biases, strict=True):
         _check(x, *parts, mixed=cast is not None)
     scalings = [float(scaling) for scaling in scalings]
-    path = shared_plan_for(x, weights, lora_As, backend_in_force()).path
+    path = shared_plan_for(x, weights, lora_As, lora_Bs, biases, backend_in_force()).path
     return run(x, weights, lora_As, lora_Bs, scalings, biases, p, seed, path)
 
 
@@ -117,15 +120,44 @@ def run(
     return tuple(ys)
 
 
-def shared_plan_for(x: torch.Tensor, weights: Sequence[Weight], lora_As: Sequence[torch.Tensor], backend: str) -> Plan:
-    """The plan for x [..., K] and these weights: a path of `lora_linear` that they share, or `plan.APART`."""
+def shared_plan_for(
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    biases: Sequence[Optional],
+    backend: str,
+) -> Plan:
+    """The plan for x [..., K] and these projections: a path of `lora_linear` that they share, or `plan.APART`."""
     plans = []
     for weight, lora_A in zip(weights, lora_As, strict=True):
         if isinstance(weight, torch.Tensor):
             plans.append(plan_for_dense(x, weight, lora_A.shape[0], backend))
         else:
             plans.append(plan_for_quantized(x, weight, lora_A.shape[0], backend))
-    return plan_shared(plans, x.numel())
+    unlike = ""
+    if plans[0].path in DECODE_PATHS:
+        looked_at = needs_operator(x)  # then there may be no addresses to look at
+        unlike = "something looks at operators" if looked_at else launched_apart(weights, lora_As, lora_Bs, biases)
+    return plan_shared(plans, x.numel(), unlike)
+
+
+def launched_apart(
+    weights: Sequence[Weight],
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    biases: Sequence[Optional],
+) -> str:
+    """What one launch of the decode kernels cannot have two of, in words; "" for nothing."""
+    if len({storage(weight) for weight in weights}) > 1:
+        return "their weights are stored differently"
+    # Of B's rows only the last stride: ranks may differ.
+    factors = {(A.dtype, A.stride(), B.dtype, B.stride(1)) for A, B in zip(lora_As, lora_Bs, strict=True)}
+    if len(factors) > 1:
+        return "their adapters differ in dtype or strides"
+    if len({None if bias is None else bias.stride(0) for bias in biases}) > 1:
+        return "some have a bias and some have not, or they lie differently"
+    return ""
 
 
 def _check(

@@ -20,12 +20,13 @@ from peftkern.ops._common import (
     dropout_seed,
     needs_operator,
     refuse_double_backward,
+    storage,
 )
 from peftkern.ops._multi_lora_linear_call import Call, backward_shared, forward_shared, is_plain
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.ops.multi_lora_linear import _batch, _check, _fits, _owners, _pick, multi_lora_linear, plan_for
 from peftkern.ops.plan import APART, Plan, plan_multi_lora_linear_shared
-from peftkern.weights import Weight, Weight4bit
+from peftkern.weights import Weight
 from peftkern_kernels.adapters import Adapters
 from peftkern_kernels.routing import Routing
 
@@ -161,18 +162,9 @@ def _launched_apart(weights: Sequence[Any], pools: Sequence[Any], biases: Sequen
         return "their pools' rows lie differently"
     if len({None if bias is None else bias.stride(0) for bias in biases}) > 1:
         return "some have a bias and some have not, or they lie differently"
-    if len({_storage(weight) for weight in weights}) > 1:
+    if len({storage(weight) for weight in weights}) > 1:
         return "their weights are stored differently"
     return ""
-
-
-def _storage(weight: Any) -> Any:
-    """How a weight is stored, but for its size."""
-    if isinstance(weight, torch.Tensor):
-        return weight.dtype, weight.stride()
-    if isinstance(weight, Weight4bit):
-        return weight.blocksize, weight.absmax.dtype, weight.packed.data_ptr() % 4 == 0
-    return type(weight)
 
 
 class _MultiLoraLinearShared(torch.autograd.Function):

@@ -10,7 +10,7 @@ Paths of `lora_linear`:
     "triton"  shrink; base GEMM with the expand in its accumulator.
     "cublas"  shrink and expand as Triton kernels, the base GEMM by cuBLAS into the expand's output.
     "mixed"   "triton", but for dX where dropout masks its low-rank part: that as "cublas".
-    "decode"  at most 16 tokens: two launches with K split over programs.
+    "decode"  at most 16 tokens: two launches with K split over programs, for up to four projections of one x.
 and over a quantized weight:
     "fused_4bit"  "triton", the weight decoded inside the GEMM: forward and backward.
     "decode_4bit"  "decode", likewise.
@@ -121,17 +121,29 @@ APART = "apart"  # as a path: each projection is a call of its own
 # Elements of x up to which, in plain PyTorch, tying projections together costs more than their fewer products save: on
 # two cores about 100 us a group, forward and backward, against 3 ns an element at 512 x 512.
 JOINED_ELEMENTS = 2**15
+DECODE_PATHS = ("decode", "decode_4bit")
+MOST_DECODED_TOGETHER = 4  # projections that one launch of the kernels takes
 
 
-def plan_shared(plans: Sequence[Plan], elements: int) -> Plan:
-    """The path of `lora_linear_shared` for an x of so many elements, from those that its projections would take by
-    themselves: the one that they all take, if its launches can share a shrink, else `APART`."""
+def plan_shared(plans: Sequence[Plan], elements: int, unlike: str = "") -> Plan:
+    """The path of `lora_linear_shared`, from those that its projections would take by themselves: the one that they
+    all take, if its launches can be shared, else `APART`.
+
+    Args:
+        plans: of each projection.
+        elements: of x.
+        unlike: what keeps them from one launch on the decode paths, in words; "" for nothing.
+    """
     paths = sorted({plan.path for plan in plans})
     if len(paths) > 1:
         return Plan(APART, f"the projections take different paths: {', '.join(paths)}")
     (path,) = paths
-    if path in ("decode", "decode_4bit"):
-        return Plan(APART, f"{plans[0].reason}; two launches a projection")
+    if path in DECODE_PATHS:
+        if len(plans) > MOST_DECODED_TOGETHER:
+            unlike = f"{len(plans)} are more than the {MOST_DECODED_TOGETHER} that a launch takes"
+        if unlike:
+            return Plan(APART, f"{plans[0].reason}; two launches a projection: {unlike}")
+        return Plan(path, f"{plans[0].reason}; two launches for {len(plans)} projections, one dX and one dA")
     if path.endswith("torch_fp32"):
         return Plan(APART, f"{plans[0].reason}; x is widened block by block for each projection")
     if elements <= JOINED_ELEMENTS and path.endswith("torch"):

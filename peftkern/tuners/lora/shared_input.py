@@ -17,10 +17,10 @@ from torch import nn
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear_shared, multi_lora_linear_shared
 from peftkern.ops._common import adapters_fit, autocast_dtype, calls_are_changed
+from peftkern.ops.lora_linear_shared import launched_apart, shared_plan_for
 from peftkern.ops.lora_linear_shared import run as lora_linear_shared_on
-from peftkern.ops.lora_linear_shared import shared_plan_for
 from peftkern.ops.multi_lora_linear_shared import shared_plan_for as shared_plan_for_many
-from peftkern.ops.plan import APART, JOINED_ELEMENTS, Plan, plan_shared
+from peftkern.ops.plan import APART, DECODE_PATHS, JOINED_ELEMENTS, MOST_DECODED_TOGETHER, Plan, plan_shared
 from peftkern.tuners.fusing import compute_dtype
 from peftkern.tuners.lora.layer import Linear
 from peftkern.utils.other import batch_in_force
@@ -106,7 +106,7 @@ class SharedInput:
                 tuple(t if t is None or t.dtype in fits else t.to(dtype) for t in given) for given in (As, Bs, biases)
             )
         rows = x if x.dtype is dtype else x.to(dtype)
-        path = shared_plan_for(rows, weights, As, current_backend()).path
+        path = shared_plan_for(rows, weights, As, Bs, biases, current_backend()).path
         if path == APART:
             return None
         each_fits = (adapters_fit(rows, *operands) for operands in zip(weights, As, Bs, biases, strict=True))
@@ -153,11 +153,19 @@ class SharedInput:
         names = ", ".join(self.names)
         if self._misses >= MOST_MISSES:
             return Plan(alone.path, f"{alone.reason}; by itself: {names} were seen to have other inputs")
-        if plan_shared(
-            [layer.plan_alone(tokens) for layer in self.layers], tokens * self.layers[0].in_features
-        ).path in (APART, "unfused"):
-            return alone
-        return Plan(alone.path, f"{alone.reason}; one shrink, dX and dA pass for {names} in eager mode")
+        decodes, unlike = alone.path in DECODE_PATHS, ""
+        if decodes:
+            each: list[Any] = [layer._operands() for layer in self.layers]
+            if not any(operands is None for operands in each):
+                weights, As, Bs, _, biases, _ = zip(*each, strict=True)
+                unlike = launched_apart(weights, As, Bs, biases)
+        plans = [layer.plan_alone(tokens) for layer in self.layers]
+        shared = plan_shared(plans, tokens * self.layers[0].in_features, unlike)
+        if shared.path in (APART, "unfused"):
+            told = unlike or (decodes and len(self.layers) > MOST_DECODED_TOGETHER)
+            return Plan(alone.path, shared.reason) if told else alone
+        what = "two launches" if decodes else "one shrink, dX and dA pass"
+        return Plan(alone.path, f"{alone.reason}; {what} for {names} in eager mode")
 
     def __getstate__(self) -> dict[str, Any]:
         """Without outputs that are left: they belong to a forward of the original."""
@@ -207,7 +215,8 @@ def _states(tensors: Sequence[torch.Tensor | None], *others: Any) -> tuple[Any, 
 def share_input(*layers: Any) -> None:
     """Tell LoRA layers that they are always called one after another, in this order, with the very same tensor.
 
-    They are then computed together: one pass over x for all shrinks, one dX and one pass for dA. With dropout they drop
+    They are then computed together: one pass over x for all shrinks, one dX and one pass for dA; two launches for up to
+    four of them where there are at most 16 tokens. With dropout they drop
     the same elements of x. Results are as before otherwise, whatever the layers are called with; backward serves all
     outputs at once, so that a second backward through another of them needs `retain_graph=True`. Each runs by itself
     under torch.compile, in `torch.inference_mode()`, and where `explain` says so.
