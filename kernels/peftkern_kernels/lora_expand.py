@@ -145,11 +145,17 @@ def expand_arguments(
     }
 
 
-def expand_rank_block(b: torch.Tensor | MixedFactor, dtype: torch.dtype, dropout: Dropout | None) -> int:
-    """BLOCK_R of an expand beside a large accumulator: narrow where more than S and B is in registers."""
-    narrow = dropout is not None or b.dtype.itemsize > dtype.itemsize
-    block = rank_block(b.shape[1], dtype, narrow=narrow or isinstance(b, MixedFactor))
-    return 16 if narrow and isinstance(b, MixedFactor) else block
+def expand_rank_block(
+    b: torch.Tensor | MixedFactor, dtype: torch.dtype, dropout: Dropout | None, *, columns: int = 0
+) -> int:
+    """BLOCK_R of an expand beside a large accumulator: at most 64, halved for each thing more that registers hold.
+
+    Those are a mask or fp32 factors; a row's own adapter; and an fp32 accumulator of 256 `columns`, where the
+    architecture's matrix instruction keeps it in registers and its operands too (HMMA: 220 to 255 of them are taken).
+    """
+    mixed = isinstance(b, MixedFactor)
+    halvings = (dropout is not None or b.dtype.itemsize > dtype.itemsize) + mixed + (columns >= 256)
+    return min(rank_block(b.shape[1], dtype), max(16, 64 >> halvings))
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

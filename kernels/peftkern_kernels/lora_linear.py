@@ -94,7 +94,7 @@ def pointer_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
-                "BLOCK_R": expand_rank_block(b, x.dtype, dropout),
+                "BLOCK_R": expand_rank_block(b, x.dtype, dropout, columns=tile.block_n),
                 "GROUP_M": tile.group_m,
                 "EVEN_K": K % tile.block_k == 0,
                 "PRECISION": precision,
