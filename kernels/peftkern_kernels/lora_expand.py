@@ -146,16 +146,14 @@ def expand_arguments(
 
 
 def expand_rank_block(
-    b: torch.Tensor | MixedFactor, dtype: torch.dtype, dropout: Dropout | None, *, columns: int = 0
+    b: torch.Tensor | MixedFactor, dtype: torch.dtype, dropout: Dropout | None, *, most: int = 64
 ) -> int:
-    """BLOCK_R of an expand beside a large accumulator: at most 64, halved for each thing more that registers hold.
+    """BLOCK_R of an expand beside a large accumulator: `most` of the tile, halved for what else is in registers.
 
-    Those are a mask or fp32 factors; a row's own adapter; and an fp32 accumulator of 256 `columns`, where the
-    architecture's matrix instruction keeps it in registers and its operands too (HMMA: 220 to 255 of them are taken).
+    That is a mask or fp32 factors for one, each row's own adapter for another.
     """
-    mixed = isinstance(b, MixedFactor)
-    halvings = (dropout is not None or b.dtype.itemsize > dtype.itemsize) + mixed + (columns >= 256)
-    return min(rank_block(b.shape[1], dtype), max(16, 64 >> halvings))
+    halvings = (dropout is not None or b.dtype.itemsize > dtype.itemsize) + isinstance(b, MixedFactor)
+    return min(rank_block(b.shape[1], dtype), max(16, most >> halvings))
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
