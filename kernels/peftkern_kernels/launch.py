@@ -105,6 +105,14 @@ def compile_options(arch: int) -> dict[str, int]:
     return {"maxnreg": 255} if 0 < arch < 900 else {}
 
 
+def light_options(arch: int) -> dict[str, int]:
+    """Compile options of small kernels, of which many programs share a multiprocessor: mostly the assembler's own.
+
+    Its limit costs them nothing but on sm_80 and sm_100, where it spills two or four scalars; there it is lifted.
+    """
+    return compile_options(arch) if arch == 80 or 100 <= arch < 120 else {}
+
+
 def cdiv(a: int, b: int) -> int:
     """Ceiling of a / b for positive integers."""
     return -(-a // b)

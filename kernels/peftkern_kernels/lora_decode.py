@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .dropout import Dropout, keep_tile
 from .gemm_tables import choose_decode_tile, rank_block
-from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
+from .launch import Call, cdiv, compile_options, light_options, nbytes, scratch, strides
 from .lora_expand import triton_dtype
 from .multi_tile import MixedFactor, shrink_part
 from .reduction_tables import vectorizes
@@ -239,6 +239,7 @@ def planes_call(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        options={} if aligned else light_options(arch),
         bytes=nbytes(x, weight, a, y_planes, s_planes),
         flops=2 * M * (N + R) * K,
     )

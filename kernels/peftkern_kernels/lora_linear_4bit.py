@@ -163,5 +163,5 @@ def base_4bit_plus_expand_calls(
 
     return base_calls(
         call_of, s, b, out, steps=K // tile.block_k, split=tile.split_k, bias=bias, dropout=None, dtype=x.dtype,
-        precision=precision,
+        arch=arch, precision=precision,
     )  # fmt: skip

@@ -185,5 +185,5 @@ def base_4bit_transposed_plus_expand_calls(
 
     return base_calls(
         call_of, ds, b, out, steps=cdiv(N, tile.block_k), split=tile.split_k, bias=None, dropout=dropout,
-        dtype=dy.dtype, precision=precision,
+        dtype=dy.dtype, arch=arch, precision=precision,
     )  # fmt: skip
