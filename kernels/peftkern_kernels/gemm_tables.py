@@ -63,13 +63,15 @@ def _family(arch: int) -> str:
 # rows; "small" is up to 64 rows, "tiny" up to 16 (Hopper's and Blackwell's matrix instructions take 64 rows or more).
 # Where they are there: "large kn" is for a weight stored as [K, N], which is backward's orientation, and "masked" takes
 # the place of all above 64 rows for what a persistent tile cannot do (dropout, an unaligned output); "odd out" that of
-# "medium" where the output is stored element by element.
+# "medium" where the output is stored element by element. Beside an accumulator an epilogue holds a tile of x or z:
+# "epilogue" is then the large tile, and "masked" the medium one.
 _TILES: dict[tuple[str, int, bool], dict[str, Tile]] = {
     ("hopper", 16, True): {
         "large": Tile(128, 256, 64, 8, 3, group_m=16, tma=True, persistent=True),
         "large kn": Tile(128, 256, 64, 8, 3, group_m=4, tma=True, persistent=True),
         "medium": Tile(128, 128, 64, 4, 3, tma=True),
         "masked": Tile(128, 128, 64, 8, 4, tma=True),
+        "epilogue": Tile(128, 256, 64, 8, 4, group_m=16, tma=True),
         "small": Tile(64, 128, 64, 4, 4, tma=True),
         "tiny": Tile(64, 128, 64, 4, 4),
     },
@@ -155,6 +157,7 @@ def choose_tile(
     persistent: bool = True,
     out_aligned: bool = True,
     crowded: bool = False,
+    epilogue: bool = False,
 ) -> Tile:
     """The tile of `out[M, N] = x[M, K] weight[N, K]^T`, with `split_k` set so that few rows still fill the device.
 
@@ -167,11 +170,14 @@ def choose_tile(
         persistent: whether a persistent tile will do (no dropout, `out` aligned).
         out_aligned: rows of `out` can be stored 16 bytes at a time.
         crowded: beside the accumulator there is so much in registers that the largest tile would spill.
+        epilogue: more than a store follows the product, and needs the whole sum: K is not split.
     """
     rows = _rows(arch, 16 if dtype.itemsize == 2 else 32, aligned)
     processors = MULTIPROCESSORS.get(arch, 64)
     if not persistent and "masked" in rows:
         rows = {**rows, **dict.fromkeys(("large", "large kn", "medium"), rows["masked"])}
+    if epilogue and "epilogue" in rows:
+        rows = {**rows, "large": rows["epilogue"], "medium": rows["masked"]}
     large = rows.get("large kn", rows["large"]) if weight_is_kn else rows["large"]
     if M <= 16:
         tile = rows["tiny"]
@@ -181,6 +187,8 @@ def choose_tile(
         return large
     else:
         tile = rows["medium"] if out_aligned else rows.get("odd out", rows["medium"])
+    if epilogue:
+        return tile
     return replace(tile, split_k=split_of_k(cdiv(M, tile.block_m) * cdiv(N, tile.block_n), K, tile.block_k, processors))
 
 
