@@ -239,7 +239,7 @@ def planes_call(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        options={} if aligned else light_options(arch),
+        options={} if aligned and dropout is None else light_options(arch),
         bytes=nbytes(x, weight, a, y_planes, s_planes),
         flops=2 * M * (N + R) * K,
     )
