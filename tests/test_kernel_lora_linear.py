@@ -273,6 +273,19 @@ def test_headline_shapes_take_the_large_descriptor_tile_on_hopper(M, N, K, R, tr
     assert call.bytes == 2 * (M * K + N * K + M * R + N * R + M * N)
 
 
+def test_the_registers_of_sm_80_hold_what_stands_beside_the_sums():
+    """Catches 64 ranks beside 128 sums a thread, a mask that changes nothing, 64 sums stored by elements: spills."""
+    operands = on_meta(8192, 4096, 4096, 64, torch.bfloat16)
+    (plain,) = base_plus_expand_calls(*operands, arch=80)
+    dropout = Dropout(torch.empty(1, dtype=torch.int64, device="meta"), 0.1)
+    (masked,) = base_plus_expand_calls(*operands, dropout=dropout, arch=80)
+    assert [call.constants["BLOCK_R"] for call in (plain, masked)] == [32, 16]
+    assert plain.constants["BLOCK_N"] == masked.constants["BLOCK_N"] == 256
+    for N in (4095, 4104):  # 4104: rows at 16 bytes, of which Triton knows nothing
+        (odd,) = base_plus_expand_calls(*on_meta(512, N, 4096, 16, torch.bfloat16), arch=80)
+        assert odd.constants["BLOCK_M"] * odd.constants["BLOCK_N"] == 128 * 32 * odd.num_warps
+
+
 def test_unaligned_operands_take_no_descriptor():
     """A descriptor over rows that are not 16-byte aligned is an error at launch: catches a plan that builds one."""
     (call,) = base_plus_expand_calls(*on_meta(4096, 4096, 4096, 16, torch.bfloat16, pad=1), arch=90)

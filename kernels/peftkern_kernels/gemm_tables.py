@@ -33,6 +33,7 @@ class Tile:
         split_k: programs that share one output tile; above 1 their fp32 planes are summed by a second launch.
         tma: whether x and the weight are loaded through tensor descriptors.
         persistent: whether a program walks many tiles (lora_linear_persistent.py), if out is aligned as well.
+        block_r: the widest step along the rank of an expand in the same launch.
     """
 
     block_m: int
@@ -44,6 +45,7 @@ class Tile:
     split_k: int = 1
     tma: bool = False
     persistent: bool = False
+    block_r: int = 64
 
 
 def _family(arch: int) -> str:
@@ -60,13 +62,16 @@ def _family(arch: int) -> str:
 # (family, bits, aligned) -> tile by size: "large" fills the device with large tiles; "medium" is the rest above 64
 # rows; "small" is up to 64 rows, "tiny" up to 16 (Hopper's and Blackwell's matrix instructions take 64 rows or more).
 # Where they are there: "large kn" is for a weight stored as [K, N], which is backward's orientation, and "masked" takes
-# the place of all above 64 rows for what a persistent tile cannot do (dropout, an unaligned output).
+# the place of all above 64 rows for what a persistent tile cannot do (dropout, an unaligned output); "odd out" that of
+# "medium" where the output is stored element by element. Beside an accumulator an epilogue holds a tile of x or z:
+# "epilogue" is then the large tile, and "masked" the medium one.
 _TILES: dict[tuple[str, int, bool], dict[str, Tile]] = {
     ("hopper", 16, True): {
         "large": Tile(128, 256, 64, 8, 3, group_m=16, tma=True, persistent=True),
         "large kn": Tile(128, 256, 64, 8, 3, group_m=4, tma=True, persistent=True),
         "medium": Tile(128, 128, 64, 4, 3, tma=True),
         "masked": Tile(128, 128, 64, 8, 4, tma=True),
+        "epilogue": Tile(128, 256, 64, 8, 4, group_m=16, tma=True),
         "small": Tile(64, 128, 64, 4, 4, tma=True),
         "tiny": Tile(64, 128, 64, 4, 4),
     },
@@ -77,8 +82,11 @@ _TILES: dict[tuple[str, int, bool], dict[str, Tile]] = {
         "tiny": Tile(64, 128, 64, 4, 4),
     },
     ("ampere", 16, True): {
-        "large": Tile(128, 256, 32, 8, 4),
+        # 128 sums a thread, and HMMA's operands, are in registers: beside them 64 ranks of S and B are too many.
+        "large": Tile(128, 256, 32, 8, 4, block_r=32),
         "medium": Tile(128, 128, 32, 8, 4),
+        # With 64 sums a thread, the assembler works out the addresses of all 64 stores at once, and spills.
+        "odd out": Tile(128, 128, 32, 4, 4, block_r=32),
         "small": Tile(64, 128, 64, 4, 4),
         "tiny": Tile(16, 128, 64, 4, 4),
     },
@@ -147,7 +155,9 @@ def choose_tile(
     aligned: bool,
     weight_is_kn: bool = False,
     persistent: bool = True,
+    out_aligned: bool = True,
     crowded: bool = False,
+    epilogue: bool = False,
 ) -> Tile:
     """The tile of `out[M, N] = x[M, K] weight[N, K]^T`, with `split_k` set so that few rows still fill the device.
 
@@ -158,12 +168,16 @@ def choose_tile(
         aligned: every row of both operands starts on a 16-byte boundary and one stride of each is 1.
         weight_is_kn: the weight's unit stride is along N.
         persistent: whether a persistent tile will do (no dropout, `out` aligned).
+        out_aligned: rows of `out` can be stored 16 bytes at a time.
         crowded: beside the accumulator there is so much in registers that the largest tile would spill.
+        epilogue: more than a store follows the product, and needs the whole sum: K is not split.
     """
     rows = _rows(arch, 16 if dtype.itemsize == 2 else 32, aligned)
     processors = MULTIPROCESSORS.get(arch, 64)
     if not persistent and "masked" in rows:
         rows = {**rows, **dict.fromkeys(("large", "large kn", "medium"), rows["masked"])}
+    if epilogue and "epilogue" in rows:
+        rows = {**rows, "large": rows["epilogue"], "medium": rows["masked"]}
     large = rows.get("large kn", rows["large"]) if weight_is_kn else rows["large"]
     if M <= 16:
         tile = rows["tiny"]
@@ -172,7 +186,9 @@ def choose_tile(
     elif cdiv(M, large.block_m) * cdiv(N, large.block_n) >= 0.75 * processors and not crowded:
         return large
     else:
-        tile = rows["medium"]
+        tile = rows["medium"] if out_aligned else rows.get("odd out", rows["medium"])
+    if epilogue:
+        return tile
     return replace(tile, split_k=split_of_k(cdiv(M, tile.block_m) * cdiv(N, tile.block_n), K, tile.block_k, processors))
 
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from .dropout import Dropout
 from .format_4bit import Packed4bit
 from .gemm_tables import rank_block
-from .launch import Call, cdiv, nbytes, scratch, strides
+from .launch import Call, cdiv, light_options, nbytes, scratch, strides
 from .lora_expand import expand_arguments, triton_dtype
 from .lora_linear_split import _sum_planes_kernel
 from .multi_tile import MixedFactor
@@ -109,6 +109,7 @@ def base_calls(
     bias: torch.Tensor | None,
     dropout: Dropout | None,
     dtype: torch.dtype,
+    arch: int,
     precision: str,
 ) -> list[Call]:
     """One launch that starts from the expand and writes `out`, or with `split` > 1 fp32 planes and their sum.
@@ -140,6 +141,7 @@ def base_calls(
         },
         num_warps=4,
         num_stages=1,
+        options=light_options(arch),
         bytes=nbytes(planes, s, b, bias, out),
         flops=2 * M * N * R + split * M * N,
     )

@@ -1,11 +1,11 @@
 """Launch parameters of IA3's kernels, as pure functions of architecture, dtype and sizes. See reduction_tables.py.
 
-The GEMM with an epilogue takes its tile from gemm_tables.py; what is said here of it is only what the epilogue changes.
+The GEMM with an epilogue takes its tile from gemm_tables.py, but where rows are unaligned.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -55,9 +55,4 @@ def gemm_tile(*, arch: int, dtype: torch.dtype, M: int, N: int, K: int, aligned:
     """
     if not aligned and arch:
         return gemm_tables.Tile(64, 32, 32, 4, 2)
-    tile = gemm_tables.choose_tile(arch, dtype, M=M, N=N, K=K, aligned=aligned)
-    if tile.persistent:  # one tile a program here, so a fourth stage fits
-        tile = replace(tile, num_stages=4, persistent=False)
-    if arch == 90 and tile.block_m == 128:  # beside the accumulator the epilogue holds a tile of x or z
-        tile = replace(tile, num_warps=8, num_stages=4)
-    return replace(tile, split_k=1)
+    return gemm_tables.choose_tile(arch, dtype, M=M, N=N, K=K, aligned=aligned, epilogue=True)

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .dropout import Dropout, keep_tile
 from .gemm_tables import choose_decode_tile
-from .launch import Call, cdiv, compile_options, nbytes, strides
+from .launch import Call, cdiv, light_options, nbytes, strides
 from .lora_decode_finish import MAX_ROWS, Planes, Projection, check_group, finish_call
 from .projections import block_of_projection, blocks_of, numbered, of_projection
 from .reduction_tables import vectorizes
@@ -226,7 +226,7 @@ def _planes_call(
         num_stages=tile.num_stages,
         bytes=nbytes(x, *weights, *As, *planes.y, *planes.s),
         flops=2 * M * sum((*sizes, *ranks)) * K,
-        # The assembler's own limit costs a group two spills on sm_120, where shared memory holds fewer programs anyway.
-        options=compile_options(arch) if len(weights) > 1 and arch == 120 else {},
+        # A group is more than sm_120's assembler holds within its own limit; shared memory holds fewer programs.
+        options={} if aligned and dropout is None and (len(weights) == 1 or arch != 120) else light_options(arch),
     )
     return planes, call

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Call, TorchCall, cdiv, compile_options, nbytes, strides
+from .launch import Call, TorchCall, cdiv, compile_options, light_options, nbytes, strides
 from .lora_dy_pass import ONE_PASS_RANK, dy_pass_calls
 from .lora_shrink import shrink_calls
 from .reduction_tables import DEVICES, OTHER_DEVICE, embedding_tile, next_power_of_2
@@ -204,7 +204,7 @@ def _sort(ids: torch.Tensor, sorted_ids: torch.Tensor, order: torch.Tensor) -> N
 
 
 def _scatter_calls(
-    ids: torch.Tensor, ds: torch.Tensor, da_out: torch.Tensor, padding_idx: int
+    ids: torch.Tensor, ds: torch.Tensor, da_out: torch.Tensor, padding_idx: int, arch: int
 ) -> list[Call | TorchCall]:
     """da_out[:, v] = sum of the rows ds[t] (fp32, contiguous) with ids[t] = v, in order; zero where there is none."""
     T, (R, V) = ids.numel(), da_out.shape
@@ -229,6 +229,7 @@ def _scatter_calls(
         constants={"BLOCK_T": BLOCK_T, "BLOCK_R": BLOCK_R, "BLOCK_LONG": 128},
         num_warps=4,
         num_stages=1,
+        options=light_options(arch),
         bytes=nbytes(sorted_ids, order, ds) + min(T, V) * R * da_out.element_size(),
         flops=T * R,
     )
@@ -288,5 +289,5 @@ def embedding_backward_calls(
         if db_out is not None:
             calls += weight_gradient_calls(None, None, s, dy, None, db_out, **common)
     if da_out is not None:
-        calls += _scatter_calls(ids, ds, da_out, padding_idx)
+        calls += _scatter_calls(ids, ds, da_out, padding_idx, arch)
     return calls

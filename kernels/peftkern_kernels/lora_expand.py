@@ -145,11 +145,15 @@ def expand_arguments(
     }
 
 
-def expand_rank_block(b: torch.Tensor | MixedFactor, dtype: torch.dtype, dropout: Dropout | None) -> int:
-    """BLOCK_R of an expand beside a large accumulator: narrow where more than S and B is in registers."""
-    narrow = dropout is not None or b.dtype.itemsize > dtype.itemsize
-    block = rank_block(b.shape[1], dtype, narrow=narrow or isinstance(b, MixedFactor))
-    return 16 if narrow and isinstance(b, MixedFactor) else block
+def expand_rank_block(
+    b: torch.Tensor | MixedFactor, dtype: torch.dtype, dropout: Dropout | None, *, most: int = 64
+) -> int:
+    """BLOCK_R of an expand beside a large accumulator: `most` of the tile, halved for what else is in registers.
+
+    That is a mask or fp32 factors for one, each row's own adapter for another.
+    """
+    halvings = (dropout is not None or b.dtype.itemsize > dtype.itemsize) + isinstance(b, MixedFactor)
+    return min(rank_block(b.shape[1], dtype), max(16, most >> halvings))
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -94,7 +94,7 @@ def pointer_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
-                "BLOCK_R": expand_rank_block(b, x.dtype, dropout),
+                "BLOCK_R": expand_rank_block(b, x.dtype, dropout, most=tile.block_r),
                 "GROUP_M": tile.group_m,
                 "EVEN_K": K % tile.block_k == 0,
                 "PRECISION": precision,
@@ -139,6 +139,7 @@ def base_plus_expand_calls(
     mixed = isinstance(b, MixedFactor)
     can_stay = dropout is None and not mixed and is_aligned(out) and out.dtype == x.dtype and stays_with(x, b)
     sizes: dict[str, Any] = {"M": M, "N": N, "K": K, "weight_is_kn": not is_aligned(weight), "persistent": can_stay}
+    sizes["out_aligned"] = vectorizes(out)
     sizes["crowded"] = dropout is not None and mixed  # a dropout mask of many adapters has a key for each row
     tile = choose_tile(arch, x.dtype, **sizes, aligned=_operands_are(is_aligned, x, weight))
     on_descriptors = tile.tma and tile.split_k == 1

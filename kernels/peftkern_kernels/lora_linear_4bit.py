@@ -150,7 +150,7 @@ def base_4bit_plus_expand_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "UNITS": units,
-                "BLOCK_R": expand_rank_block(b, x.dtype, None),
+                "BLOCK_R": expand_rank_block(b, x.dtype, None, most=tile.block_r),
                 "GROUP_M": tile.group_m,
                 "PRECISION": precision,
             },
@@ -163,5 +163,5 @@ def base_4bit_plus_expand_calls(
 
     return base_calls(
         call_of, s, b, out, steps=K // tile.block_k, split=tile.split_k, bias=bias, dropout=None, dtype=x.dtype,
-        precision=precision,
+        arch=arch, precision=precision,
     )  # fmt: skip

@@ -171,7 +171,7 @@ def base_4bit_transposed_plus_expand_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_k,
                 "UNITS": tile.block_n // unit,
-                "BLOCK_R": expand_rank_block(b, dy.dtype, dropout),
+                "BLOCK_R": expand_rank_block(b, dy.dtype, dropout, most=tile.block_r),
                 "GROUP_M": tile.group_m,
                 "EVEN_N": N % tile.block_k == 0,
                 "PRECISION": precision,
@@ -185,5 +185,5 @@ def base_4bit_transposed_plus_expand_calls(
 
     return base_calls(
         call_of, ds, b, out, steps=cdiv(N, tile.block_k), split=tile.split_k, bias=None, dropout=dropout,
-        dtype=dy.dtype, precision=precision,
+        dtype=dy.dtype, arch=arch, precision=precision,
     )  # fmt: skip

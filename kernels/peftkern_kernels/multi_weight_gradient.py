@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .adapters import Adapters
 from .dropout import Dropout, keep_tile
-from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
+from .launch import Call, cdiv, compile_options, light_options, nbytes, scratch, strides
 from .multi_tables import multi_weight_gradient_tile
 from .multi_tile import adapter_of, check_rows, dropout_arguments, piece_of, slot_key
 from .reduction_tables import Tile, next_power_of_2, vectorizes
@@ -272,10 +272,10 @@ def multi_weight_gradient_calls(
     )
     if not planes:
         return [first]
-    return [first, _sum_call(shared, routing, halves)]
+    return [first, _sum_call(shared, routing, halves, arch)]
 
 
-def _sum_call(shared: dict[str, Any], routing: Routing, halves: dict[str, bool]) -> Call:
+def _sum_call(shared: dict[str, Any], routing: Routing, halves: dict[str, bool], arch: int) -> Call:
     """The second launch, over the slots of several chunks."""
     K, N, R = shared["K"], shared["N"], shared["max_rank"]
     block_r = min(64, next_power_of_2(R))
@@ -290,5 +290,6 @@ def _sum_call(shared: dict[str, Any], routing: Routing, halves: dict[str, bool])
         constants={"BLOCK_C": block_c, "BLOCK_R": block_r, **halves},
         num_warps=4,
         num_stages=1,
+        options=light_options(arch),
         bytes=nbytes(shared["da_planes_ptr"], shared["db_planes_ptr"], shared["da_ptr"], shared["db_ptr"]),
     )
