@@ -22,7 +22,7 @@ from .gemm_tile_4bit import decode_tile, start_scales, step_scales
 from .launch import Call, cdiv, compile_options, is_aligned, nbytes
 from .lora_decode import low_rank_program, shrink_arguments
 from .lora_decode_finish import MAX_ROWS, Planes, Projection, check_group, finish_call
-from .projections import block_of_projection, blocks_of, numbered, of_projection
+from .projections import MOST_PROJECTIONS, block_of_projection, blocks_of, numbered, of_projection
 from .tables_4bit import choose_decode_4bit
 
 
@@ -198,6 +198,14 @@ def weight_arguments(weights: Sequence[Packed4bit]) -> dict[str, Any]:
     return pointers
 
 
+def _occupancy(arch: int, projections: int) -> dict[str, int]:
+    """Compile options against spills, where the assembler's own choice of occupancy has some."""
+    if arch == 942 and projections == MOST_PROJECTIONS:
+        return {"waves_per_eu": 2}  # pointers of four projections do not fit beside four waves
+    # Elsewhere the assembler's own limit, four programs on a multiprocessor, costs no spill.
+    return compile_options(arch) if 100 <= arch < 120 else {}
+
+
 def _planes_call(
     x: torch.Tensor,
     weights: Sequence[Packed4bit],
@@ -244,7 +252,6 @@ def _planes_call(
         num_stages=tile.num_stages,
         bytes=sum(w.nbytes for w in weights) + nbytes(x, *As, *planes.y, *planes.s),
         flops=2 * M * sum((*sizes, *ranks)) * K,
-        # Elsewhere the assembler's own limit, four programs on a multiprocessor, costs no spill.
-        options={**NO_FUSION, **(compile_options(arch) if 100 <= arch < 120 else {})},
+        options={**NO_FUSION, **_occupancy(arch, len(weights))},
     )
     return planes, call
