@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .dropout import Dropout, keep_tile
 from .gemm_tables import choose_decode_tile
-from .launch import Call, cdiv, light_options, nbytes, strides
+from .launch import Call, cdiv, compile_options, nbytes, strides
 from .lora_decode_finish import MAX_ROWS, Planes, Projection, check_group, finish_call
 from .projections import block_of_projection, blocks_of, numbered, of_projection
 from .reduction_tables import vectorizes
@@ -204,6 +204,9 @@ def _planes_call(
     k_part = cdiv(cdiv(K, tile.block_k), tile.split_k) * tile.block_k
     split = cdiv(K, k_part)
     planes = Planes.empty(split, x, sizes, ranks)
+    # With a mask, with single elements' addresses and, on sm_120, with a group, the assembler spills a few scalars to
+    # stay below its own limit.
+    fits = (aligned and dropout is None and (len(weights) == 1 or arch != 120)) or arch in (86, 89, 90)
     call = Call(
         name="decode: planes",
         kernel=_decode_planes_kernel,
@@ -226,7 +229,6 @@ def _planes_call(
         num_stages=tile.num_stages,
         bytes=nbytes(x, *weights, *As, *planes.y, *planes.s),
         flops=2 * M * sum((*sizes, *ranks)) * K,
-        # A group is more than sm_120's assembler holds within its own limit; shared memory holds fewer programs.
-        options={} if aligned and dropout is None and (len(weights) == 1 or arch != 120) else light_options(arch),
+        options={} if fits else compile_options(arch),
     )
     return planes, call
