@@ -208,8 +208,8 @@ def planes_call(
     y_planes = scratch(split, M, N, dtype=torch.float32, device=x.device)
     s_planes = scratch(split, M, R, dtype=torch.float32, device=x.device)
     block_r = rank_block(R, x.dtype)
-    # With a mask or single elements' addresses the assembler spills a few scalars to stay below its own limit.
-    fits = (aligned and dropout is None) or arch in (86, 89, 90)
+    # With a mask or single elements' addresses the assembler of two spills a few scalars to stay below its own limit.
+    fits = (aligned and dropout is None) or arch not in (80, 120)
     planes = Call(
         name="decode: planes",
         kernel=_decode_planes_kernel,
