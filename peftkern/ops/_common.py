@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -178,6 +180,15 @@ def check_adapters(
     for name, t in tensors:
         if t.device != x.device:
             raise ValueError(f"{operation}: {name}: expected device {x.device} as x, got {t.device}")
+
+
+Ranks = Sequence[slice]  # the columns of S, of several projections side by side, that are each one's
+
+
+def rank_columns(lora_As: Sequence[torch.Tensor]) -> tuple[slice, ...]:
+    """The columns of S [M, R], or rows of A [R, K], that are each projection's where they follow one another."""
+    stops = list(itertools.accumulate(lora_A.shape[0] for lora_A in lora_As))
+    return tuple(slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False))
 
 
 def storage(weight: Any) -> Any:

@@ -13,9 +13,8 @@ import torch
 from torch.nn.functional import linear
 
 from peftkern.ops._base_product import add_base_backward, base
+from peftkern.ops._common import Ranks
 from peftkern.ops._lora_linear_torch import FEW_ROWS, Kept, _as_number, apply_mask, dense_rows, keep_mask
-
-Ranks = Sequence[slice]  # the columns of S that are each projection's
 
 
 def _scale(s: torch.Tensor, ranks: Ranks, scalings: Sequence[float]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from peftkern.ops._common import Ranks, rank_columns
 from peftkern.ops._lora_linear_torch import dense_rows
 from peftkern.ops._lora_linear_triton import (
     FUSED_4BIT_PATHS,
@@ -38,8 +39,6 @@ from peftkern_kernels.lora_decode_4bit import group_decode_4bit_calls
 from peftkern_kernels.lora_decode_finish import Projection
 from peftkern_kernels.lora_shrink import shrink_calls
 from peftkern_kernels.weight_gradient import weight_gradient_calls
-
-Ranks = Sequence[slice]  # the columns of S that are each projection's
 
 
 def _key(what: str, dropout: Dropout | None, *rest: Any) -> tuple[Any, ...]:
@@ -214,13 +213,9 @@ def backward(
     """
     needs_x, needs_a, needs_bs = needs
     M, device = dys[0].shape[0], dys[0].device
-    R = sum(lora_A.shape[0] for lora_A in lora_As)
-    ds: Kept = dys[0].new_empty(M, R) if needs_x or needs_a else None
     dbs: list[torch.Tensor | None] = []
-    places, start = [], 0
-    for lora_A in lora_As:
-        places.append(slice(start, start + lora_A.shape[0]))
-        start = places[-1].stop
+    places = rank_columns(lora_As)
+    ds: Kept = dys[0].new_empty(M, places[-1].stop) if needs_x or needs_a else None
     parts = zip(dys, lora_Bs, scalings, ranks, places, needs_bs, strict=True)
     for dy, lora_B, scaling, columns, place, needs_b in parts:
         db = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if needs_b else None

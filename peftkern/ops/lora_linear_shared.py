@@ -27,6 +27,7 @@ from peftkern.ops._common import (
     dropout_in_force,
     dropout_seed,
     needs_operator,
+    rank_columns,
     refuse_double_backward,
     storage,
 )
@@ -111,7 +112,7 @@ def run(
     if path == APART or needs_operator(x, *lora_As, *lora_Bs, *learned) or any(t.requires_grad for t in learned):
         each = zip(weights, lora_As, lora_Bs, scalings, biases, strict=True)
         return tuple(lora_linear(x, *parts, dropout_p=p, seed=seed) for parts in each)
-    group = _Group(tuple(weights), tuple(scalings), _columns(lora_As), p, path)
+    group = _Group(tuple(weights), tuple(scalings), rank_columns(lora_As), p, path)
     biases = [b if b is None or b.dtype == x.dtype else b.to(x.dtype) for b in biases]
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in (*lora_As, *lora_Bs))):
         dense = [w if isinstance(w, torch.Tensor) else None for w in weights]
@@ -167,15 +168,6 @@ def _check(
         check_quantized(x, weight, lora_A, lora_B, bias, mixed=mixed)
     elif not adapters_fit(x, weight, lora_A, lora_B, bias):
         check_adapters("lora_linear_shared", x, weight, lora_A, lora_B, bias, mixed=mixed)
-
-
-def _columns(lora_As: Sequence[torch.Tensor]) -> tuple[slice, ...]:
-    """The columns of S [M, R] that are each projection's."""
-    found, start = [], 0
-    for lora_A in lora_As:
-        found.append(slice(start, start + lora_A.shape[0]))
-        start = found[-1].stop
-    return tuple(found)
 
 
 @dataclasses.dataclass(slots=True)
@@ -293,7 +285,7 @@ class _LoraLinearShared(torch.autograd.Function):
         part = group.only(live, tensors[:n])
         dx, da, dbs = _backward([dys[i] for i in live], x, part, lora_As, lora_Bs, s, mask, seed, needs)
         das: list[Any] = list(absent)
-        for i, lora_A, columns in zip(live, lora_As, _columns(lora_As), strict=True):
+        for i, lora_A, columns in zip(live, lora_As, rank_columns(lora_As), strict=True):
             if da is not None and each_a[i]:
                 das[i] = da[columns].to(lora_A.dtype)
         all_dbs: list[Any] = list(absent)

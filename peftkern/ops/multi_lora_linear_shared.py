@@ -25,12 +25,10 @@ from peftkern.ops._common import (
 from peftkern.ops._multi_lora_linear_call import Call, backward_shared, forward_shared, is_plain
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.ops.multi_lora_linear import _batch, _check, _fits, _owners, _pick, multi_lora_linear, plan_for
-from peftkern.ops.plan import APART, Plan, plan_multi_lora_linear_shared
+from peftkern.ops.plan import APART, MOST_PROJECTIONS, Plan, plan_multi_lora_linear_shared
 from peftkern.weights import Weight
 from peftkern_kernels.adapters import Adapters
 from peftkern_kernels.routing import Routing
-
-MOST_PROJECTIONS = 4
 
 
 def multi_lora_linear_shared(

@@ -122,7 +122,7 @@ APART = "apart"  # as a path: each projection is a call of its own
 # two cores about 100 us a group, forward and backward, against 3 ns an element at 512 x 512.
 JOINED_ELEMENTS = 2**15
 DECODE_PATHS = ("decode", "decode_4bit")
-MOST_DECODED_TOGETHER = 4  # projections that one launch of the kernels takes
+MOST_PROJECTIONS = 4  # projections that one launch of the kernels takes
 
 
 def plan_shared(plans: Sequence[Plan], elements: int, unlike: str = "") -> Plan:
@@ -139,8 +139,8 @@ def plan_shared(plans: Sequence[Plan], elements: int, unlike: str = "") -> Plan:
         return Plan(APART, f"the projections take different paths: {', '.join(paths)}")
     (path,) = paths
     if path in DECODE_PATHS:
-        if len(plans) > MOST_DECODED_TOGETHER:
-            unlike = f"{len(plans)} are more than the {MOST_DECODED_TOGETHER} that a launch takes"
+        if len(plans) > MOST_PROJECTIONS:
+            unlike = f"{len(plans)} are more than the {MOST_PROJECTIONS} that a launch takes"
         if unlike:
             return Plan(APART, f"{plans[0].reason}; two launches a projection: {unlike}")
         return Plan(path, f"{plans[0].reason}; two launches for {len(plans)} projections, one dX and one dA")
@@ -266,7 +266,7 @@ def plan_multi_lora_linear_shared(plans: tuple[Plan, ...], unlike: str = "") -> 
     path, reason = plans[0].path, plans[0].reason
     if path.rpartition(":")[2] in ("torch", "torch_fp32"):
         shared = "x's rows taken and masked once"
-    elif path.rpartition(":")[2] in ("decode", "decode_4bit"):
+    elif path.rpartition(":")[2] in DECODE_PATHS:
         shared = "the two launches of all are two"
     else:
         shared = "one shrink"

@@ -20,7 +20,7 @@ from peftkern.ops._common import adapters_fit, autocast_dtype, calls_are_changed
 from peftkern.ops.lora_linear_shared import launched_apart, shared_plan_for
 from peftkern.ops.lora_linear_shared import run as lora_linear_shared_on
 from peftkern.ops.multi_lora_linear_shared import shared_plan_for as shared_plan_for_many
-from peftkern.ops.plan import APART, DECODE_PATHS, JOINED_ELEMENTS, MOST_DECODED_TOGETHER, Plan, plan_shared
+from peftkern.ops.plan import APART, DECODE_PATHS, JOINED_ELEMENTS, MOST_PROJECTIONS, Plan, plan_shared
 from peftkern.tuners.fusing import compute_dtype
 from peftkern.tuners.lora.layer import Linear
 from peftkern.utils.other import batch_in_force
@@ -32,7 +32,7 @@ MODEL_TYPES = frozenset(
     ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral")
     + ("olmo", "olmo2", "phi", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2")
 )
-_Found = tuple[tuple[torch.Tensor, ...], list[Any]]  # outputs, and the key of each
+_Found = tuple[tuple[torch.Tensor, ...], list[Any]]  # outputs, and the key of each but the first
 # Times in a row that outputs were left lying before a group gives up: its layers do not share their input after all.
 MOST_MISSES = 3
 
@@ -86,7 +86,7 @@ class SharedInput:
             return None
         ys, keys = found
         if None not in keys:
-            outputs = {layer: pair for layer, *pair in zip(self.layers[1:], ys[1:], keys[1:], strict=True)}
+            outputs = {layer: pair for layer, *pair in zip(self.layers[1:], ys[1:], keys, strict=True)}
             self._left = _Left(x, outputs)
         return ys[0]
 
@@ -116,7 +116,7 @@ class SharedInput:
             ys = lora_linear_shared(rows, weights, As, Bs, scalings, biases, dropout_p=ps[0])
         if dtype is not x.dtype:
             ys = tuple(y.to(x.dtype) for y in ys)
-        return ys, [_key(operands) for operands in each]
+        return ys, [_key(operands) for operands in each[1:]]
 
     def _outputs_of_many(self, x: torch.Tensor) -> _Found | None:
         """Each layer's output for a batch whose rows want different adapters; None if they do not go together."""
@@ -139,7 +139,7 @@ class SharedInput:
             return None
         p = batches[0].dropout_p
         ys = multi_lora_linear_shared(x.to(dtype), weights, pools, batches[0].batch, biases, dropout_p=p)
-        keys = [_key_of_many(*pair) for pair in zip(self.layers, batches, strict=True)]
+        keys = [_key_of_many(*pair) for pair in zip(self.layers[1:], batches[1:], strict=True)]
         return tuple(y.to(x.dtype) for y in ys), keys
 
     def _dtype(self, x: torch.Tensor, weights: Sequence[Any]) -> torch.dtype | None:
@@ -162,7 +162,7 @@ class SharedInput:
         plans = [layer.plan_alone(tokens) for layer in self.layers]
         shared = plan_shared(plans, tokens * self.layers[0].in_features, unlike)
         if shared.path in (APART, "unfused"):
-            told = unlike or (decodes and len(self.layers) > MOST_DECODED_TOGETHER)
+            told = unlike or (decodes and len(self.layers) > MOST_PROJECTIONS)
             return Plan(alone.path, shared.reason) if told else alone
         what = "two launches" if decodes else "one shrink, dX and dA pass"
         return Plan(alone.path, f"{alone.reason}; {what} for {names} in eager mode")
