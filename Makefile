@@ -33,8 +33,8 @@ help: ## this list
 demo: ## fine-tune a small language model on real text, save it, load it again, compare (about two minutes)
 	$(call run,demo,examples/quickstart.py $(ARGS))
 
-test: ## the whole test suite; kernels run in Triton's interpreter where there is no GPU
-	$(call run,test,-m pytest $(ARGS))
+test: ## the whole test suite, in a process for each core; kernels run in Triton's interpreter where there is no GPU
+	$(call run,test,-m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS))
 
 bench: ## measure peftkern beside its peers on this machine
 	$(call run,bench,-m bench.run $(ARGS))

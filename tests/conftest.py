@@ -9,7 +9,13 @@ import importlib.util
 import os
 
 import pytest
-import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A process for each core: more threads than cores, which wait for one another in a loop, slow all of them down.
+    # torch reads this when it is imported, and so do the programs that tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
