@@ -406,6 +406,18 @@ def test_a_batch_of_many_adapters_is_shared(shared_by_many, shared):
     assert len(shared_by_many) == 4
 
 
+def test_generation_for_many_adapters_is_shared_in_inference_mode(shared_by_many):
+    """Would catch a server, where each token counts launches, whose projections each take their own."""
+    model = with_two_adapters().eval()
+    options = {"adapter_names": ["default", "__base__", "other"], "max_new_tokens": 3, "do_sample": False}
+    expected = model.generate(input_ids=ids(3), pad_token_id=0, **options)
+    shared_by_many.clear()
+    with torch.inference_mode():
+        got = model.generate(input_ids=ids(3), pad_token_id=0, **options)
+    assert torch.equal(got, expected)
+    assert sorted(shared_by_many) == [2] * 6 + [3] * 6
+
+
 def test_checkpointed_batch_of_many_adapters(shared_by_many):
     """Would catch a recomputation in backward that takes another batch's outputs, or leaves some lying."""
     plain, model = with_two_adapters(), with_two_adapters()
@@ -449,10 +461,48 @@ def test_compiled_model_runs_each_by_itself(shared):
 
 
 def test_inference_mode(shared):
-    """Would catch versions asked of tensors that have none."""
-    made = layers(8, 12)
+    """Would catch versions asked of tensors that have none, and a server whose layers each run by themselves."""
+    made = layers(8, 12, 5)
+    expected = [alone(layer, torch.ones(7, 16)) for layer in made]
     with torch.inference_mode():
-        x = torch.randn(7, 16)
+        x = torch.ones(7, 16)
+        for layer, y in zip(made, expected, strict=True):
+            torch.testing.assert_close(layer(x), y)
+        assert shared == [3]
+        assert made[0]._shared_input._left is None
+
+
+@pytest.mark.parametrize("where", ["pre-hook", "hook", "global"])
+def test_inference_mode_with_hooks(shared, where):
+    """Would catch an x that a hook changed in place, which an inference tensor does not tell."""
+    made = layers(8, 12)
+
+    def change(module, args, *_):
+        if module is made[0]:
+            args[0].add_(1.0)
+
+    register = {
+        "pre-hook": made[0].register_forward_pre_hook,
+        "hook": made[0].register_forward_hook,
+        "global": torch.nn.modules.module.register_module_forward_hook,
+    }[where]
+    handle = register(change)
+    try:
+        with torch.inference_mode():
+            x = torch.ones(7, 16)
+            made[0](x)
+            y = made[1](x)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(y, alone(made[1], torch.full((7, 16), 2.0)))
+    assert not shared
+
+
+def test_adapters_made_in_inference_mode(shared):
+    """Would catch outputs of all layers that are made and thrown away, as nothing tells whether they still hold."""
+    with torch.inference_mode():
+        made = layers(8, 12)
+        x = torch.ones(7, 16)
         for layer in made:
             torch.testing.assert_close(layer(x), alone(layer, x))
     assert not shared

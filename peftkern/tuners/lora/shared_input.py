@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear_shared, multi_lora_linear_shared
@@ -58,13 +59,12 @@ class SharedInput:
             x: its input.
             mixed: the batch of many adapters (`LayerBatch`) that its forward serves, if it serves one.
         """
-        # Changes in place of an inference tensor cannot be told.
-        if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or x.is_inference():
+        if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or (x.is_inference() and self._hooked()):
             return None
         if layer is self.layers[0]:
             return self._all(x, mixed is not None)
         left = self._left
-        if left is None or left.x is not x or left.version != x._version or left.modes != _modes(x):
+        if left is None or left.x is not x or left.version != _version(x) or left.modes != _modes(x):
             return None
         y, key = left.outputs.pop(layer, (None, None))
         if not left.outputs:
@@ -72,6 +72,12 @@ class SharedInput:
         if y is None:
             return None
         return y if key == (_key(layer._operands()) if mixed is None else _key_of_many(layer, mixed)) else None
+
+    def _hooked(self) -> bool:
+        """Whether anything runs between the layers' calls that could change x in place, beside the model's own code."""
+        hooks = ("_forward_hooks", "_forward_pre_hooks")
+        everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+        return bool(everywhere) or any(layer.__dict__[kind] for layer in self.layers for kind in hooks)
 
     def _all(self, x: torch.Tensor, many: bool) -> torch.Tensor | None:
         """The first layer's output; those of the others are left for them to take."""
@@ -85,9 +91,7 @@ class SharedInput:
         if found is None:
             return None
         ys, keys = found
-        if None not in keys:
-            outputs = {layer: pair for layer, *pair in zip(self.layers[1:], ys[1:], keys, strict=True)}
-            self._left = _Left(x, outputs)
+        self._left = _Left(x, {layer: pair for layer, *pair in zip(self.layers[1:], ys[1:], keys, strict=True)})
         return ys[0]
 
     def _outputs(self, x: torch.Tensor) -> _Found | None:
@@ -105,6 +109,9 @@ class SharedInput:
             As, Bs, biases = (
                 tuple(t if t is None or t.dtype in fits else t.to(dtype) for t in given) for given in (As, Bs, biases)
             )
+        keys = [_key(operands) for operands in each[1:]]
+        if None in keys:
+            return None
         rows = x if x.dtype is dtype else x.to(dtype)
         path = shared_plan_for(rows, weights, As, Bs, biases, current_backend()).path
         if path == APART:
@@ -116,7 +123,7 @@ class SharedInput:
             ys = lora_linear_shared(rows, weights, As, Bs, scalings, biases, dropout_p=ps[0])
         if dtype is not x.dtype:
             ys = tuple(y.to(x.dtype) for y in ys)
-        return ys, [_key(operands) for operands in each[1:]]
+        return ys, keys
 
     def _outputs_of_many(self, x: torch.Tensor) -> _Found | None:
         """Each layer's output for a batch whose rows want different adapters; None if they do not go together."""
@@ -134,12 +141,14 @@ class SharedInput:
             return None
         for mixed in batches:
             mixed.settle()
+        keys = [_key_of_many(*pair) for pair in zip(self.layers[1:], batches[1:], strict=True)]
+        if None in keys:
+            return None
         pools, biases = [mixed.pool for mixed in batches], [layer.base_layer.bias for layer in self.layers]
         if shared_plan_for_many(x, weights, pools, biases, current_backend()).path == APART:
             return None
         p = batches[0].dropout_p
         ys = multi_lora_linear_shared(x.to(dtype), weights, pools, batches[0].batch, biases, dropout_p=p)
-        keys = [_key_of_many(*pair) for pair in zip(self.layers[1:], batches[1:], strict=True)]
         return tuple(y.to(x.dtype) for y in ys), keys
 
     def _dtype(self, x: torch.Tensor, weights: Sequence[Any]) -> torch.dtype | None:
@@ -179,7 +188,12 @@ class _Left:
 
     def __init__(self, x: torch.Tensor, outputs: dict[Any, Any]) -> None:
         self.x, self.outputs = x, outputs
-        self.version, self.modes = x._version, _modes(x)
+        self.version, self.modes = _version(x), _modes(x)
+
+
+def _version(x: torch.Tensor) -> int | None:
+    """Changes whenever x is changed in place; None of an inference tensor, which does not tell."""
+    return None if x.is_inference() else x._version
 
 
 def _modes(x: torch.Tensor) -> tuple[Any, ...]:
@@ -213,13 +227,13 @@ def _states(tensors: Sequence[torch.Tensor | None], *others: Any) -> tuple[Any, 
 
 
 def share_input(*layers: Any) -> None:
-    """Tell LoRA layers that they are always called one after another, in this order, with the very same tensor.
+    """Tell LoRA layers that they are always called one after another, in this order, with the very same, unchanged x.
 
     They are then computed together: one pass over x for all shrinks, one dX and one pass for dA; two launches for up to
     four of them where there are at most 16 tokens. With dropout they drop
     the same elements of x. Results are as before otherwise, whatever the layers are called with; backward serves all
     outputs at once, so that a second backward through another of them needs `retain_graph=True`. Each runs by itself
-    under torch.compile, in `torch.inference_mode()`, and where `explain` says so.
+    under torch.compile, and where `explain` says so.
 
     Args:
         layers: two or more `peftkern.nn.LoraLinear`, or LoRA layers of a model, of the same in_features.
