@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 
+P = ParamSpec("P")
+T = TypeVar("T")
 BACKENDS = ("auto", "triton", "torch")
 ENVIRONMENT_VARIABLE = "PEFTKERN_BACKEND"
 # Numbers that stand for AMD architectures beside CUDA's compute capabilities (80, 90, ...).
@@ -57,9 +59,9 @@ def _environment_backend() -> str:
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), f"environment variable {ENVIRONMENT_VARIABLE}")
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Within the block, run operations on `name`.
+class use_backend:  # lower case, as torch.no_grad and torch.set_grad_enabled are
+    """Run operations on `name` from this call on; `with use_backend(name):` within the block, as a decorator within
+    the function. It holds for the thread that calls it.
 
     Args:
         name: "auto" lets the plan choose the fastest path, "triton" asks for Triton kernels and raises where they
@@ -68,11 +70,28 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: for another name.
     """
-    token = _backend.set(_checked(name, "use_backend(name)"))
-    try:
-        yield
-    finally:
-        _backend.reset(token)
+
+    __slots__ = ("_before", "_name")
+
+    def __init__(self, name: str) -> None:
+        self._name = _checked(name, "use_backend(name)")
+        self._before = _backend.set(self._name)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        _backend.reset(self._before)
+
+    def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
+        _backend.reset(self._before)  # where it decorates, nothing runs yet
+
+        @functools.wraps(function)
+        def within(*args: P.args, **kwargs: P.kwargs) -> T:
+            with use_backend(self._name):
+                return function(*args, **kwargs)
+
+        return within
 
 
 @torch.compiler.assume_constant_result

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from numerics import assert_rounded
-from peftkern import reference
+from peftkern import reference, use_backend
 from peftkern.backend import device_info
 from peftkern.ops import lora_embedding, lora_linear
+from peftkern.ops._lora_linear_torch import _hashed_words, keep_mask
 from peftkern.ops.plan import Plan
 from peftkern_kernels import replay
 
@@ -36,7 +37,8 @@ def check(tensors, dtype, p, path):
     seed = torch.tensor([99], device="cuda")
     y = lora_linear(*tensors[:4], SCALING, tensors[4], dropout_p=p, seed=seed)
     y.backward(dy)
-    keep = reference.dropout_mask(seed, M, K, p) if p else None
+    draw = keep_mask if path == "torch" else reference.dropout_mask
+    keep = draw(seed, M, K, p) if p else None
     results = []
     for transform in (lambda t: t.detach().double(), lambda t: t.detach().double().abs()):
         wide = [transform(t).requires_grad_(i != 1) for i, t in enumerate(tensors)]
@@ -46,7 +48,7 @@ def check(tensors, dtype, p, path):
     eps = torch.finfo(dtype).eps
     outputs = [y.detach(), *(tensors[i].grad for i in (0, 2, 3, 4))]
     # S (dS) and masters are rounded to the dtype; on cuBLAS the expand is too.
-    rounded = (3 + (path == "cublas"), 3 + (path in ("cublas", "mixed")), 3, 3, 1)
+    rounded = (3 + (path in ("cublas", "torch")), 3 + (path in ("cublas", "mixed", "torch")), 3, 3, 1)
     for out, truth, magnitude, count in zip(outputs, *results, rounded, strict=True):
         factor = eps / torch.finfo(out.dtype).eps
         assert_rounded(out, truth, magnitude, terms=M + N + K + R, rounded=count * factor)
@@ -71,6 +73,22 @@ def test_planned_path_matches_fp64(M, dtype):
     """Would catch a plan that sends a size to a path that is wrong there; M 1 to 16 decodes."""
     tensors = make(M, 1024, 2048, 16, dtype, dtype)
     check(tensors, dtype, 0.0, MODULE.plan_for(tensors[0], tensors[1], 16, "auto").path)
+
+
+@pytest.mark.parametrize("p", [0.005, 0.1])
+def test_plain_path_with_dropout_waits_for_nothing(p):
+    """Would catch a mask whose seed is read on the host, or that is another one than a CPU would work out."""
+    tensors = make(300, 256, 512, 16, torch.bfloat16, torch.float32)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mask = keep_mask(torch.full((1,), 99, device="cuda"), 300, 512, p)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    bits, lane = (16, torch.int16) if p > 0.01 else (32, torch.int32)
+    words = _hashed_words(torch.tensor([99]), 300 * 512 * bits // 64)
+    assert torch.equal(mask.cpu().flatten(), words.view(lane) >= round(p * 2**bits) - 2 ** (bits - 1))
+    with use_backend("torch"):
+        check(tensors, torch.bfloat16, p, "torch")
 
 
 @pytest.mark.parametrize("M", [8, 512])

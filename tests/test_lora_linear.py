@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from numerics import assert_rounded, padded_randn
 from peftkern import reference, use_backend
+from peftkern.backend import current_backend
 from peftkern.ops import lora_linear
-from peftkern.ops._lora_linear_torch import keep_mask
+from peftkern.ops._lora_linear_torch import _hashed_words, keep_mask
 from peftkern.ops.lora_linear import _operator
 from peftkern.ops.plan import Plan
 
@@ -381,10 +382,62 @@ def test_wrong_dropout_is_named(options, message):
         lora_linear(*tensors[:4], SCALING, dropout_p=0.1, seed=torch.tensor([1, 2]))
 
 
+def test_words_that_other_devices_draw_are_random_and_repeat():
+    """Would catch a hash of (seed, index) with dead bits, runs that one seed shares with the next, or a mask that is
+    not the same twice."""
+    seeds = [torch.tensor([value]) for value in (0, 1, 2, -7, 2**62)]
+    drawn = [_hashed_words(seed, 2**14) for seed in seeds]
+    assert all(torch.equal(words, _hashed_words(seed, 2**14)) for words, seed in zip(drawn, seeds, strict=True))
+    # Splitmix64 as published (Steele, Lea, Flood 2014), in Python's whole numbers.
+    state = _mixed(0)
+    for i in (0, 1, 77):
+        expected = _mixed((state + (i + 1) * 0x9E3779B97F4A7C15) % 2**64)
+        assert int(drawn[0][i]) % 2**64 == expected
+    bits = torch.stack([(words[:, None] >> torch.arange(64)) & 1 for words in drawn]).double()
+    deviation = 0.5 / 2**7  # of a mean over 2^14 fair bits
+    assert ((bits.mean(1) - 0.5).abs() < 5.5 * deviation).all()  # each bit of each seed
+    signs = (2 * bits - 1).reshape(len(seeds), -1)
+    correlations = signs @ signs.t() / signs.shape[1]
+    assert ((correlations - torch.eye(len(seeds))).abs() < 5.5 / 2**10).all()  # of different seeds
+    together = (signs[:, 1:] * signs[:, :-1]).mean(1)
+    assert (together.abs() < 5.5 / 2**10).all()  # of neighbours
+    assert torch.cat(drawn).unique().numel() == len(seeds) * 2**14
+
+
+def _mixed(z: int) -> int:
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
 def test_backend_names_are_checked():
     """Would catch a misspelt backend that is ignored."""
-    with pytest.raises(ValueError, match="expected one of auto, triton, torch"), use_backend("cuda"):
-        pass
+    with pytest.raises(ValueError, match="expected one of auto, triton, torch"):
+        use_backend("cuda")
+
+
+def test_backend_as_statement_block_and_decorator():
+    """Would catch a call that stands alone and does nothing, and one that outlasts its block or function."""
+
+    @use_backend("triton")
+    def decorated(depth: int) -> list[str]:
+        return [current_backend(), *(decorated(depth - 1) if depth else [])]
+
+    assert current_backend() == "auto"
+    try:
+        with use_backend("torch"):
+            assert current_backend() == "torch"
+            use_backend("triton")
+            assert current_backend() == "triton"
+        assert current_backend() == "auto"
+        use_backend("torch")
+        assert current_backend() == "torch"
+        assert decorated(1) == ["triton", "triton"]
+        with pytest.raises(ZeroDivisionError), use_backend("triton"):
+            _ = 1 / 0
+        assert current_backend() == "torch"
+    finally:
+        use_backend("auto")
 
 
 @pytest.mark.parametrize("path", ["torch", "torch_fp32"])

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from peftkern import reference
 from peftkern.ops._common import adapters_for
 
 # Up to so many rows the factor scaling / (1 - p) rides in products as `alpha`: one more operation would cost more.
@@ -41,18 +40,41 @@ def dense_rows(x: torch.Tensor) -> torch.Tensor:
 def keep_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:
     """bool [M, K], True where an element of x is kept; a pure function of its arguments on one device type.
 
-    On a CPU the bits come from torch's generator, seeded with `seed`: 16 bits an element out of 64-bit draws, which is
-    several times faster there than `bernoulli_` and than the Philox that the kernels draw (p is rounded to 2^-16, and
-    for p under 1/64 to 2^-32). Elsewhere it is the kernels' mask.
+    16 bits an element out of 64-bit words (p is rounded to 2^-16, and for p under 1/64 to 2^-32). On a CPU torch's
+    generator draws them, seeded with `seed`, which is several times faster there than `bernoulli_`. Elsewhere that
+    would wait for the device, and they are a hash: the Philox that kernels draw, made of torch's operations, took an
+    H200 5 ms for 8192 x 4096 elements (bench/results/nvidia-h200/stopped-runs.txt).
     """
-    if seed.device.type != "cpu":
-        return reference.dropout_mask(seed, M, K, p)
     bits, lane = (16, torch.int16) if p >= 1 / 64 else (32, torch.int32)
-    lanes = 64 // bits
-    generator = torch.Generator().manual_seed(int(seed))
-    words = torch.empty(-(-M * K // lanes), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    count = -(-M * K * bits // 64)
+    if seed.device.type == "cpu":
+        generator = torch.Generator().manual_seed(int(seed))
+        words = torch.empty(count, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    else:
+        words = _hashed_words(seed, count)
     half = 2 ** (bits - 1)
     return (words.view(lane)[: M * K] >= min(round(p * 2**bits) - half, half - 1)).view(M, K)
+
+
+def _hashed_words(seed: torch.Tensor, count: int) -> torch.Tensor:
+    """int64 [count]: the first numbers of splitmix64 (Steele, Lea and Flood, OOPSLA 2014) from the mixed seed on."""
+    steps = torch.arange(1, count + 1, device=seed.device)
+    start = _mix(seed.reshape(()).to(torch.int64, copy=True))  # mixed, for seeds of slots are a step apart
+    return _mix(steps.mul_(_signed(0x9E3779B97F4A7C15)).add_(start))
+
+
+def _mix(z: torch.Tensor) -> torch.Tensor:
+    """splitmix64's function of 64 bits, in place."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        z ^= (z >> shift).bitwise_and_(2 ** (64 - shift) - 1)  # torch's shift repeats the sign
+        if factor != 1:
+            z *= _signed(factor)
+    return z
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of an unsigned word."""
+    return word - 2**64 if word >= 2**63 else word
 
 
 def _as_number(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
