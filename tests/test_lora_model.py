@@ -413,6 +413,16 @@ def test_inject_adapter_in_model():
         LoraModel(mlp(), peft.LoraConfig(target_modules=["up"]), "default")
 
 
+def test_a_layer_of_the_other_door_leaves_nothing_of_the_base_trainable():
+    """Catches a whole base model that trains because one of its layers was made by `peftkern.nn`."""
+    model = mlp()
+    model.up = peftkern.nn.LoraLinear.from_linear(model.up, r=2)
+    with pytest.warns(UserWarning, match="carries adapters already"):
+        made = peftkern.get_peft_model(model, LoraConfig(target_modules=["down"]))
+    kept = [f"base_model.model.{layer}.lora_{factor}.default.weight" for layer in ("up", "down") for factor in "AB"]
+    assert trainable(made) == kept
+
+
 def test_copies_and_pickles():
     """Catches a layer that loses its state in a copy, or shares it with the original."""
     ours, _ = tuned(mlp(), {"target_modules": ["up", "emb"], "lora_dropout": 0.5}, {"target_modules": ["up"]})
