@@ -212,6 +212,17 @@ def test_damaged_config_is_refused_before_the_base_is_touched(saved, kind):
     assert fingerprint(base) == before
 
 
+def test_what_is_not_built_is_refused_with_the_file_s_name(saved):
+    """Would catch: an error about a field of some file, of the many that a program loads, that does not say which."""
+    edit_config(saved, use_dora=True)
+    base, model = mlp(), PeftModel(mlp(), LoraConfig(target_modules=["up"]))
+    before = fingerprint(base)
+    for load in (lambda: PeftModel.from_pretrained(base, saved), lambda: model.load_adapter(saved, "second")):
+        with pytest.raises(NotImplementedError, match=rf"{CONFIG}: LoraConfig\.use_dora=True"):
+            load()
+    assert fingerprint(base) == before and list(model.peft_config) == ["default"]
+
+
 @pytest.mark.parametrize("kind", WEIGHT_DAMAGE)
 def test_damaged_weights_are_refused_and_the_base_is_as_it_was(saved, kind):
     """Would catch PEFT 0.21's fault: a damaged weight file leaves adapters of random values on the base model."""

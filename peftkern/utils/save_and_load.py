@@ -250,6 +250,8 @@ def blamed_on_config(model_id: PathLike, hub_kwargs: dict[str, Any]) -> Iterator
         yield
     except AdapterFileError:
         raise
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{config_file(model_id, **hub_kwargs)}: {error}") from error
     except (TypeError, ValueError, re.error) as error:
         raise AdapterFileError(config_file(model_id, **hub_kwargs), str(error)) from error
 
