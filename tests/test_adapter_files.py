@@ -57,6 +57,13 @@ def drop_config(folder: Path, name: str) -> None:
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != name}))
 
 
+def as_bin(folder: Path, change) -> None:
+    """The adapter as the `.bin` file of older releases, with `change` applied to the A of `up`."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    torch.save(tensors | {A_UP: change(tensors[A_UP])}, folder / "adapter_model.bin")
+
+
 def edit_weights(folder: Path, change) -> None:
     tensors = load_file(folder / WEIGHTS)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -167,6 +174,12 @@ WEIGHT_DAMAGE = {
     "bin of a list": (
         lambda d: ((d / WEIGHTS).unlink(), torch.save([torch.zeros(1)], d / "adapter_model.bin")),
         ["adapter_model.bin", "dict"],
+    ),
+    "sparse bin": (lambda d: as_bin(d, lambda a: a.to_sparse()), ["adapter_model.bin", A_UP, "sparse"]),
+    "bin without values": (lambda d: as_bin(d, lambda a: a.to("meta")), ["adapter_model.bin", A_UP, "meta"]),
+    "rank of an absent layer": (
+        lambda d: edit_config(d, target_modules=["up", "down", "head"], rank_pattern={"head": 10**13}),
+        [WEIGHTS, CONFIG, str(10**13), "larger than 4096"],
     ),
     "wrong shape": (a_up(lambda a: a[:, :7].clone()), [WEIGHTS, A_UP, "7"]),
     "transposed": (a_up(lambda a: a.T.contiguous()), [WEIGHTS, A_UP, "16"]),
