@@ -47,13 +47,21 @@ _HOMES = {
     "peftkern.integrations.chunked_loss": ["use_chunked_loss"],
     "peftkern.config": ["PeftConfig", "PeftConfigMixin"],
     "peftkern.loftq": ["replace_lora_weights_loftq"],
-    "peftkern.mapping": ["inject_adapter_in_model"],
+    "peftkern.mapping": [
+        "PEFT_TYPE_TO_CONFIG_MAPPING",
+        "PEFT_TYPE_TO_TUNER_MAPPING",
+        "get_peft_config",
+        "inject_adapter_in_model",
+    ],
     "peftkern.mapping_func": ["get_peft_model"],
-    "peftkern.peft_model": [f"PeftModel{suffix}" for suffix in _TASKS],
+    "peftkern.peft_model": ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING", *(f"PeftModel{suffix}" for suffix in _TASKS)],
     "peftkern.auto": [f"AutoPeftModel{suffix}" for suffix in _TASKS],
     "peftkern.quantize": ["load_quantized", "quantize_model", "save_quantized"],
     "peftkern.tuners.ia3": ["IA3Config", "IA3Model"],
-    "peftkern.tuners.lora": ["LoftQConfig", "LoraConfig", "LoraModel", "LoraRuntimeConfig"],
+    "peftkern.tuners.lora": [
+        *("ArrowConfig", "BdLoraConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraConfig", "LoraGAConfig"),
+        *("LoraModel", "LoraRuntimeConfig", "MontecloraConfig", "VeloraConfig"),
+    ],
     "peftkern.tuners.lora.shared_input": ["share_inputs"],
     "peftkern.utils.adapter_error": ["AdapterFileError"],
     "peftkern.utils.kbit": ["prepare_model_for_kbit_training"],
@@ -66,7 +74,8 @@ _HOMES = {
     ],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-_SUBMODULES = {"nn", "ops"}
+# `peftkern.tuners.lora.LoraLayer` and the like work after `import peftkern` alone, as they do in PEFT.
+_SUBMODULES = {"nn", "ops", "auto", "config", "mapping", "mapping_func", "peft_model", "tuners", "utils"}
 
 __all__ = ["__version__", "nn", "ops", "use_backend", *_HOME_OF]
 

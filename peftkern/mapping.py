@@ -72,7 +72,8 @@ def inject_adapter_in_model(
         ValueError: The method puts no layers into a model; or see `BaseTuner`.
     """
     if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"peft_config must be a peftkern configuration, got {type(peft_config).__name__}")
+        kind = type(peft_config)
+        raise TypeError(f"peft_config must be a peftkern configuration, got {kind.__module__}.{kind.__name__}")
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_config.peft_type or "")
     if tuner is None:
         raise ValueError(f"inject_adapter_in_model cannot inject peft_type={peft_config.peft_type!r}")

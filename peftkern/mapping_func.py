@@ -40,7 +40,8 @@ def get_peft_model(
     if mixed:
         raise NotImplementedError("mixed: adapters of several methods on one model are not built")
     if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"peft_config: expected a PeftConfig, got {type(peft_config).__name__}")
+        kind = type(peft_config)
+        raise TypeError(f"peft_config: expected a PeftConfig of peftkern's, got {kind.__module__}.{kind.__name__}")
     # A transformers model that was made from a configuration has the name "", which is nothing to load from.
     name = model.__dict__.get("name_or_path") or None
     previous, peft_config.base_model_name_or_path = peft_config.base_model_name_or_path, name

@@ -57,6 +57,13 @@ def drop_config(folder: Path, name: str) -> None:
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != name}))
 
 
+def as_bin(folder: Path, change) -> None:
+    """The adapter as the `.bin` file of older releases, with `change` applied to the A of `up`."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    torch.save(tensors | {A_UP: change(tensors[A_UP])}, folder / "adapter_model.bin")
+
+
 def edit_weights(folder: Path, change) -> None:
     tensors = load_file(folder / WEIGHTS)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -168,6 +175,12 @@ WEIGHT_DAMAGE = {
         lambda d: ((d / WEIGHTS).unlink(), torch.save([torch.zeros(1)], d / "adapter_model.bin")),
         ["adapter_model.bin", "dict"],
     ),
+    "sparse bin": (lambda d: as_bin(d, lambda a: a.to_sparse()), ["adapter_model.bin", A_UP, "sparse"]),
+    "bin without values": (lambda d: as_bin(d, lambda a: a.to("meta")), ["adapter_model.bin", A_UP, "meta"]),
+    "rank of an absent layer": (
+        lambda d: edit_config(d, target_modules=["up", "down", "head"], rank_pattern={"head": 10**13}),
+        [WEIGHTS, CONFIG, str(10**13), "larger than 4096"],
+    ),
     "wrong shape": (a_up(lambda a: a[:, :7].clone()), [WEIGHTS, A_UP, "7"]),
     "transposed": (a_up(lambda a: a.T.contiguous()), [WEIGHTS, A_UP, "16"]),
     "a vector": (a_up(lambda a: a.flatten()), [WEIGHTS, A_UP, "matrix"]),
@@ -210,6 +223,17 @@ def test_damaged_config_is_refused_before_the_base_is_touched(saved, kind):
     for word in words:
         assert word in str(error.value), f"{error.value} does not say {word!r}"
     assert fingerprint(base) == before
+
+
+def test_what_is_not_built_is_refused_with_the_file_s_name(saved):
+    """Would catch: an error about a field of some file, of the many that a program loads, that does not say which."""
+    edit_config(saved, use_dora=True)
+    base, model = mlp(), PeftModel(mlp(), LoraConfig(target_modules=["up"]))
+    before = fingerprint(base)
+    for load in (lambda: PeftModel.from_pretrained(base, saved), lambda: model.load_adapter(saved, "second")):
+        with pytest.raises(NotImplementedError, match=rf"{CONFIG}: LoraConfig\.use_dora=True"):
+            load()
+    assert fingerprint(base) == before and list(model.peft_config) == ["default"]
 
 
 @pytest.mark.parametrize("kind", WEIGHT_DAMAGE)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -269,3 +272,23 @@ def test_public_names():
     assert peftkern.LoraConfig is LoraConfig and peftkern.PeftType is PeftType
     assert PeftType.LORA == peft.PeftType.LORA and TaskType.CAUSAL_LM == peft.TaskType.CAUSAL_LM
     assert [t.value for t in TaskType] == [t.value for t in peft.TaskType]
+    for name in (
+        *("ArrowConfig", "BdLoraConfig", "EvaConfig", "KasaConfig", "LoraGAConfig", "MontecloraConfig", "VeloraConfig"),
+        *("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"),
+        *("get_peft_config", "AutoPeftModelForCausalLM"),
+    ):
+        assert hasattr(peft, name) and hasattr(peftkern, name) and name in dir(peftkern), name
+
+
+def test_submodules_are_there_after_importing_the_package():
+    """Catches `peftkern.tuners.lora.LoraLayer` working only in a process that has imported it before."""
+    names = [
+        # In this order nothing is imported by what stands before it.
+        *("config.PeftConfigMixin", "utils.other.transpose", "utils.prepare_model_for_kbit_training"),
+        *("utils.get_peft_model_state_dict", "tuners.lora.layer.Linear", "tuners.lora.LoraLayer"),
+        *("mapping.get_peft_config", "peft_model.PeftModel", "mapping_func.get_peft_model", "auto.AutoPeftModel"),
+    ]
+    assert all(operator.attrgetter(name)(peft) for name in names)
+    ask = f"import operator, peftkern\nfor name in {names}: assert operator.attrgetter(name)(peftkern), name"
+    made = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr

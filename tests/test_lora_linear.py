@@ -410,6 +410,32 @@ def _mixed(z: int) -> int:
     return z ^ (z >> 31)
 
 
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"dropout_p": "0.1"}, TypeError, "dropout_p: expected a number"),
+        ({"dropout_p": None}, TypeError, "dropout_p: expected a number"),
+        ({"dropout_p": 0.1, "seed": 3}, TypeError, "seed: expected an int64 tensor"),
+        ({"scaling": "2"}, TypeError, "scaling: expected a number, got str"),
+        ({"scaling": None}, TypeError, "scaling: expected a number, got NoneType"),
+        ({"scaling": torch.ones(2)}, TypeError, "scaling: expected a number, got Tensor"),
+        ({"scaling": torch.tensor(2.0, requires_grad=True)}, ValueError, "scaling: no gradient flows to it"),
+    ],
+)
+def test_wrong_numbers_are_named(options, error, message):
+    """Would catch an int as a seed that fails for want of an attribute, and a learned scaling that never learns."""
+    tensors = make(4, 5, 7, 3, grad=False)
+    with pytest.raises(error, match=message):
+        lora_linear(*tensors[:4], **({"scaling": SCALING} | options))
+
+
+def test_scaling_may_be_any_number():
+    """Would catch a scaling of another type of number that is refused."""
+    tensors = make(4, 5, 7, 3, grad=False)
+    for scaling in (2, torch.tensor(2.0), torch.tensor([2]), torch.ones(1).numpy()[0] * 2):
+        assert torch.equal(lora_linear(*tensors[:4], scaling), lora_linear(*tensors[:4], 2.0))
+
+
 def test_backend_names_are_checked():
     """Would catch a misspelt backend that is ignored."""
     with pytest.raises(ValueError, match="expected one of auto, triton, torch"):

@@ -409,8 +409,22 @@ def test_inject_adapter_in_model():
     assert_same_step(ours, theirs, ids())
     with pytest.raises(TypeError, match="str"):
         inject_adapter_in_model("lora", mlp())
+    with pytest.raises(TypeError, match="peftkern configuration, got peft.tuners.lora.config.LoraConfig"):
+        inject_adapter_in_model(peft.LoraConfig(target_modules=["up"]), mlp())
+    with pytest.raises(TypeError, match="PeftConfig of peftkern's, got peft.tuners.lora.config.LoraConfig"):
+        peftkern.get_peft_model(mlp(), peft.LoraConfig(target_modules=["up"]))
     with pytest.raises(TypeError, match="LoraConfig"):
         LoraModel(mlp(), peft.LoraConfig(target_modules=["up"]), "default")
+
+
+def test_a_layer_of_the_other_door_leaves_nothing_of_the_base_trainable():
+    """Catches a whole base model that trains because one of its layers was made by `peftkern.nn`."""
+    model = mlp()
+    model.up = peftkern.nn.LoraLinear.from_linear(model.up, r=2)
+    with pytest.warns(UserWarning, match="carries adapters already"):
+        made = peftkern.get_peft_model(model, LoraConfig(target_modules=["down"]))
+    kept = [f"base_model.model.{layer}.lora_{factor}.default.weight" for layer in ("up", "down") for factor in "AB"]
+    assert trainable(made) == kept
 
 
 def test_copies_and_pickles():

@@ -236,6 +236,22 @@ def test_names_that_nothing_answers_to_are_warned_about():
         LoraModel(mlp(), LoraConfig(target_modules=["up"], modules_to_save=["haed", "head"]), "default")
 
 
+def test_patterns_that_a_file_puts_in_another_order_are_warned_about(tmp_path):
+    """Catches an adapter that means something else, without a word, once it was saved and loaded."""
+    patterns = {"up": 2, ".*u.*": 3, "down": 5}
+    with pytest.warns(UserWarning, match=r"alpha_pattern: 'up' decides for 'up' here, but '\.\*u\.\*' .*\(1 modules\)"):
+        made = LoraModel(mlp(), LoraConfig(target_modules=["up"], alpha_pattern=patterns), "default")
+    made.peft_config["default"].save_pretrained(tmp_path)
+    assert made.model.up.lora_alpha["default"] == 2
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*decides for")
+        read = LoraModel(mlp(), LoraConfig.from_pretrained(tmp_path), "default")
+        assert read.model.up.lora_alpha["default"] == 3
+        # Equal values, or patterns that share no module, lose nothing.
+        LoraModel(mlp(), LoraConfig(target_modules=["up"], alpha_pattern={"up": 2, ".*u.*": 2}), "default")
+        LoraModel(mlp(), LoraConfig(target_modules=["up", "down"], alpha_pattern={"up": 2, "down": 3}), "default")
+
+
 def test_one_of_the_two_classifier_names_is_enough():
     """Catches a warning on every sequence classifier, whose head goes by one of two names."""
     model = tiny_llama(cls="LlamaForSequenceClassification")

@@ -28,6 +28,15 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def number(name: str, value: Any) -> float:
+    """`value` as a float; a tensor of one element will do if nobody waits for its gradient."""
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        raise ValueError(f"{name}: no gradient flows to it, so expected a number, got a tensor that requires grad")
+    if value is None or isinstance(value, str) or (isinstance(value, torch.Tensor) and value.numel() != 1):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return float(value)
+
+
 def draw_seed(device: torch.device) -> torch.Tensor:
     """A dropout seed from torch's generator of `device`: drawn outside the operator, so that checkpointing, which
     restores the generator, and torch.compile, which records the draw, repeat it."""
@@ -36,6 +45,8 @@ def draw_seed(device: torch.device) -> torch.Tensor:
 
 def dropout_in_force(dropout_p: float, training: bool) -> float:
     """`dropout_p` where dropout applies, else 0."""
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: expected a number in [0, 1), got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p!r}")
     return dropout_p if training else 0.0
@@ -45,6 +56,8 @@ def dropout_seed(seed: torch.Tensor | None, device: torch.device) -> torch.Tenso
     """`seed` if it can be one, a new one if there is none."""
     if seed is None:
         return draw_seed(device)
+    if not isinstance(seed, torch.Tensor):
+        raise TypeError(f"seed: expected an int64 tensor of one element on {device}, got {type(seed).__name__}")
     if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != device:
         raise ValueError(
             f"seed: expected an int64 tensor of one element on {device}, "

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 
 from peftkern.backend import backend_in_force, device_info
-from peftkern.ops._common import FLOATS, adapters_for, ask, autocast_dtype, needs_operator, refuse_double_backward
+from peftkern.ops._common import (
+    FLOATS,
+    adapters_for,
+    ask,
+    autocast_dtype,
+    needs_operator,
+    number,
+    refuse_double_backward,
+)
 from peftkern.ops.plan import plan_lora_embedding
 
 Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -60,7 +68,7 @@ def lora_embedding(
     if autocast_dtype(weight) is not None and lora_A.dtype not in (weight.dtype, torch.float32):
         lora_A, lora_B = adapters_for(weight.dtype, lora_A, lora_B)
     plan = ask(plan_lora_embedding, input.numel(), weight.dtype, device_info(input.device), backend_in_force())
-    arguments = (input, weight, lora_A, lora_B, float(scaling), padding_idx, plan.path)
+    arguments = (input, weight, lora_A, lora_B, number("lora_embedding: scaling", scaling), padding_idx, plan.path)
     if needs_operator(input, weight, lora_A, lora_B):
         return _operator(*arguments)[0]
     if torch.is_grad_enabled() and (weight.requires_grad or lora_A.requires_grad or lora_B.requires_grad):

@@ -25,6 +25,7 @@ from peftkern.ops._common import (
     dropout_seed,
     needs_operator,
     none_if_empty,
+    number,
     refuse_double_backward,
 )
 from peftkern.ops._lora_linear_torch import multiplies_masters
@@ -75,11 +76,13 @@ def lora_linear(
         ValueError: shapes, devices or a number do not fit.
         RuntimeError: `use_backend("triton")` is in force and Triton kernels cannot run there.
     """
+    if type(scaling) is not float:
+        scaling = number("lora_linear: scaling", scaling)
     if not isinstance(weight, torch.Tensor):
         from peftkern.ops.lora_linear_quantized import lora_linear_quantized
 
         p = dropout_in_force(dropout_p, training)
-        return lora_linear_quantized(x, weight, lora_A, lora_B, float(scaling), bias, dropout_p=p, seed=seed)
+        return lora_linear_quantized(x, weight, lora_A, lora_B, scaling, bias, dropout_p=p, seed=seed)
     # In the common case, told by a few comparisons, nothing more is to be checked or converted.
     common = adapters_fit(x, weight, lora_A, lora_B, bias) and not calls_are_changed()
     if not common:
@@ -91,7 +94,6 @@ def lora_linear(
     if dropout_p != 0.0:
         dropout_p = dropout_in_force(dropout_p, training)
     seed = None if dropout_p == 0.0 else dropout_seed(seed, x.device)
-    scaling = float(scaling)
     path = plan_for(x, weight, lora_A.shape[0], backend_in_force()).path
     if not common and needs_operator(x, weight, lora_A, lora_B):
         return _operator(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)[0]

@@ -27,6 +27,7 @@ from peftkern.ops._common import (
     dropout_in_force,
     dropout_seed,
     needs_operator,
+    number,
     rank_columns,
     refuse_double_backward,
     storage,
@@ -90,7 +91,7 @@ def lora_linear_shared(
         x = x.to(cast)
     for parts in zip(weights, lora_As, lora_Bs, biases, strict=True):
         _check(x, *parts, mixed=cast is not None)
-    scalings = [float(scaling) for scaling in scalings]
+    scalings = [number("lora_linear_shared: scalings", scaling) for scaling in scalings]
     path = shared_plan_for(x, weights, lora_As, lora_Bs, biases, backend_in_force()).path
     return run(x, weights, lora_As, lora_Bs, scalings, biases, p, seed, path)
 

@@ -133,8 +133,8 @@ class BaseTuner(nn.Module, ABC):
             raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before making it anew")
         warn_of_tied_targets(model, config, keys)
 
-        first = not any(isinstance(m, BaseTunerLayer) for m in model.modules())
-        # A further adapter leaves what was there as trainable as it was.
+        # A further adapter leaves what was there as trainable as it was. Layers of `peftkern.nn` make no adapter of it.
+        first = len(self.peft_config) == 1 and not getattr(model, "peft_config", None)
         before = [] if first else [(p, p.requires_grad) for p in model.parameters()]
         for key in keys:
             parent, target, name = _get_submodules(model, key)

@@ -23,10 +23,12 @@ from peftkern.utils.other import (
 from peftkern.utils.peft_types import PeftType, TaskType
 
 if TYPE_CHECKING:
+    from peftkern.utils.kbit import prepare_model_for_kbit_training
     from peftkern.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
-# These know the tuners, which use this package: imported when first asked for.
-_SAVE_AND_LOAD = ("get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict")
+# These know the tuners, which use this package, or are seldom wanted: imported when first asked for.
+_LATER = dict.fromkeys(("get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"), "save_and_load")
+_LATER["prepare_model_for_kbit_training"] = "kbit"
 
 __all__ = [
     "CONFIG_NAME",
@@ -43,12 +45,13 @@ __all__ = [
     "_set_adapter",
     "get_peft_model_state_dict",
     "load_peft_weights",
+    "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
     "transpose",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SAVE_AND_LOAD:
-        return getattr(importlib.import_module("peftkern.utils.save_and_load"), name)
+    if name in _LATER:
+        return getattr(importlib.import_module(f"peftkern.utils.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -184,6 +184,9 @@ def _read_bin(path: str, device: str | torch.device) -> dict[str, torch.Tensor]:
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise AdapterFileError(path, f"expected a tensor by a string, got {type(value).__name__}", key=str(name))
+        if value.is_meta or value.layout != torch.strided:
+            held = "one without values (on the meta device)" if value.is_meta else str(value.layout)
+            raise AdapterFileError(path, f"expected a dense tensor, got {held}", key=name)
     return dict(loaded)
 
 

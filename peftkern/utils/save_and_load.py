@@ -25,6 +25,8 @@ from peftkern.utils.adapter_keys import (
 )
 
 _PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+# A rank that no tensor of a file has is believed up to here, or up to the file's largest dimension.
+_PLAUSIBLE_RANK = 4096
 _PAIR_KEY = re.compile(r"(?P<module>.*)\.(?P<name>lora_(?:embedding_)?[AB])(?P<rest>\.weight|)")
 
 
@@ -250,6 +252,8 @@ def blamed_on_config(model_id: PathLike, hub_kwargs: dict[str, Any]) -> Iterator
         yield
     except AdapterFileError:
         raise
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{config_file(model_id, **hub_kwargs)}: {error}") from error
     except (TypeError, ValueError, re.error) as error:
         raise AdapterFileError(config_file(model_id, **hub_kwargs), str(error)) from error
 
@@ -295,7 +299,7 @@ def check_lora_tensors(source: PathLike, tensors: Mapping[str, torch.Tensor], co
 
     Raises:
         AdapterFileError: A factor is not a floating-point matrix, lacks its partner, or has a rank that neither `r` nor
-            `rank_pattern` gives.
+            `rank_pattern` gives; or one of those, which a layer that the file lacks would be given, is implausible.
     """
     ranks = {config.r, *config.rank_pattern.values()}
     found: dict[tuple[str, str, str], torch.Tensor] = {}
@@ -313,6 +317,10 @@ def check_lora_tensors(source: PathLike, tensors: Mapping[str, torch.Tensor], co
             text = f"its rank is {rank} (shape {list(value.shape)}), adapter_config.json says {sorted(ranks)}"
             raise AdapterFileError(source, text, key=key)
         found[match["module"], match["name"], match["rest"]] = value
+    largest = max([_PLAUSIBLE_RANK, *(size for value in found.values() for size in value.shape)])
+    if max(ranks) > largest:
+        text = f"adapter_config.json asks for rank {max(ranks)}, but nothing in it is larger than {largest}"
+        raise AdapterFileError(source, text)
     for module, name, rest in found:
         for first, second in _PAIRS:
             other = {first: second, second: first}.get(name)
