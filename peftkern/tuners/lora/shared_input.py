@@ -17,6 +17,7 @@ from torch import nn
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear_shared, multi_lora_linear_shared
 from peftkern.ops._common import adapters_fit, autocast_dtype, calls_are_changed
+from peftkern.ops._lora_linear_traced import traced_first, traced_next
 from peftkern.ops.lora_linear_shared import launched_apart, shared_plan_for
 from peftkern.ops.lora_linear_shared import run as lora_linear_shared_on
 from peftkern.ops.multi_lora_linear_shared import shared_plan_for as shared_plan_for_many
@@ -58,8 +59,10 @@ class SharedInput:
             x: its input.
             mixed: the batch of many adapters (`LayerBatch`) that its forward serves, if it serves one.
         """
+        if torch.compiler.is_compiling():
+            return None if mixed is not None or not isinstance(x, torch.Tensor) else self._traced(layer, x)
         # Changes in place of an inference tensor cannot be told.
-        if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or x.is_inference():
+        if not isinstance(x, torch.Tensor) or x.is_inference():
             return None
         if layer is self.layers[0]:
             return self._all(x, mixed is not None)
@@ -114,9 +117,23 @@ class SharedInput:
             ys = lora_linear_shared_on(rows, weights, As, Bs, scalings, biases, ps[0], None, path)
         else:  # a quantized weight, autocast, or something to be refused
             ys = lora_linear_shared(rows, weights, As, Bs, scalings, biases, dropout_p=ps[0])
-        if dtype is not x.dtype:
+        if not isinstance(weights[0], torch.Tensor):  # likewise: x's dtype, also under autocast
             ys = tuple(y.to(x.dtype) for y in ys)
         return ys, [_key(operands) for operands in each[1:]]
+
+    def _traced(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+        """`forward` under torch.compile, which this leaves no state of: see `ops._lora_linear_traced`."""
+        is_first = layer is self.layers[0]
+        # A layer that is compiled by itself would have the others computed for nothing.
+        if self._misses >= MOST_MISSES or any(each._compiled_call_impl is not None for each in self.layers):
+            return None
+        each: list[Any] = [one._operands() for one in (self.layers if is_first else (layer,))]
+        if any(operands is None for operands in each):
+            return None
+        dtype = self._dtype(x, [operands[0] for operands in each])
+        if dtype is None or (dtype is not x.dtype and autocast_dtype(x) not in (None, dtype)):
+            return None  # in the last case each rounds x twice
+        return traced_first(x, each, dtype) if is_first else traced_next(x, each[0], dtype)
 
     def _outputs_of_many(self, x: torch.Tensor) -> _Found | None:
         """Each layer's output for a batch whose rows want different adapters; None if they do not go together."""
