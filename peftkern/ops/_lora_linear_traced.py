@@ -1,13 +1,14 @@
 """Layers that a traced model calls one after another with the same x, computed by one `peftkern::lora_linear_shared`.
 
-The first layer's call is `peftkern::lora_linear_first`, those of the others are `peftkern::lora_linear_next`. Each means
-the `lora_linear` of its own layer, whatever was called before it. Both are composite operators: Dynamo takes them as
-they are, and what traces its graph next (AOTAutograd, which decomposes what is above autograd) runs their Python. There
-the first makes the outputs of all and leaves them on x, and each of the others takes its own if x and all that it
-computes from are still the very same tensors, unchanged, under the same modes. Otherwise, and where nothing was left, it
-computes its own. So nothing is remembered by layers or between graphs: that x is a stand-in, which lives as long as one
-graph is being traced, and neither a graph break, nor a recompilation, nor a change in place can lead to an output of
-anything else.
+The first layer's call is `peftkern::lora_linear_first`, those of the others are `peftkern::lora_linear_next`. Each
+means the `lora_linear` of its own layer, whatever was called before it. Both are composite operators: Dynamo takes them
+as they are, and what traces its graph next (AOTAutograd, which decomposes what is above autograd) runs their Python.
+There the first makes the outputs of all and leaves them with the tracer, and each of the others takes its own if x and
+all that it computes from are still the very same tensors, unchanged, under the same modes. Otherwise, and where nothing
+was left, it computes its own. So nothing is remembered by layers or between graphs: a tracer (the mode that makes
+tensors functional) lives as long as one graph is being traced, and neither a graph break, nor a recompilation, nor a
+change in place can lead to an output of anything else. What remains of a group whose graph has its first layer only is
+that the others were computed for nothing.
 
 A cache of compiled graphs is keyed by these calls and holds what they became, which therefore has to follow from their
 arguments alone: plans are made before, and are arguments.
@@ -15,6 +16,7 @@ arguments alone: plans are made before, and are arguments.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +45,7 @@ _LIBRARY.define(
     "lora_linear_next(Tensor x, Tensor lora_A, Tensor lora_B, Tensor[] tensors, SymInt[] numbers, "
     f"Tensor? bias, float scaling, str path, {_OPTIONS}) -> Tensor"
 )
-_NAME = "_peftkern_left"  # of the attribute of x
+_NAME = "_peftkern_left"  # of the attribute of a tracer
 # Tensors, so that their memory is not another's meanwhile; their states, None if not known; numbers.
 _Key = tuple[list[Any], list[Any] | None, tuple[Any, ...]]
 
@@ -112,18 +114,19 @@ def _path_alone(rows: torch.Tensor, weight: Any, lora_A: torch.Tensor, backend: 
     return plan_for(rows, weight, lora_A.shape[0], backend).path  # type: ignore[arg-type]
 
 
+@dataclasses.dataclass(slots=True)
 class _Left:
-    """Outputs on x that wait for their layers' calls.
+    """Outputs that wait for their layers' calls.
 
-    Args:
-        state: of x, as of `_state_of`, and the modes.
+    Attributes:
+        x: what they are of.
+        state: its state, and the modes.
         outputs: (all that an output was computed from beside x: tensors, their states and numbers; the output).
     """
 
-    __slots__ = ("outputs", "state")
-
-    def __init__(self, state: tuple[Any, ...], outputs: list[tuple[_Key, torch.Tensor]]) -> None:
-        self.state, self.outputs = state, outputs
+    x: torch.Tensor
+    state: tuple[Any, ...]
+    outputs: list[tuple[_Key, torch.Tensor]]
 
 
 def _first(
@@ -143,8 +146,8 @@ def _first(
     """The first layer's `lora_linear` in `dtype`; on `path` with the others, on `path_alone` where nothing traces."""
     weights = unflatten_all(tensors, numbers)
     options = (dropout_p, dtype, out_dtype)
-    state = _traced_state(x)
-    if state is None:
+    tracer, state = _tracer(), _traced_state(x)
+    if tracer is None or state is None:
         return _alone(x, weights[0], lora_As[0], lora_Bs[0], biases[0], scalings[0], path_alone, *options)
     As, Bs, used_biases = (_cast(given, dtype, weights[0]) for given in (lora_As, lora_Bs, biases))
     used_biases = [b if b is None or b.dtype == dtype else b.to(dtype) for b in used_biases]
@@ -153,7 +156,7 @@ def _first(
     ys = [y.to(out_dtype) for y in found]
     each = zip(weights, lora_As, lora_Bs, biases, scalings, strict=True)
     keys = [_key(*operands, *options) for operands in each]
-    x.__dict__[_NAME] = _Left(state, list(zip(keys[1:], ys[1:], strict=True)))
+    tracer.__dict__[_NAME] = _Left(x, state, list(zip(keys[1:], ys[1:], strict=True)))
     return ys[0]
 
 
@@ -173,14 +176,13 @@ def _next(
     """A later layer's `lora_linear` in `dtype`; on `path` if it was not computed with the first one's."""
     (weight,) = unflatten_all(tensors, numbers)
     options = (dropout_p, dtype, out_dtype)
-    left = x.__dict__.get(_NAME)
-    if left is not None and left.state == _traced_state(x):
+    tracer = _tracer()
+    left = None if tracer is None else tracer.__dict__.get(_NAME)
+    if left is not None and left.x is x and left.state == _traced_state(x):
         _, states, given = _key(weight, lora_A, lora_B, bias, scaling, *options)
         for i, ((_, other_states, other_given), y) in enumerate(left.outputs):
             if states is not None and states == other_states and given == other_given:
                 del left.outputs[i]
-                if not left.outputs:
-                    del x.__dict__[_NAME]
                 return y
     return _alone(x, weight, lora_A, lora_B, bias, scaling, path, *options)
 
@@ -216,6 +218,14 @@ def _cast(given: Sequence[Any], dtype: torch.dtype, weight: Any) -> list[Any]:
     return [t if t is None or t.dtype in (dtype, torch.float32) else t.to(dtype) for t in given]
 
 
+def _tracer() -> Any:
+    """What traces here, None where nothing does."""
+    from torch._subclasses.functional_tensor import FunctionalTensorMode  # here: whoever traces has imported it
+
+    found = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, FunctionalTensorMode)]
+    return found[-1] if found else None
+
+
 def _traced_state(x: torch.Tensor) -> tuple[Any, ...] | None:
     """The state of x and the modes that it is traced under; None where it is not being traced to a graph."""
     state = _state_of(x)
@@ -227,7 +237,7 @@ def _state_of(t: torch.Tensor) -> tuple[Any, ...] | None:
 
     None of any other tensor: of one with values, and of Dynamo's, which are there for shapes and dtypes alone.
     """
-    from torch._subclasses.functional_tensor import FunctionalTensor  # here: whoever traces has imported it
+    from torch._subclasses.functional_tensor import FunctionalTensor
 
     if type(t) is not FunctionalTensor or t.is_inference():
         return None
