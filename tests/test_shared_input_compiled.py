@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import peftkern
 from peftkern.nn import LoraLinear, share_input
 from peftkern.ops import plan as plans
+from peftkern.ops._lora_linear_traced import _Left
 from test_shared_input import MODULE, adapted, alone, layers, results
 from tiny_models import ids, randomize
 
@@ -526,6 +528,16 @@ def test_a_change_between_two_calls_of_a_compiled_model(counted):
         made[1].lora_B["default"].weight.add_(1.0)
         made[1].base_layer.weight.add_(1.0)
     check(made, compiled, lambda x: [layer(x) for layer in made], x)
+
+
+@pytest.mark.parametrize("calls", [(0,), (0, 1, 2)])
+def test_nothing_outlives_the_tracing(calls):
+    """Would catch outputs that nobody took and that keep a tracer, its graph and all its tensors alive."""
+    made, x = make()
+    torch.compile(lambda x: [made[i](x) for i in calls], backend="aot_eager")(x)
+    torch._dynamo.reset()
+    gc.collect()
+    assert not [o for o in gc.get_objects() if type(o) is _Left]
 
 
 def test_errors_name_the_argument():

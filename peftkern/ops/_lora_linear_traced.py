@@ -68,9 +68,9 @@ def traced_first(x: torch.Tensor, each: Sequence[Sequence[Any]], dtype: torch.dt
         return None
     prepared = [_prepared(x, operands, dtype) for operands in each]
     rows, _, out_dtype = prepared[0]
-    parts = [fitting for _, fitting, _ in prepared]
+    fit_weights, fit_As, fit_Bs, fit_biases = zip(*(fitting for _, fitting, _ in prepared), strict=True)
     backend = backend_in_force()
-    path = shared_plan_for(rows, *zip(*parts, strict=True), backend).path
+    path = shared_plan_for(rows, fit_weights, fit_As, fit_Bs, fit_biases, backend).path
     if path == APART:
         return None
     return torch.ops.peftkern.lora_linear_first(
@@ -110,8 +110,9 @@ def _prepared(
 
 
 def _path_alone(rows: torch.Tensor, weight: Any, lora_A: torch.Tensor, backend: str) -> str:
-    plan_for = plan_for_dense if isinstance(weight, torch.Tensor) else plan_for_quantized
-    return plan_for(rows, weight, lora_A.shape[0], backend).path  # type: ignore[arg-type]
+    if isinstance(weight, torch.Tensor):
+        return plan_for_dense(rows, weight, lora_A.shape[0], backend).path
+    return plan_for_quantized(rows, weight, lora_A.shape[0], backend).path
 
 
 @dataclasses.dataclass(slots=True)
@@ -241,7 +242,7 @@ def _state_of(t: torch.Tensor) -> tuple[Any, ...] | None:
 
     if type(t) is not FunctionalTensor or t.is_inference():
         return None
-    changes = (torch._functionalize_mutation_counter(t.elem), torch._functionalize_storage_changed_counter(t.elem))  # type: ignore[attr-defined]
+    changes = (torch._functionalize_mutation_counter(t.elem), torch._functionalize_storage_changed_counter(t.elem))
     where = (t.untyped_storage()._cdata, t.storage_offset(), t.dtype, t.shape, t.stride())
     return (*where, t._version, *changes, t.requires_grad)
 

@@ -56,10 +56,12 @@ def lora_linear_shared(
     """`y_i = x W_i^T + bias_i + scaling_i * dropout(x) A_i^T B_i^T` for projections i of one x.
 
     The same as `lora_linear` of each with the same seed: all of them drop the same elements of x. Out features, ranks
-    and scalings may differ. On "decode" and "decode_4bit" K may be split otherwise than for one projection alone, and
-    then sums differ in their last bits. Kept for backward: x by reference, S of all projections [M, sum of ranks], and
-    a seed (kernels) or one mask (plain PyTorch). Backward serves all outputs at once: gradients of one output alone are
-    right, but then another backward needs `retain_graph=True`.
+    and scalings may differ. One operator forward and one backward also under torch.compile, over dense and quantized
+    weights alike; single calls where the plan says so, and where a weight or a bias learns. On "decode" and
+    "decode_4bit" K may be split otherwise than for one projection alone, and then sums differ in their last bits. Kept
+    for backward: x by reference, S of all projections [M, sum of ranks], and a seed (kernels) or one mask (plain
+    PyTorch). Backward serves all outputs at once: gradients of one output alone are right, but then another backward
+    needs `retain_graph=True`.
 
     Args:
         x: [..., in_features], as for `lora_linear`.

@@ -4,6 +4,10 @@
 the others, called with that very x, takes its own. The model's code stays as it is, and a layer that is called with
 anything else, or that would now compute from anything else than it did, runs by itself: so a group changes what is
 computed when, and never what is computed. `share_inputs` ties the layers of a model, `share_input` those it is given.
+
+In eager mode the group keeps the outputs for the length of a forward. Under torch.compile it keeps nothing, since
+Python that is traced cannot see whether a tensor was changed, nor leave anything behind in a checkpointed region: there
+the outputs wait with what traces the graph (`ops._lora_linear_traced`), and the layers of one graph go together.
 """
 
 from __future__ import annotations
@@ -182,7 +186,7 @@ class SharedInput:
             told = unlike or (decodes and len(self.layers) > MOST_PROJECTIONS)
             return Plan(alone.path, shared.reason) if told else alone
         what = "two launches" if decodes else "one shrink, dX and dA pass"
-        return Plan(alone.path, f"{alone.reason}; {what} for {names} in eager mode")
+        return Plan(alone.path, f"{alone.reason}; {what} for {names}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Without outputs that are left: they belong to a forward of the original."""
@@ -236,7 +240,9 @@ def share_input(*layers: Any) -> None:
     four of them where there are at most 16 tokens. With dropout they drop
     the same elements of x. Results are as before otherwise, whatever the layers are called with; backward serves all
     outputs at once, so that a second backward through another of them needs `retain_graph=True`. Each runs by itself
-    under torch.compile, in `torch.inference_mode()`, and where `explain` says so.
+    in `torch.inference_mode()`, where `explain` says so, and in a compiled model where a batch's rows want different
+    adapters. Compile a block or a model, or a single layer by its own `compile()`: a graph that has the first of them
+    and not the others computes those for nothing.
 
     Args:
         layers: two or more `peftkern.nn.LoraLinear`, or LoRA layers of a model, of the same in_features.
