@@ -256,6 +256,26 @@ def test_lengths_do_not_recompile():
     assert counter.frame_count == 1
 
 
+def test_blocks_compiled_one_by_one_share_a_graph():
+    """Would catch a graph that is guarded on one block's layers, and compiled anew for each block of a model."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj = layers(8, 12)
+
+        def forward(self, x):
+            return self.q_proj(x).sum() + self.k_proj(x).sum()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    x = torch.randn(7, 16)
+    for _ in range(10):
+        block = Block()
+        block.compile(backend=counter, fullgraph=True)
+        block(x)
+    assert counter.frame_count == 1
+
+
 # -- what must not be ---------------------------------------------------------------------------------------------
 
 
