@@ -449,17 +449,6 @@ def test_a_batch_of_many_sees_changes_in_between(change):
     assert not torch.equal(got, before)
 
 
-def test_compiled_model_runs_each_by_itself(shared):
-    """Would catch a graph break, or state that tracing leaves behind."""
-    model = adapted(lora_dropout=0.0)
-    expected = results(model)
-    shared.clear()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    logits = compiled(input_ids=ids()).logits
-    assert not shared
-    torch.testing.assert_close(logits, expected[0], rtol=1e-4, atol=1e-5)
-
-
 def test_inference_mode(shared):
     """Would catch versions asked of tensors that have none, and a server whose layers each run by themselves."""
     made = layers(8, 12, 5)

@@ -204,10 +204,11 @@ def rank_columns(lora_As: Sequence[torch.Tensor]) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False))
 
 
-def storage(weight: Any) -> Any:
-    """How a weight is stored, but for its size: what one launch over several has to know once."""
+def storage(weight: Any, addresses: bool = True) -> Any:
+    """How a weight is stored, but for its size: what one launch over several has to know once. Of its address only if
+    asked for `addresses`."""
     if isinstance(weight, torch.Tensor):
         return weight.dtype, weight.stride()
     if isinstance(weight, Weight4bit):
-        return weight.blocksize, weight.absmax.dtype, weight.packed.data_ptr() % 4 == 0
+        return weight.blocksize, weight.absmax.dtype, not addresses or weight.packed.data_ptr() % 4 == 0
     return type(weight)

@@ -4,21 +4,20 @@ By themselves three projections read x for their shrinks three times, read it ag
 leave torch to add those. Together they read x once for S and once for dA, and have one dX. For a few tokens, where the
 number of launches counts, up to four projections take two launches in all.
 
-In plain eager mode that is one autograd function. Where something looks at operators (torch.compile, fake tensors), and
-where the projections have no such path in common, the operation is the projections one by one on the same dropout seed,
-which means the same; the plan says so.
+Two doors lead to the same forward and backward, as for `lora_linear`: an autograd function in plain eager mode, and an
+operator wherever something looks at operators (torch.compile, fake tensors, selective checkpointing). Where the
+projections have no such path in common, the operation is the projections one by one on the same dropout seed, which
+means the same; the plan says so.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from peftkern.backend import backend_in_force, device_info
-from peftkern.ops import _lora_linear_shared_torch as plain
+from peftkern.backend import backend_in_force
 from peftkern.ops._common import (
     adapters_fit,
     apply_directly,
@@ -30,9 +29,10 @@ from peftkern.ops._common import (
     number,
     rank_columns,
     refuse_double_backward,
-    storage,
 )
-from peftkern.ops.lora_linear import PLAIN_PATHS, lora_linear
+from peftkern.ops._lora_linear_shared_call import Group, backward_shared, forward_shared, launched_apart
+from peftkern.ops._lora_linear_shared_operator import call_operator
+from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.lora_linear import plan_for as plan_for_dense
 from peftkern.ops.lora_linear_quantized import _check as check_quantized
 from peftkern.ops.lora_linear_quantized import plan_for as plan_for_quantized
@@ -57,10 +57,12 @@ def lora_linear_shared(
     """`y_i = x W_i^T + bias_i + scaling_i * dropout(x) A_i^T B_i^T` for projections i of one x.
 
     The same as `lora_linear` of each with the same seed: all of them drop the same elements of x. Out features, ranks
-    and scalings may differ. On "decode" and "decode_4bit" K may be split otherwise than for one projection alone, and
-    then sums differ in their last bits. Kept for backward: x by reference, S of all projections [M, sum of ranks], and
-    a seed (kernels) or one mask (plain PyTorch). Backward serves all outputs at once: gradients of one output alone are
-    right, but then another backward needs `retain_graph=True`.
+    and scalings may differ. One operator forward and one backward also under torch.compile, over dense and quantized
+    weights alike; single calls where the plan says so, and where a weight or a bias learns. On "decode" and
+    "decode_4bit" K may be split otherwise than for one projection alone, and then sums differ in their last bits. Kept
+    for backward: x by reference, S of all projections [M, sum of ranks], and a seed (kernels) or one mask (plain
+    PyTorch). Backward serves all outputs at once: gradients of one output alone are right, but then another backward
+    needs `retain_graph=True`.
 
     Args:
         x: [..., in_features], as for `lora_linear`.
@@ -110,15 +112,18 @@ def run(
     """`lora_linear_shared` on a path of `shared_plan_for`, all arguments checked and autocast's casts done."""
     seed = None if p == 0.0 else dropout_seed(seed, x.device)
     learned = [t for t in (*weights, *biases) if isinstance(t, torch.Tensor)]
-    if path == APART or needs_operator(x, *lora_As, *lora_Bs, *learned) or any(t.requires_grad for t in learned):
+    if path == APART or any(t.requires_grad for t in learned):
         each = zip(weights, lora_As, lora_Bs, scalings, biases, strict=True)
         return tuple(lora_linear(x, *parts, dropout_p=p, seed=seed) for parts in each)
-    group = _Group(tuple(weights), tuple(scalings), rank_columns(lora_As), p, path)
     biases = [b if b is None or b.dtype == x.dtype else b.to(x.dtype) for b in biases]
+    stored = [t for w in weights if not isinstance(w, torch.Tensor) for t in w.tensors() if t is not None]
+    if needs_operator(x, *lora_As, *lora_Bs, *learned, *stored):
+        return call_operator(x, weights, lora_As, lora_Bs, scalings, biases, p, seed, path)
+    group = Group(tuple(weights), tuple(scalings), rank_columns(lora_As), p, path)
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in (*lora_As, *lora_Bs))):
         dense = [w if isinstance(w, torch.Tensor) else None for w in weights]
         return apply_directly(_LoraLinearShared, x, seed, group, *dense, *lora_As, *lora_Bs, *biases)
-    ys, _, _ = _forward(x, group, lora_As, lora_Bs, biases, seed)
+    ys, _, _ = forward_shared(x, group, lora_As, lora_Bs, biases, seed)
     return tuple(ys)
 
 
@@ -137,29 +142,11 @@ def shared_plan_for(
             plans.append(plan_for_dense(x, weight, lora_A.shape[0], backend))
         else:
             plans.append(plan_for_quantized(x, weight, lora_A.shape[0], backend))
+    looked_at = needs_operator(x)  # then tensors may have no addresses; the operator looks at those itself
     unlike = ""
     if plans[0].path in DECODE_PATHS:
-        looked_at = needs_operator(x)  # then there may be no addresses to look at
-        unlike = "something looks at operators" if looked_at else launched_apart(weights, lora_As, lora_Bs, biases)
-    return plan_shared(plans, x.numel(), unlike)
-
-
-def launched_apart(
-    weights: Sequence[Weight],
-    lora_As: Sequence[torch.Tensor],
-    lora_Bs: Sequence[torch.Tensor],
-    biases: Sequence[Optional],
-) -> str:
-    """What one launch of the decode kernels cannot have two of, in words; "" for nothing."""
-    if len({storage(weight) for weight in weights}) > 1:
-        return "their weights are stored differently"
-    # Of B's rows only the last stride: ranks may differ.
-    factors = {(A.dtype, A.stride(), B.dtype, B.stride(1)) for A, B in zip(lora_As, lora_Bs, strict=True)}
-    if len(factors) > 1:
-        return "their adapters differ in dtype or strides"
-    if len({None if bias is None else bias.stride(0) for bias in biases}) > 1:
-        return "some have a bias and some have not, or they lie differently"
-    return ""
+        unlike = launched_apart(weights, lora_As, lora_Bs, biases, addresses=not looked_at)
+    return plan_shared(plans, None if looked_at else x.numel(), unlike)
 
 
 def _check(
@@ -171,88 +158,14 @@ def _check(
         check_adapters("lora_linear_shared", x, weight, lora_A, lora_B, bias, mixed=mixed)
 
 
-@dataclasses.dataclass(slots=True)
-class _Group:
-    """What forward and backward know of the projections beside tensors that learn: weights that are frozen, scalings,
-    each one's columns of S, the dropout, and the path."""
-
-    weights: tuple[Any, ...]
-    scalings: tuple[float, ...]
-    columns: tuple[slice, ...]
-    dropout_p: float
-    path: str
-
-    @property
-    def is_plain(self) -> bool:
-        return self.path.rpartition(":")[2] in PLAIN_PATHS
-
-    def only(self, which: Sequence[int], dense: Sequence[Optional]) -> _Group:
-        """The group of these projections, with `dense` weights where there are; their columns of S are as before."""
-        weights = tuple(self.weights[i] if dense[i] is None else dense[i] for i in which)
-        scalings, columns = tuple(self.scalings[i] for i in which), tuple(self.columns[i] for i in which)
-        return _Group(weights, scalings, columns, self.dropout_p, self.path)
-
-
-def _forward(
-    x: torch.Tensor,
-    group: _Group,
-    lora_As: Sequence[torch.Tensor],
-    lora_Bs: Sequence[torch.Tensor],
-    biases: Sequence[Optional],
-    seed: Optional,
-) -> tuple[list[torch.Tensor], torch.Tensor, Optional]:
-    """Each y [..., N], S [M, R], and a mask [M, K] on the plain path with dropout."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    parts = (rows, group.weights, lora_As, lora_Bs, group.scalings, biases, group.columns)
-    mask = None
-    if group.is_plain:
-        ys, s, mask = plain.forward(*parts, group.dropout_p, seed, group.path.rpartition(":")[2])
-    else:
-        from peftkern.ops import _lora_linear_shared_triton as kernels
-        from peftkern.ops._lora_linear_triton import dropout
-
-        arch = device_info(x.device).arch
-        ys, s = kernels.forward(*parts, dropout(seed, group.dropout_p), group.path, arch)
-    return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[1]) for y in ys], s, mask
-
-
-def _backward(
-    dys: Sequence[torch.Tensor],
-    x: Optional,
-    group: _Group,
-    lora_As: Sequence[torch.Tensor],
-    lora_Bs: Sequence[torch.Tensor],
-    s: Optional,
-    mask: Optional,
-    seed: Optional,
-    needs: tuple[bool, bool, Sequence[bool]],
-) -> tuple[Optional, Optional, list[Optional]]:
-    """Gradients of x [..., K], of A of all projections [R, K] and of each B."""
-    shape = dys[0].shape[:-1]
-    grads = [dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1]) for dy in dys]
-    rows = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    parts = (grads, rows, group.weights, lora_As, lora_Bs, s)
-    if group.is_plain:
-        path = group.path.rpartition(":")[2]
-        options = (mask, group.scalings, group.columns, group.dropout_p, needs, path)
-        dx, da, dbs = plain.backward(*parts, *options)
-    else:
-        from peftkern.ops import _lora_linear_shared_triton as kernels
-        from peftkern.ops._lora_linear_triton import dropout
-
-        drop, arch = dropout(seed, group.dropout_p), device_info(grads[0].device).arch
-        dx, da, dbs = kernels.backward(*parts, group.scalings, group.columns, drop, group.path, arch, needs)
-    return None if dx is None else dx.view(*shape, dx.shape[1]), da, dbs
-
-
 class _LoraLinearShared(torch.autograd.Function):
-    """The eager door: x, seed, a `_Group`, then n weights (None where quantized), As, Bs and biases."""
+    """The eager door: x, seed, a `Group`, then n weights (None where quantized), As, Bs and biases."""
 
     @staticmethod
     def forward(ctx: Any, x, seed, group, *tensors):
         n = len(group.weights)
         lora_As, lora_Bs, biases = tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :]
-        ys, s, mask = _forward(x, group, lora_As, lora_Bs, biases, seed)
+        ys, s, mask = forward_shared(x, group, lora_As, lora_Bs, biases, seed)
         needs = ctx.needs_input_grad[3:]
         ctx.needs = (any(needs[n : 2 * n]), needs[n : 2 * n], needs[2 * n : 3 * n])
         ctx.set_materialize_grads(False)
@@ -273,7 +186,7 @@ class _LoraLinearShared(torch.autograd.Function):
     def backward(ctx: Any, *dys):
         refuse_double_backward("lora_linear_shared")
         x, s, mask, seed, *tensors = ctx.saved_tensors
-        group: _Group = ctx.group
+        group: Group = ctx.group
         n = len(group.weights)
         live = [i for i, dy in enumerate(dys) if dy is not None]
         absent = [None] * n
@@ -284,7 +197,7 @@ class _LoraLinearShared(torch.autograd.Function):
         needs = (ctx.needs_input_grad[0], needs_a, [each_b[i] for i in live])
         lora_As, lora_Bs = [tensors[n + i] for i in live], [tensors[2 * n + i] for i in live]
         part = group.only(live, tensors[:n])
-        dx, da, dbs = _backward([dys[i] for i in live], x, part, lora_As, lora_Bs, s, mask, seed, needs)
+        dx, da, dbs = backward_shared([dys[i] for i in live], x, part, lora_As, lora_Bs, s, mask, seed, needs)
         das: list[Any] = list(absent)
         for i, lora_A, columns in zip(live, lora_As, rank_columns(lora_As), strict=True):
             if da is not None and each_a[i]:

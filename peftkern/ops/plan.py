@@ -118,20 +118,20 @@ def plan_lora_linear(
 APART = "apart"  # as a path: each projection is a call of its own
 
 
-# Elements of x up to which, in plain PyTorch, tying projections together costs more than their fewer products save: on
-# two cores about 100 us a group, forward and backward, against 3 ns an element at 512 x 512.
+# Elements of x up to which, in eager plain PyTorch, tying projections together costs more than their fewer products
+# save: on two cores about 100 us a group, forward and backward, against 3 ns an element at 512 x 512.
 JOINED_ELEMENTS = 2**15
 DECODE_PATHS = ("decode", "decode_4bit")
 MOST_PROJECTIONS = 4  # projections that one launch of the kernels takes
 
 
-def plan_shared(plans: Sequence[Plan], elements: int, unlike: str = "") -> Plan:
+def plan_shared(plans: Sequence[Plan], elements: int | None, unlike: str = "") -> Plan:
     """The path of `lora_linear_shared`, from those that its projections would take by themselves: the one that they
     all take, if its launches can be shared, else `APART`.
 
     Args:
         plans: of each projection.
-        elements: of x.
+        elements: of x; None where operators are called, one of which costs less than several however few there are.
         unlike: what keeps them from one launch on the decode paths, in words; "" for nothing.
     """
     paths = sorted({plan.path for plan in plans})
@@ -146,7 +146,7 @@ def plan_shared(plans: Sequence[Plan], elements: int, unlike: str = "") -> Plan:
         return Plan(path, f"{plans[0].reason}; two launches for {len(plans)} projections, one dX and one dA")
     if path.endswith("torch_fp32"):
         return Plan(APART, f"{plans[0].reason}; x is widened block by block for each projection")
-    if elements <= JOINED_ELEMENTS and path.endswith("torch"):
+    if elements is not None and elements <= JOINED_ELEMENTS and path.endswith("torch"):
         return Plan(APART, f"{plans[0].reason}; x so small that tying projections together costs more than it saves")
     return Plan(path, f"{plans[0].reason}; one shrink, one dX and one dA of {len(plans)} projections")
 

@@ -4,6 +4,10 @@
 the others, called with that very x, takes its own. The model's code stays as it is, and a layer that is called with
 anything else, or that would now compute from anything else than it did, runs by itself: so a group changes what is
 computed when, and never what is computed. `share_inputs` ties the layers of a model, `share_input` those it is given.
+
+In eager mode the group keeps the outputs for the length of a forward. Under torch.compile it keeps nothing, since
+Python that is traced cannot see whether a tensor was changed, nor leave anything behind in a checkpointed region: there
+the outputs wait with what traces the graph (`ops._lora_linear_traced`), and the layers of one graph go together.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch.nn.modules import module as torch_module
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear_shared, multi_lora_linear_shared
 from peftkern.ops._common import adapters_fit, autocast_dtype, calls_are_changed
+from peftkern.ops._lora_linear_traced import traced_first, traced_next
 from peftkern.ops.lora_linear_shared import launched_apart, shared_plan_for
 from peftkern.ops.lora_linear_shared import run as lora_linear_shared_on
 from peftkern.ops.multi_lora_linear_shared import shared_plan_for as shared_plan_for_many
@@ -59,7 +64,9 @@ class SharedInput:
             x: its input.
             mixed: the batch of many adapters (`LayerBatch`) that its forward serves, if it serves one.
         """
-        if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or (x.is_inference() and self._hooked()):
+        if torch.compiler.is_compiling():
+            return None if mixed is not None or not isinstance(x, torch.Tensor) else self._traced(layer, x)
+        if not isinstance(x, torch.Tensor) or (x.is_inference() and self._hooked()):
             return None
         if layer is self.layers[0]:
             return self._all(x, mixed is not None)
@@ -121,9 +128,23 @@ class SharedInput:
             ys = lora_linear_shared_on(rows, weights, As, Bs, scalings, biases, ps[0], None, path)
         else:  # a quantized weight, autocast, or something to be refused
             ys = lora_linear_shared(rows, weights, As, Bs, scalings, biases, dropout_p=ps[0])
-        if dtype is not x.dtype:
+        if not isinstance(weights[0], torch.Tensor):  # likewise: x's dtype, also under autocast
             ys = tuple(y.to(x.dtype) for y in ys)
         return ys, keys
+
+    def _traced(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+        """`forward` under torch.compile, which this leaves no state of: see `ops._lora_linear_traced`."""
+        is_first = layer is self.layers[0]
+        # A layer that is compiled by itself would have the others computed for nothing.
+        if self._misses >= MOST_MISSES or any(each._compiled_call_impl is not None for each in self.layers):
+            return None
+        each: list[Any] = [one._operands() for one in (self.layers if is_first else (layer,))]
+        if any(operands is None for operands in each):
+            return None
+        dtype = self._dtype(x, [operands[0] for operands in each])
+        if dtype is None or (dtype is not x.dtype and autocast_dtype(x) not in (None, dtype)):
+            return None  # in the last case each rounds x twice
+        return traced_first(x, each, dtype) if is_first else traced_next(x, each[0], dtype)
 
     def _outputs_of_many(self, x: torch.Tensor) -> _Found | None:
         """Each layer's output for a batch whose rows want different adapters; None if they do not go together."""
@@ -174,7 +195,7 @@ class SharedInput:
             told = unlike or (decodes and len(self.layers) > MOST_PROJECTIONS)
             return Plan(alone.path, shared.reason) if told else alone
         what = "two launches" if decodes else "one shrink, dX and dA pass"
-        return Plan(alone.path, f"{alone.reason}; {what} for {names} in eager mode")
+        return Plan(alone.path, f"{alone.reason}; {what} for {names}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Without outputs that are left: they belong to a forward of the original."""
@@ -233,7 +254,9 @@ def share_input(*layers: Any) -> None:
     four of them where there are at most 16 tokens. With dropout they drop
     the same elements of x. Results are as before otherwise, whatever the layers are called with; backward serves all
     outputs at once, so that a second backward through another of them needs `retain_graph=True`. Each runs by itself
-    under torch.compile, and where `explain` says so.
+    where `explain` says so, and in a compiled model in inference mode or where a batch's rows want different adapters.
+    Compile a block or a model, or a single layer by its own `compile()`: a graph that has the first of them and not the
+    others computes those for nothing.
 
     Args:
         layers: two or more `peftkern.nn.LoraLinear`, or LoRA layers of a model, of the same in_features.
