@@ -18,6 +18,7 @@ from torch import nn
 
 import peftkern
 from peftkern import QuantizedFileError, load_quantized, quantize_model, save_quantized
+from peftkern.ops import dequantize
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit, weight_of
 from tiny_models import ids, mlp, tiny_llama
 
@@ -552,6 +553,21 @@ def test_default_saves_the_embeddings_and_keeps_the_numbers(dense):
     with torch.autocast("cpu", torch.bfloat16):
         assert model.model.embed_tokens(ids()).dtype == torch.bfloat16, "autocast needs no wide residual stream"
         assert torch.isfinite(model(ids()).logits).all()
+
+
+@pytest.mark.parametrize("name", ["nested", "storage", "int8"])
+def test_a_quantized_lm_head_keeps_its_input(dense, name):
+    """Catches an lm_head's input cast to the dtype of its packed bytes (uint8, int8), which leaves nothing of it."""
+    config = transformers.BitsAndBytesConfig(**CONFIGS[name], llm_int8_skip_modules=[])
+    mine = quantize_model(read(dense), config, progress=False)
+    other = transformers.AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, dtype=torch.bfloat16)
+    for model in (prepared(mine), prepared(other).train()):
+        assert weight_of(model.lm_head) is not None
+        hidden = model.model(ids()).last_hidden_state
+        logits = model(ids()).logits
+        assert hidden.dtype == torch.float32 and torch.equal(logits, model.lm_head.forward(hidden))
+        truth = nn.functional.linear(hidden, dequantize(weight_of(model.lm_head), torch.float32))
+        assert (logits - truth).abs().max() <= 2**-5 * truth.abs().max()
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
