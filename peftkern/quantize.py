@@ -26,7 +26,7 @@ from peftkern.utils.quantization_settings import (
 )
 from peftkern.utils.quantized_files import QuantizedFileError, quantized_keys, quantized_prefixes, read_quantized
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit, weight_of
-from peftkern.weights import Weight4bit
+from peftkern.weights import DENSE_DTYPES, Weight4bit
 
 _HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir")
 _FEW = 8  # layers that need no progress bar
@@ -66,8 +66,9 @@ def quantize_model(
     Raises:
         TypeError: `quantization_config` is no such thing.
         ValueError: A field of it is wrong, the model carries adapters or is quantized already, it has no layer to
-            quantize, a weight is on the meta device or tied to hooks of accelerate, or a weight is not finite; only
-            in the last case layers before it have been replaced.
+            quantize, a layer has hooks (accelerate's, weight_norm's), a weight is on the meta device, empty or of
+            another dtype than float32, float16 and bfloat16, its codes do not fit `bnb_4bit_quant_storage`, or it is
+            not finite; only in the last case layers before it have been replaced.
     """
     settings = QuantizationSettings.of(quantization_config)
     if skip_modules is not None:
@@ -77,6 +78,7 @@ def quantize_model(
     skips = skips + [p for p in (getattr(model, "_keep_in_fp32_modules", None) or []) if isinstance(p, str)]
     _check_dense(model)
     names = _layers_to_quantize(model, skips)
+    _check_layers(model, [group[0] for group in names], settings)
     for group in _with_progress(names, progress):
         _quantize_layer(model, group, settings, device)
     if device is not None:
@@ -104,18 +106,34 @@ def _layers_to_quantize(model: nn.Module, skips: list[str]) -> list[list[str]]:
     groups: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         # A subclass may use its weight in ways that a layer of ours would not (attention's out_proj does).
-        if type(module) is nn.Linear and name and len(users[id(module.weight)]) == 1:
+        if type(module) is nn.Linear and name and len(users.get(id(module.weight), ())) < 2:
             groups.setdefault(id(module), []).append(name)
     chosen = [group for group in groups.values() if not any(is_skipped(name, skips) for name in group)]
     if not chosen:
         raise ValueError(f"model: no nn.Linear to quantize in {type(model).__name__}, with {skips} left alone")
-    for name, *_ in chosen:
+    return chosen
+
+
+def _check_layers(model: nn.Module, names: list[str], settings: QuantizationSettings) -> None:
+    """Raise for what a layer shows before its numbers are read, so that nothing has been replaced by then."""
+    for name in names:
         layer = model.get_submodule(name)
-        if layer.weight.is_meta:
+        weight: Any = layer.weight
+        if weight.is_meta:
             raise ValueError(f"model: {name}.weight is on the meta device (offloaded?): load it on a device first")
         if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
             raise ValueError(f"model: {name} has hooks, which a new layer would not have: remove them first")
-    return chosen
+        if weight.dtype not in DENSE_DTYPES or not weight.numel():
+            raise ValueError(
+                f"model: {name}.weight: expected float32, float16 or bfloat16 and at least one element, "
+                f"got {weight.dtype} {list(weight.shape)}"
+            )
+        size = -(-weight.numel() // 2)
+        if settings.bits == 4 and size % settings.quant_storage.itemsize:
+            raise ValueError(
+                f"model: {name}: quant_storage: {size} packed bytes are no whole number of "
+                f"{settings.quant_storage} values"
+            )
 
 
 def _quantize_layer(
