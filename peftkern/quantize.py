@@ -6,7 +6,7 @@ import importlib
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -282,7 +282,7 @@ def load_quantized(
         raise QuantizedFileError(source, f"no quantized weight is in it; {_DENSE_ADVICE}")
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     model = hf.build_without_weights(source, model_class, dtype, hub_kwargs, options)
-    places = _Places(model)
+    places = _Places(model, hf.name_in_model(model))
     taken: set[str] = set()
     for prefix, keys in groups.items():
         _load_quantized_layer(model, checkpoint, prefix, places.module(prefix), settings)
@@ -319,9 +319,10 @@ def _settings_of(source: str, hub_kwargs: dict[str, Any]) -> QuantizationSetting
 
 class _Places:
     """Where names of a checkpoint belong in a model: under the same name, or with the prefix that a base model has in
-    a model with a head ("model.") put before or taken off."""
+    a model with a head ("model.") put before or taken off, or where `renamed` says, likewise."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, renamed: Callable[[str], str]) -> None:
+        self._renamed = renamed
         self._base = f"{getattr(model, 'base_model_prefix', '')}."
         self._modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
         self.tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -329,14 +330,15 @@ class _Places:
         self.tensors |= {n: b for n, b in model.named_buffers(remove_duplicate=False) if n in persistent}
 
     def module(self, prefix: str) -> str | None:
-        return self._found(prefix.removesuffix("."), self._modules)
+        names = (key.removesuffix("weight").removesuffix(".") for key in self._choices(prefix + "weight"))
+        return next((name for name in names if name in self._modules), None)
 
     def tensor(self, key: str) -> str | None:
-        return self._found(key, self.tensors)
+        return next((name for name in self._choices(key) if name in self.tensors), None)
 
-    def _found(self, name: str, known: Any) -> str | None:
-        choices = (name, self._base + name, name.removeprefix(self._base))
-        return next((choice for choice in choices if choice in known), None)
+    def _choices(self, key: str) -> Iterator[str]:
+        for name in dict.fromkeys((key, self._renamed(key))):
+            yield from (name, self._base + name, name.removeprefix(self._base))
 
 
 def _load_quantized_layer(

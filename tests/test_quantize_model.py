@@ -311,6 +311,26 @@ def test_tied_weights_and_other_architectures(tmp_path):
     assert (again := load_quantized(tmp_path / "0")).lm_head.weight is again.model.embed_tokens.weight
 
 
+def test_checkpoints_under_older_names_load(tmp_path):
+    """Catches a language model inside another, or a head, that files know by a name from before."""
+    size = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
+    vision = size | dict(model_type="clip_vision_model", image_size=28, patch_size=14, projection_dim=64)
+    vision.pop("vocab_size")
+    llava = transformers.LlavaConfig(text_config=size | dict(model_type="llama"), vision_config=vision)
+    models = {
+        "language_model.model.layers.0.mlp.up_proj.weight": (transformers.LlavaForConditionalGeneration, llava),
+        "embed_out.weight": (transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig(**size)),
+    }
+    for number, (key, (cls, config)) in enumerate(models.items()):
+        folder = tmp_path / str(number)
+        model = quantize_model(cls._from_config(config, dtype=torch.bfloat16), NESTED, progress=False).eval()
+        model.save_pretrained(folder)
+        assert key in load_file(folder / "model.safetensors"), "transformers writes its own names now"
+        loaded = load_quantized(folder)
+        same_tensors(model.state_dict(), loaded.state_dict())
+        assert torch.equal(model(ids()).logits, loaded(ids()).logits)
+
+
 def test_a_save_that_fails_leaves_the_old_checkpoint(dense, tmp_path, monkeypatch):
     """Catches files that are written into the folder one by one, so that a kill leaves a mixture."""
     model = ours(dense, "nf4")
