@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftkern.ops.linear_cross_entropy import chunk_rows
+from peftkern.weights import BLOCKSIZES
 
 if TYPE_CHECKING:
     from peftkern.integrations.traced_model import Activations, TracedModel
@@ -62,6 +63,8 @@ class Settings:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.blocksize not in BLOCKSIZES:
+            raise ValueError(f"blocksize: expected one of {', '.join(map(str, BLOCKSIZES))}, got {self.blocksize!r}")
 
 
 @dataclass(frozen=True, slots=True)

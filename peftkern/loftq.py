@@ -132,9 +132,10 @@ def _checkpoint_of(base: Any, model_path: PathLike | None) -> Checkpoint:
 def _checked_tasks(base: Any, layers: dict[str, Any], checkpoint: Checkpoint) -> list[_Task]:
     """Each layer with the name of its original weight, which has been found to fit."""
     prefix = getattr(base, "base_model_prefix", "")
+    known = _names_in(base, checkpoint)
     tasks = []
     for name, layer in layers.items():
-        key = _key_of(f"{name}.weight", prefix, checkpoint)
+        key = _key_of(f"{name}.weight", prefix, checkpoint, known)
         weight: Any = weight_of(layer.get_base_layer())
         # transformers turns a Conv1D's weight before it quantizes it, and keeps the class that was there.
         transposed = getattr(getattr(layer.get_base_layer(), "source_cls", None), "__name__", "") == "Conv1D"
@@ -149,12 +150,20 @@ def _checked_tasks(base: Any, layers: dict[str, Any], checkpoint: Checkpoint) ->
     return tasks
 
 
-def _key_of(key: str, prefix: str, checkpoint: Checkpoint) -> str:
+def _names_in(base: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """The names in the checkpoint, by themselves and by what transformers calls them now."""
+    from peftkern.integrations.quantized_models import is_transformers_model, name_in_model
+
+    renamed = name_in_model(base) if is_transformers_model(base) else str
+    return {renamed(key): key for key in checkpoint} | {key: key for key in checkpoint}
+
+
+def _key_of(key: str, prefix: str, checkpoint: Checkpoint, known: dict[str, str]) -> str:
     """The name in the checkpoint: a model saved with or without its head may have one prefix less or more."""
     names = [key, *([key.removeprefix(f"{prefix}."), f"{prefix}.{key}"] if prefix else [])]
     for name in names:
-        if name in checkpoint:
-            return name
+        if name in known:
+            return known[name]
     tail = key.split(".")[-2]
     near = shorten(sorted(name for name in checkpoint if name.endswith(f"{tail}.weight")), 3) or "no name like it"
     raise QuantizedFileError(checkpoint.file_of(key), f"the original weight is missing; found {near}", key)

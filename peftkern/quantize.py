@@ -6,7 +6,7 @@ import importlib
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from peftkern.utils.quantization_settings import (
 )
 from peftkern.utils.quantized_files import QuantizedFileError, quantized_keys, quantized_prefixes, read_quantized
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit, weight_of
-from peftkern.weights import Weight4bit
+from peftkern.weights import DENSE_DTYPES, Weight4bit
 
 _HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir")
 _FEW = 8  # layers that need no progress bar
@@ -66,8 +66,9 @@ def quantize_model(
     Raises:
         TypeError: `quantization_config` is no such thing.
         ValueError: A field of it is wrong, the model carries adapters or is quantized already, it has no layer to
-            quantize, a weight is on the meta device or tied to hooks of accelerate, or a weight is not finite; only
-            in the last case layers before it have been replaced.
+            quantize, a layer has hooks (accelerate's, weight_norm's), a weight is on the meta device, empty or of
+            another dtype than float32, float16 and bfloat16, its codes do not fit `bnb_4bit_quant_storage`, or it is
+            not finite; only in the last case layers before it have been replaced.
     """
     settings = QuantizationSettings.of(quantization_config)
     if skip_modules is not None:
@@ -77,6 +78,7 @@ def quantize_model(
     skips = skips + [p for p in (getattr(model, "_keep_in_fp32_modules", None) or []) if isinstance(p, str)]
     _check_dense(model)
     names = _layers_to_quantize(model, skips)
+    _check_layers(model, [group[0] for group in names], settings)
     for group in _with_progress(names, progress):
         _quantize_layer(model, group, settings, device)
     if device is not None:
@@ -104,18 +106,34 @@ def _layers_to_quantize(model: nn.Module, skips: list[str]) -> list[list[str]]:
     groups: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         # A subclass may use its weight in ways that a layer of ours would not (attention's out_proj does).
-        if type(module) is nn.Linear and name and len(users[id(module.weight)]) == 1:
+        if type(module) is nn.Linear and name and len(users.get(id(module.weight), ())) < 2:
             groups.setdefault(id(module), []).append(name)
     chosen = [group for group in groups.values() if not any(is_skipped(name, skips) for name in group)]
     if not chosen:
         raise ValueError(f"model: no nn.Linear to quantize in {type(model).__name__}, with {skips} left alone")
-    for name, *_ in chosen:
+    return chosen
+
+
+def _check_layers(model: nn.Module, names: list[str], settings: QuantizationSettings) -> None:
+    """Raise for what a layer shows before its numbers are read, so that nothing has been replaced by then."""
+    for name in names:
         layer = model.get_submodule(name)
-        if layer.weight.is_meta:
+        weight: Any = layer.weight
+        if weight.is_meta:
             raise ValueError(f"model: {name}.weight is on the meta device (offloaded?): load it on a device first")
         if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
             raise ValueError(f"model: {name} has hooks, which a new layer would not have: remove them first")
-    return chosen
+        if weight.dtype not in DENSE_DTYPES or not weight.numel():
+            raise ValueError(
+                f"model: {name}.weight: expected float32, float16 or bfloat16 and at least one element, "
+                f"got {weight.dtype} {list(weight.shape)}"
+            )
+        size = -(-weight.numel() // 2)
+        if settings.bits == 4 and size % settings.quant_storage.itemsize:
+            raise ValueError(
+                f"model: {name}: quant_storage: {size} packed bytes are no whole number of "
+                f"{settings.quant_storage} values"
+            )
 
 
 def _quantize_layer(
@@ -264,7 +282,7 @@ def load_quantized(
         raise QuantizedFileError(source, f"no quantized weight is in it; {_DENSE_ADVICE}")
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     model = hf.build_without_weights(source, model_class, dtype, hub_kwargs, options)
-    places = _Places(model)
+    places = _Places(model, hf.name_in_model(model))
     taken: set[str] = set()
     for prefix, keys in groups.items():
         _load_quantized_layer(model, checkpoint, prefix, places.module(prefix), settings)
@@ -301,9 +319,10 @@ def _settings_of(source: str, hub_kwargs: dict[str, Any]) -> QuantizationSetting
 
 class _Places:
     """Where names of a checkpoint belong in a model: under the same name, or with the prefix that a base model has in
-    a model with a head ("model.") put before or taken off."""
+    a model with a head ("model.") put before or taken off, or where `renamed` says, likewise."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, renamed: Callable[[str], str]) -> None:
+        self._renamed = renamed
         self._base = f"{getattr(model, 'base_model_prefix', '')}."
         self._modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
         self.tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -311,14 +330,15 @@ class _Places:
         self.tensors |= {n: b for n, b in model.named_buffers(remove_duplicate=False) if n in persistent}
 
     def module(self, prefix: str) -> str | None:
-        return self._found(prefix.removesuffix("."), self._modules)
+        names = (key.removesuffix("weight").removesuffix(".") for key in self._choices(prefix + "weight"))
+        return next((name for name in names if name in self._modules), None)
 
     def tensor(self, key: str) -> str | None:
-        return self._found(key, self.tensors)
+        return next((name for name in self._choices(key) if name in self.tensors), None)
 
-    def _found(self, name: str, known: Any) -> str | None:
-        choices = (name, self._base + name, name.removeprefix(self._base))
-        return next((choice for choice in choices if choice in known), None)
+    def _choices(self, key: str) -> Iterator[str]:
+        for name in dict.fromkeys((key, self._renamed(key))):
+            yield from (name, self._base + name, name.removeprefix(self._base))
 
 
 def _load_quantized_layer(

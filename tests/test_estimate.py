@@ -324,6 +324,7 @@ def test_what_cannot_be_read_is_named(tmp_path, capsys, monkeypatch):
         ({"quant": "nf5"}, "quant: expected one of nf4, fp4, int8, none, got 'nf5'"),
         ({"seq": 0}, "seq: expected a positive int, got 0"),
         ({"optim": "sgd"}, "optim: expected"),
+        ({"blocksize": 0}, "blocksize: expected one of 32, .*4096, got 0"),
         ({"vram": -1}, "vram: expected"),
         ({"target": "no_such_layer"}, "no_such_layer"),
     ):
@@ -333,3 +334,13 @@ def test_what_cannot_be_read_is_named(tmp_path, capsys, monkeypatch):
         estimate_memory(llama(), rank=3)
     with pytest.raises(ValueError, match="cannot build a causal language model of CLIPConfig"):
         estimate_memory(transformers.CLIPConfig())
+
+
+def test_a_step_that_cannot_be_traced_is_named(tmp_path, capsys):
+    """Would catch: a traceback out of a fake tensor, here of a model with fewer positions than the sequence has."""
+    size = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    config = transformers.BertConfig(**size, vocab_size=128, max_position_embeddings=64, is_decoder=True)
+    config.save_pretrained(tmp_path)
+    assert main([str(tmp_path), "--seq", "96"]) == 2
+    assert "BertLMHeadModel: a step on 1 x 96 tokens cannot be traced" in capsys.readouterr().err
+    assert main([str(tmp_path), "--seq", "64"]) == 0

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftkern
@@ -238,3 +238,24 @@ def test_a_turned_conv1d_finds_its_original(tmp_path):
     replace_lora_weights_loftq(model, tmp_path)
     A, B = low_rank_factors(weight(64, 64) - dequantize(weight_of(made), torch.float32), 8)
     torch.testing.assert_close(product(model.base_model.model["up"]), B @ A)
+
+
+def test_the_original_may_have_names_of_before_transformers_5(tmp_path):
+    """Would catch an original that is not found because its file knows the language model by an older name."""
+    import transformers
+
+    size = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
+    config = transformers.LlavaConfig(
+        text_config=size | dict(model_type="llama", vocab_size=128),
+        vision_config=size | dict(model_type="clip_vision_model", image_size=28, patch_size=14, projection_dim=64),
+    )
+    base = transformers.LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    base.save_pretrained(tmp_path)
+    assert "language_model.model.layers.0.mlp.up_proj.weight" in load_file(tmp_path / "model.safetensors")
+    dense = copy.deepcopy(base)
+    peftkern.quantize_model(base, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, progress=False)
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=8, target_modules=["up_proj"]))
+    replace_lora_weights_loftq(model, tmp_path)
+    for name, layer in layers_of(model).items():
+        lost = dense.get_submodule(name).weight.float() - dequantize(weight_of(layer.get_base_layer()), torch.float32)
+        assert (lost - product(layer)).norm() < 0.95 * lost.norm()

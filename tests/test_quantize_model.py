@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import warnings
 from pathlib import Path
 
 import pytest
@@ -19,40 +18,16 @@ from torch import nn
 import peftkern
 from peftkern import QuantizedFileError, load_quantized, quantize_model, save_quantized
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit, weight_of
+from quantized_models import BITS4, BITS8, CONFIGS, NESTED, ours, read, saved_llama, theirs
 from tiny_models import ids, mlp, tiny_llama
 
 ROOT = Path(__file__).resolve().parent.parent
-BITS4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-NESTED = BITS4 | dict(bnb_4bit_use_double_quant=True)
-BITS8 = dict(load_in_8bit=True)
-CONFIGS = {
-    "nf4": BITS4,
-    "nested": NESTED,
-    "fp4": BITS4 | dict(bnb_4bit_quant_type="fp4"),
-    "storage": BITS4 | dict(bnb_4bit_quant_storage="bfloat16"),
-    "int8": BITS8,
-}
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
-    """The folder of a tiny dense Llama in bfloat16. 128: bitsandbytes' CPU kernel needs whole blocks in a row."""
-    folder = tmp_path_factory.mktemp("dense")
-    tiny_llama(intermediate_size=128, attention_bias=True).to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-def read(folder: Path) -> nn.Module:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-
-
-def ours(dense: Path, name: str) -> nn.Module:
-    return quantize_model(read(dense), transformers.BitsAndBytesConfig(**CONFIGS[name]), progress=False)
-
-
-def theirs(dense: Path, name: str) -> nn.Module:
-    config = transformers.BitsAndBytesConfig(**CONFIGS[name])
-    return transformers.AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, dtype=torch.bfloat16)
+    """The folder of a tiny dense Llama in bfloat16."""
+    return saved_llama(tmp_path_factory.mktemp("dense"))
 
 
 def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], but: tuple[str, ...] = ()) -> None:
@@ -204,10 +179,30 @@ def test_models_that_cannot_be_quantized_are_refused():
     hooked.down.register_forward_hook(lambda *a: None)
     with pytest.raises(ValueError, match="down has hooks"):
         quantize_model(hooked, BITS4)
+    with pytest.raises(ValueError, match="down has hooks"):
+        normed = mlp()
+        torch.nn.utils.weight_norm(normed.down)
+        quantize_model(normed, BITS4)
     broken = mlp()
     broken.down.weight.data[3, 4] = float("nan")
     with pytest.raises(ValueError, match=r"down: w: expected finite numbers, got nan at \[3, 4\]"):
         quantize_model(broken, BITS4)
+
+
+@pytest.mark.parametrize(
+    "layer, settings, words",
+    [
+        (nn.Linear(8, 8).double(), {}, "1.weight: expected .*bfloat16.*, got torch.float64"),
+        (nn.Linear(0, 8), {}, r"1.weight: expected .*at least one element, got .*\[8, 0\]"),
+        (nn.Linear(3, 3), {"bnb_4bit_quant_storage": "float32"}, "1: quant_storage: 5 packed bytes"),
+    ],
+)
+def test_a_layer_that_does_not_fit_is_refused_before_any_is_replaced(layer, settings, words):
+    """Catches a model left half quantized, and an error that does not say by which layer."""
+    model = nn.Sequential(nn.Linear(8, 8), layer)
+    with pytest.raises(ValueError, match=words):
+        quantize_model(model, BITS4 | settings)
+    assert type(model[0]) is nn.Linear
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -314,6 +309,26 @@ def test_tied_weights_and_other_architectures(tmp_path):
         same_tensors(model.state_dict(), type(model).from_pretrained(tmp_path / str(number)).state_dict())
         assert torch.equal(model(**inputs).logits, loaded(**inputs).logits)
     assert (again := load_quantized(tmp_path / "0")).lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_checkpoints_under_older_names_load(tmp_path):
+    """Catches a language model inside another, or a head, that files know by a name from before."""
+    size = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
+    vision = size | dict(model_type="clip_vision_model", image_size=28, patch_size=14, projection_dim=64)
+    vision.pop("vocab_size")
+    llava = transformers.LlavaConfig(text_config=size | dict(model_type="llama"), vision_config=vision)
+    models = {
+        "language_model.model.layers.0.mlp.up_proj.weight": (transformers.LlavaForConditionalGeneration, llava),
+        "embed_out.weight": (transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig(**size)),
+    }
+    for number, (key, (cls, config)) in enumerate(models.items()):
+        folder = tmp_path / str(number)
+        model = quantize_model(cls._from_config(config, dtype=torch.bfloat16), NESTED, progress=False).eval()
+        model.save_pretrained(folder)
+        assert key in load_file(folder / "model.safetensors"), "transformers writes its own names now"
+        loaded = load_quantized(folder)
+        same_tensors(model.state_dict(), loaded.state_dict())
+        assert torch.equal(model(ids()).logits, loaded(ids()).logits)
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint(dense, tmp_path, monkeypatch):
@@ -505,76 +520,3 @@ def test_without_bitsandbytes(good):
     assert run.returncode == 0, run.stderr
     expected = load_quantized(good)(ids()).logits.float().sum().item()
     assert float(run.stdout.splitlines()[0]) == expected
-
-
-# --- preparing -------------------------------------------------------------------------------------------------------
-
-
-def prepared(model: nn.Module, **kwargs) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peftkern.prepare_model_for_kbit_training(model, **kwargs)
-
-
-def test_upcast_embeddings_is_peft(dense):
-    """Catches a parameter that PEFT widens and we do not, or the other way, and a difference in checkpointing."""
-    import peft
-
-    for name in ("nested", "int8"):
-        mine = prepared(theirs(dense, name), upcast_embeddings=True)
-        other = peft.prepare_model_for_kbit_training(theirs(dense, name))
-        for (key, a), (other_key, b) in zip(mine.named_parameters(), other.named_parameters(), strict=True):
-            assert (key, a.dtype, a.requires_grad) == (other_key, b.dtype, b.requires_grad)
-        assert mine.is_activation_checkpointing and other.is_activation_checkpointing
-        assert torch.equal(mine.train()(ids()).logits, other.train()(ids()).logits)
-
-
-def test_default_saves_the_embeddings_and_keeps_the_numbers(dense):
-    """Catches an embedding widened after all, a norm that is not, and a product of two dtypes without autocast."""
-    model = ours(dense, "storage")
-    packed = [t.clone() for m in model.modules() if (w := weight_of(m)) is not None for t in w.tensors()[:2]]
-    saved = 2 * 128 * 64 * 2 / 2**20  # embedding and lm_head, two bytes an element saved
-    with pytest.warns(UserWarning, match=rf"saves {saved:,.1f} MiB; upcast_embeddings=True"):
-        assert peftkern.prepare_model_for_kbit_training(model) is model
-    dtypes = {name: p.dtype for name, p in model.named_parameters() if not name.endswith("proj.weight")}
-    sixteen = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
-    assert sixteen == {"model.embed_tokens.weight", "lm_head.weight"}
-    assert {dtypes[name] for name in set(dtypes) - sixteen} == {torch.float32}
-    assert not any(p.requires_grad for p in model.parameters())
-    after = [t for m in model.modules() if (w := weight_of(m)) is not None for t in w.tensors()[:2]]
-    assert all(torch.equal(a, b) for a, b in zip(packed, after, strict=True)), "packed bytes were widened"
-
-    wide = prepared(ours(dense, "storage"), upcast_embeddings=True)
-    hidden = [m.model(ids()).last_hidden_state for m in (model, wide)]
-    assert hidden[0].dtype == torch.float32 and torch.equal(*hidden)
-    a, b = model(ids()).logits, wide(ids()).logits
-    assert a.dtype == torch.bfloat16 and (a - b).abs().max() <= 2**-7 * b.abs().max()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model.model.embed_tokens(ids()).dtype == torch.bfloat16, "autocast needs no wide residual stream"
-        assert torch.isfinite(model(ids()).logits).all()
-
-
-@pytest.mark.parametrize("reentrant", [None, True, False])
-def test_gradients_reach_an_adapter_through_checkpointing(dense, reentrant):
-    """Catches checkpointing whose first input asks for no gradient, so that adapters get none, in silence."""
-    options = {} if reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    model = prepared(ours(dense, "nested"), **options).train()
-    layer = model.model.layers[0].mlp.down_proj
-    shift = nn.Parameter(torch.zeros(64))
-    layer.register_forward_hook(lambda module, inputs, output: output + shift)
-    out = model(input_ids=ids(), labels=ids())
-    out.loss.backward()
-    assert shift.grad.abs().sum() > 0
-    assert prepared(ours(dense, "nested"), use_gradient_checkpointing=False).is_activation_checkpointing is False
-
-
-def test_preparing_twice_adds_no_second_hook(dense):
-    """Catches hooks that pile up where a trainer prepares again what the user prepared."""
-    model = prepared(prepared(ours(dense, "nf4"), use_gradient_checkpointing=False), use_gradient_checkpointing=False)
-    assert len(model.model.embed_tokens._forward_hooks) == 1 and len(model.lm_head._forward_pre_hooks) == 1
-
-
-def test_dense_models_are_frozen_and_not_checkpointed(dense):
-    """Catches checkpointing switched on for a model that is not quantized, which PEFT does not do."""
-    model = prepared(read(dense))
-    assert not model.is_activation_checkpointing and not any(p.requires_grad for p in model.parameters())

@@ -124,6 +124,25 @@ def build_without_weights(
     return model
 
 
+def name_in_model(model: Any) -> Callable[[str], str]:
+    """A function that gives a tensor of a checkpoint the name that it has in `model`, by transformers' own table: older
+    files, and what `save_pretrained` writes for them, know some modules by other names. Other names stay."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # a transformers without such a table
+        return str
+    # What is left out puts several tensors into one (stacked experts), which quantized ones cannot be.
+    renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+
+    def renamed(key: str) -> str:
+        for renaming in renamings:
+            key, _ = renaming.rename_source_key(key)
+        return key
+
+    return renamed
+
+
 def load_generation_config(model: Any, source: str, hub_kwargs: dict[str, Any]) -> None:
     """Give `model` the generation settings saved with it, where there are any."""
     from transformers import GenerationConfig

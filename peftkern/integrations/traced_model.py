@@ -136,7 +136,7 @@ class TracedModel:
         Layers that are all alike are traced two at a time and multiplied.
 
         Raises:
-            NotImplementedError: the model's forward depends on values, which fake tensors have none of.
+            NotImplementedError: the model's forward depends on values, which fake tensors have none of, or fails.
         """
         layers = _layers(self.model)
         kinds = {_kind(layer) for layer in layers}
@@ -183,6 +183,11 @@ class TracedModel:
             raise NotImplementedError(
                 f"{type(self.model).__name__}: its forward depends on the values of its tensors, so a step of it "
                 "cannot be traced without memory"
+            ) from error
+        except RuntimeError as error:  # an operation that refuses fake tensors, or positions that the model lacks
+            raise NotImplementedError(
+                f"{type(self.model).__name__}: a step on {batch} x {seq} tokens cannot be traced without "
+                f"memory: {error}"
             ) from error
         return Activations(kept, 0, highest - kept, loss)
 

@@ -112,11 +112,13 @@ def _widened(module: nn.Module, inputs: Any, output: Any) -> Any:
 
 
 def to_own_dtype(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Hook: a linear layer's input in its weight's dtype; under autocast as it is."""
+    """Hook: a linear layer's input in its weight's dtype; as it is under autocast or where that weight is quantized."""
     x, *rest = inputs if inputs else (None,)
     weight = getattr(module, "weight", None)
     if not isinstance(x, torch.Tensor) or weight is None or not x.is_floating_point() or _under_autocast(x):
         return inputs
+    if _holds_quantized(module.get_base_layer() if hasattr(module, "get_base_layer") else module):
+        return inputs  # it takes any dtype; that of its weight is the dtype of the bytes
     return (x.to(weight.dtype), *rest)
 
 
