@@ -278,6 +278,19 @@ def test_adapters_that_change_between_batches(tmp_path):
         torch.testing.assert_close(again(x), model(x, adapter_names=["two"] * 4), rtol=1e-6, atol=1e-7)
 
 
+def test_a_state_dict_outlives_its_adapter():
+    """Would catch tensors that were taken from an adapter becoming those of the one that got its place in the pool."""
+    model = adapted(peftkern, mlp(), {"r": 4}, {"r": 2}, target_modules=["up", "down"])
+    model(ids(4), adapter_names=NAMES)
+    held = peftkern.get_peft_model_state_dict(model, adapter_name="two")
+    before = {key: value.clone() for key, value in held.items()}
+    model.delete_adapter("two")
+    model.add_adapter("two", peftkern.LoraConfig(r=2, target_modules=["up", "down"]))
+    randomize(model, seed=5)
+    model(ids(4), adapter_names=NAMES)
+    assert held and all(torch.equal(value, before[key]) for key, value in held.items())
+
+
 def test_a_first_batch_in_inference_mode_leaves_the_adapters_trainable():
     """Would catch a pool that is made under inference_mode, whose tensors autograd refuses for ever."""
     model = adapted(peftkern, mlp(), {"r": 4}, {"r": 2}, target_modules=["up", "down"])
