@@ -132,7 +132,7 @@ class AdapterBank:
             model: the base model.
             adapters: a name for each folder or Hub repository.
             slots, max_rank: room; None for what these adapters need.
-            trainable: whether their parameters require gradients.
+            trainable: whether their parameters require gradients; if not, the model is put in evaluation mode.
             progress: show a bar (on a terminal).
             hub: `revision`, `token` and the like.
 
@@ -141,8 +141,9 @@ class AdapterBank:
             AdapterFileError: (a ValueError) a file is missing or damaged, or does not fit `model`; by name.
             ValueError: no adapters, or one that is no LoRA.
         """
-        if not adapters:
-            raise ValueError("adapters: expected a dict of names to folders, got none")
+        if not isinstance(adapters, Mapping) or not adapters:
+            got = repr(adapters) if adapters else "none"
+            raise ValueError(f"adapters: expected a dict of names to folders, got {got}")
         slots = len(adapters) if slots is None else slots
         if isinstance(slots, int) and 1 <= slots < len(adapters):
             raise BankFullError(f"slots: expected at least {len(adapters)} for {sorted(adapters)}, got {slots}")
@@ -155,6 +156,8 @@ class AdapterBank:
                 with blamed_on_config(adapters[name], hub):
                     bank._make(name, config, tensors, trainable, weights_file(adapters[name], **hub))
             bank._seat()
+        if not trainable:
+            bank.model.eval()
         return bank
 
     # --- what is in it -----------------------------------------------------------------------------------------------
@@ -177,7 +180,7 @@ class AdapterBank:
     @property
     def names(self) -> list[str]:
         """The adapters that are here, in the order of their slots."""
-        return [name for name in self._mixed.names if name is not None]
+        return [name for name in self._mixed.names if name is not None and name in self.model.peft_config]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -197,7 +200,7 @@ class AdapterBank:
         return torch.tensor(slots, dtype=torch.int64, device=self._mixed.device if device is None else device)
 
     def _slot(self, name: str) -> int:
-        if name not in self._mixed.names:
+        if name not in self._mixed.names or name not in self.model.peft_config:
             raise UnknownAdapterError(f"adapter {name!r} is not in the bank, which has {sorted(self.names)}")
         return self._mixed.names.index(name)
 
@@ -246,7 +249,7 @@ class AdapterBank:
             name: its name.
             config: a `LoraConfig`, or a folder (or Hub repository) to load; None for the bank's layers at `max_rank`.
             state_dict: its values, by the names of a file; None for a new adapter, or for the folder's.
-            trainable: whether its parameters require gradients.
+            trainable: whether its parameters require gradients. Its dropout acts if the model is in training mode.
 
         Returns:
             The slot.
@@ -417,6 +420,9 @@ class AdapterBank:
                     raise ValueError(f"adapter {called!r}: the bank does not cover {key!r}, which it targets")
             for layer, pool in self._mixed.pools.items():
                 _cast(layer, name, pool.pool_a.dtype)
+            for layer in self._layers():
+                if name in layer.lora_dropout:  # a module is made in training mode, whatever the model is in
+                    layer.lora_dropout[name].train(layer.training)
             if state_dict is not None:
                 result = set_peft_model_state_dict(self.model, state_dict, name, source=source)
                 if result.missing_keys or result.unexpected_keys:
@@ -432,6 +438,10 @@ def _with_layers_alone(model: nn.Module, target_modules: list[str] | str | None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made.delete_adapter(_PLACE)
+    # In the mode of what they are put around: an adapter's dropout must not act in a model that only serves.
+    made.training = made.base_model.training = model.training
+    for layer in made.base_model._layers():
+        layer.training = layer.base_layer.training
     return made
 
 
@@ -453,7 +463,10 @@ def _parameters_of(module: Any, name: str) -> Iterator[Any]:
 
 def _read(name: str, folder: PathLike, hub: dict[str, Any]) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Configuration and tensors of a saved adapter, checked as far as that goes without a model."""
-    config: Any = load_config(folder, **hub)
+    try:
+        config: Any = load_config(folder, **hub)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"adapter {name!r}: {os.fspath(folder)}: {error}") from error
     if not isinstance(config, LoraConfig):
         raise ValueError(f"adapter {name!r}: {os.fspath(folder)} holds a {config.peft_type} adapter, expected LoRA")
     tensors = load_peft_weights(folder, **hub)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 
 import pytest
@@ -250,6 +251,56 @@ def test_more_folders_than_slots_are_a_full_bank(tmp_path):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected an int of at least 1"):
             AdapterBank.from_pretrained(base, folders, progress=False, **wrong)
     assert fingerprint(base) == before
+
+
+def test_dropout_rests_in_a_model_that_serves(tmp_path):
+    """Would catch the dropout of an adapter, loaded or added later, acting on rows of a model in evaluation mode."""
+    config, x = LoraConfig(r=2, lora_dropout=0.5, target_modules=["up", "down"]), ids(4)
+    model = peftkern.get_peft_model(mlp(), config)
+    randomize(model)
+    model.save_pretrained(tmp_path)
+
+    @torch.no_grad()
+    def acts(bank):
+        with bank.batch(bank.names[-1:] * 4):
+            return not torch.equal(bank.model(x), bank.model(x))
+
+    folders = {"law": tmp_path, "code": tmp_path}
+    assert not acts(AdapterBank.from_pretrained(mlp().train(), folders, slots=3, progress=False))
+    for mode in (False, True):
+        bank = AdapterBank(mlp().train(mode), slots=3, max_rank=2, target_modules=["up", "down"])
+        assert bank.model.training == mode
+        bank.add("a1", tmp_path)
+        assert acts(bank) == mode
+        bank.replace("a1", tmp_path)
+        assert acts(bank) == mode
+        bank.model.train(not mode)
+        assert acts(bank) != mode
+        bank.replace("a1", tmp_path)
+        assert acts(bank) != mode
+
+
+def test_a_folder_of_what_is_not_built_is_named(tmp_path):
+    """Would catch an error that leaves open which of many folders is meant."""
+    bank = bank_of()
+    for name in bank.names:
+        bank.save(name, tmp_path / name)
+    file = tmp_path / "code" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
+    folders = {name: tmp_path / name for name in bank.names}
+    with pytest.raises(NotImplementedError, match="adapter 'code': .*use_dora"):
+        AdapterBank.from_pretrained(mlp(), folders, progress=False)
+
+
+def test_an_adapter_that_was_deleted_from_the_model_is_unknown():
+    """Would catch rows that silently take the base after their adapter was deleted past the bank."""
+    bank = bank_of()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bank.model.delete_adapter("law")
+    with pytest.raises(UnknownAdapterError, match=r"'law' is not in the bank, which has \['code'\]"):
+        bank.batch(NAMES).__enter__()
+    assert bank.add("law") == 0
 
 
 def test_parameters_stay_parameters():

@@ -91,7 +91,7 @@ def test_an_encoder_sees_each_prompt_once():
 
 @torch.no_grad()
 def test_several_answers_of_a_prompt():
-    """Would catch num_return_sequences, whose rows PEFT does not count, and beams of a configuration without its name."""
+    """Would catch num_return_sequences, whose rows PEFT does not count, and beams of a configuration by position."""
     ours = llamas()[0]
     torch.manual_seed(0)
     out = ours.generate(input_ids=ids(2), adapter_names=["one", "two"], do_sample=True, num_return_sequences=3)
