@@ -22,7 +22,7 @@ from peftkern.tuners.lora import LoraConfig, LoraModel
 from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.mixed import MixedAdapters
 from peftkern.tuners.mixed import BASE
-from peftkern.utils.adapter_error import shorten
+from peftkern.utils.adapter_error import AdapterFileError, shorten
 from peftkern.utils.adapter_files import PathLike, write_adapter
 from peftkern.utils.adapter_keys import PREFIX
 from peftkern.utils.model_snapshot import restored_on_error
@@ -33,6 +33,7 @@ from peftkern.utils.save_and_load import (
     get_peft_model_state_dict,
     load_config,
     load_peft_weights,
+    plan_load,
     set_peft_model_state_dict,
     weights_file,
 )
@@ -131,25 +132,32 @@ class AdapterBank:
             model: the base model.
             adapters: a name for each folder or Hub repository.
             slots, max_rank: room; None for what these adapters need.
-            trainable: whether their parameters require gradients.
+            trainable: whether their parameters require gradients; if not, the model is put in evaluation mode.
             progress: show a bar (on a terminal).
             hub: `revision`, `token` and the like.
 
         Raises:
+            BankFullError: (a ValueError) more adapters than `slots`.
             AdapterFileError: (a ValueError) a file is missing or damaged, or does not fit `model`; by name.
             ValueError: no adapters, or one that is no LoRA.
         """
-        if not adapters:
-            raise ValueError("adapters: expected a dict of names to folders, got none")
+        if not isinstance(adapters, Mapping) or not adapters:
+            got = repr(adapters) if adapters else "none"
+            raise ValueError(f"adapters: expected a dict of names to folders, got {got}")
+        slots = len(adapters) if slots is None else slots
+        if isinstance(slots, int) and 1 <= slots < len(adapters):
+            raise BankFullError(f"slots: expected at least {len(adapters)} for {sorted(adapters)}, got {slots}")
         read = _read_all(adapters, progress, hub)
         highest = max(max([c.r, *c.rank_pattern.values()]) for c, _ in read.values())
         targets = sorted(set().union(*(_targets_of(tensors) for _, tensors in read.values())))
         with restored_on_error(model):
-            bank = cls(model, slots or len(adapters), max_rank or highest, target_modules=targets)
+            bank = cls(model, slots, highest if max_rank is None else max_rank, target_modules=targets)
             for name, (config, tensors) in read.items():
                 with blamed_on_config(adapters[name], hub):
                     bank._make(name, config, tensors, trainable, weights_file(adapters[name], **hub))
             bank._seat()
+        if not trainable:
+            bank.model.eval()
         return bank
 
     # --- what is in it -----------------------------------------------------------------------------------------------
@@ -172,7 +180,7 @@ class AdapterBank:
     @property
     def names(self) -> list[str]:
         """The adapters that are here, in the order of their slots."""
-        return [name for name in self._mixed.names if name is not None]
+        return [name for name in self._mixed.names if name is not None and name in self.model.peft_config]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -192,7 +200,7 @@ class AdapterBank:
         return torch.tensor(slots, dtype=torch.int64, device=self._mixed.device if device is None else device)
 
     def _slot(self, name: str) -> int:
-        if name not in self._mixed.names:
+        if name not in self._mixed.names or name not in self.model.peft_config:
             raise UnknownAdapterError(f"adapter {name!r} is not in the bank, which has {sorted(self.names)}")
         return self._mixed.names.index(name)
 
@@ -209,7 +217,7 @@ class AdapterBank:
         return (p for _, p in self.named_parameters(name))
 
     def state_dict(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of one adapter, by the names that they have in a file."""
+        """Copies of the tensors of one adapter, by the names that they have in a file."""
         self._slot(name)
         return get_peft_model_state_dict(self.model, adapter_name=name)
 
@@ -220,6 +228,10 @@ class AdapterBank:
             AdapterFileError: (a ValueError) names or shapes do not fit; nothing is written then.
         """
         self._slot(name)
+        plan = plan_load(self.model, state_dict, name)
+        if plan.missing or plan.unexpected:
+            text = f"missing {shorten(plan.missing) or 'none'}; unknown {shorten(plan.unexpected) or 'none'}"
+            raise AdapterFileError("state_dict", f"its names are not those of adapter {name!r}: {text}")
         set_peft_model_state_dict(self.model, state_dict, name)
 
     # --- adapters that come and go -----------------------------------------------------------------------------------
@@ -237,7 +249,7 @@ class AdapterBank:
             name: its name.
             config: a `LoraConfig`, or a folder (or Hub repository) to load; None for the bank's layers at `max_rank`.
             state_dict: its values, by the names of a file; None for a new adapter, or for the folder's.
-            trainable: whether its parameters require gradients.
+            trainable: whether its parameters require gradients. Its dropout acts if the model is in training mode.
 
         Returns:
             The slot.
@@ -267,9 +279,22 @@ class AdapterBank:
         self._seat()
 
     def _delete(self, name: str) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of another adapter that becomes active: rows say which they want
-            self.model.delete_adapter(name)
+        """Take an adapter out; no other becomes active in its place, and what is left learns or not as it did."""
+        active = self.model.active_adapters
+        with self._learning_as_before():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of another adapter that becomes active: it does not stay so
+                self.model.delete_adapter(name)
+            if name in active:
+                self._tuner.set_adapter([other for other in active if other != name])
+
+    @contextlib.contextmanager
+    def _learning_as_before(self) -> Iterator[None]:
+        """Whatever adapter becomes active in the block, no parameter starts or stops to require gradients."""
+        before = [(p, p.requires_grad) for p in self.model.parameters()]
+        yield
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
 
     def replace(
         self,
@@ -280,11 +305,12 @@ class AdapterBank:
     ) -> int:
         """Put another adapter in the place and under the name of one that is here; arguments as for `add`.
 
-        Its slot stays the same, so ids and captured graphs do.
+        Its slot stays the same, so ids and captured graphs do. Its parameters are other ones: an optimizer of the old
+        ones has to be made anew.
         """
-        slot = self._slot(name)
-        config, state_dict, source = self._given(name, config, state_dict)
-        self._make(_INCOMING, config, state_dict, trainable, source)  # all checks, while the old one is still there
+        slot, active, first = self._slot(name), list(self.model.active_adapters), self.model.active_adapter
+        given, tensors, source = self._given(name, config, state_dict)
+        self._make(_INCOMING, given, tensors, trainable, source, name)  # all checks, while the old one is still there
         self._delete(name)
         for module in self._tuner.model.modules():
             if isinstance(module, LoraLayer | ModulesToSaveWrapper):
@@ -293,6 +319,10 @@ class AdapterBank:
                     if _INCOMING in held:
                         held[name] = held.pop(_INCOMING)
         self.model.peft_config[name] = self.model.peft_config.pop(_INCOMING)
+        if name in active:
+            with self._learning_as_before():
+                self._tuner.set_adapter(active)
+        self.model.active_adapter = first
         self._seat()
         return slot
 
@@ -319,9 +349,12 @@ class AdapterBank:
 
         Raises:
             UnknownAdapterError: (a ValueError) a name that is not here.
+            TypeError: neither names nor a tensor.
             ValueError: adapters are merged or disabled; or, in the model's forward, a batch of another size.
         """
         if not isinstance(adapters, torch.Tensor):
+            if isinstance(adapters, str) or not all(isinstance(name, str) for name in adapters):
+                raise TypeError(f"adapters: expected a list of names or a tensor of slots, got {adapters!r}")
             for name in dict.fromkeys(adapters):
                 if name != BASE:
                     self._slot(name)
@@ -366,23 +399,30 @@ class AdapterBank:
         state_dict: Mapping[str, torch.Tensor] | None,
         trainable: bool,
         source: PathLike,
+        called: str | None = None,
     ) -> None:
-        """Put an adapter into the layers, without a slot; if anything is wrong, the model is left as it was."""
+        """Put an adapter into the layers, without a slot; if anything is wrong, the model is left as it was.
+
+        Messages speak of it as `called`, where that is to be its name later."""
+        called = called or name
         if not isinstance(config, LoraConfig):
-            raise ValueError(f"adapter {name!r}: expected a LoRA configuration, got {type(config).__name__}")
+            raise ValueError(f"adapter {called!r}: expected a LoRA configuration, got {type(config).__name__}")
         highest = max([config.r, *config.rank_pattern.values()])
         if highest > self.max_rank:
-            raise ValueError(f"adapter {name!r}: its rank is {highest}, the bank has room for {self.max_rank}")
+            raise ValueError(f"adapter {called!r}: its rank is {highest}, the bank has room for {self.max_rank}")
         if config.bias != "none":
-            raise ValueError(f"adapter {name!r}: bias={config.bias!r} trains biases that all adapters share")
+            raise ValueError(f"adapter {called!r}: bias={config.bias!r} trains biases that all adapters share")
         known, active = set(map(id, self._layers())), list(self.model.active_adapters)
         with restored_on_error(self.model):
             self.model.add_adapter(name, config, autocast_adapter_dtype=False)
             for key, layer in self._tuner.model.named_modules():
                 if isinstance(layer, LoraLayer) and id(layer) not in known:
-                    raise ValueError(f"adapter {name!r}: the bank does not cover {key!r}, which it targets")
+                    raise ValueError(f"adapter {called!r}: the bank does not cover {key!r}, which it targets")
             for layer, pool in self._mixed.pools.items():
                 _cast(layer, name, pool.pool_a.dtype)
+            for layer in self._layers():
+                if name in layer.lora_dropout:  # a module is made in training mode, whatever the model is in
+                    layer.lora_dropout[name].train(layer.training)
             if state_dict is not None:
                 result = set_peft_model_state_dict(self.model, state_dict, name, source=source)
                 if result.missing_keys or result.unexpected_keys:
@@ -398,6 +438,10 @@ def _with_layers_alone(model: nn.Module, target_modules: list[str] | str | None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made.delete_adapter(_PLACE)
+    # In the mode of what they are put around: an adapter's dropout must not act in a model that only serves.
+    made.training = made.base_model.training = model.training
+    for layer in made.base_model._layers():
+        layer.training = layer.base_layer.training
     return made
 
 
@@ -419,7 +463,10 @@ def _parameters_of(module: Any, name: str) -> Iterator[Any]:
 
 def _read(name: str, folder: PathLike, hub: dict[str, Any]) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Configuration and tensors of a saved adapter, checked as far as that goes without a model."""
-    config: Any = load_config(folder, **hub)
+    try:
+        config: Any = load_config(folder, **hub)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"adapter {name!r}: {os.fspath(folder)}: {error}") from error
     if not isinstance(config, LoraConfig):
         raise ValueError(f"adapter {name!r}: {os.fspath(folder)} holds a {config.peft_type} adapter, expected LoRA")
     tensors = load_peft_weights(folder, **hub)

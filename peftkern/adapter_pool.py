@@ -134,6 +134,8 @@ class LayerAdapters:
     def put(self, slot: int, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> None:
         """Give a slot an adapter; the two tensors become views into the pool, with the values that they have.
 
+        Those of the adapter that was there before keep their values, in memory of their own.
+
         Raises:
             IndexError: no such slot. TypeError, ValueError: see `fits`; nothing is changed then.
         """
@@ -141,6 +143,7 @@ class LayerAdapters:
             raise IndexError(f"slot: expected 0 to {self.slots - 1}, got {slot}")
         self.fits(lora_A, lora_B)
         rank = lora_A.shape[0]
+        self._release(slot, lora_A, lora_B)
         for tensor, place in zip((lora_A, lora_B), self._places(slot, rank), strict=True):
             if tensor.data_ptr() != place.data_ptr():
                 place.copy_(tensor)
@@ -150,6 +153,18 @@ class LayerAdapters:
         self.rank[slot] = rank
         self._refresh()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _release(self, slot: int, *staying: torch.Tensor) -> None:
+        """Give a slot's tensors, but for those that stay, memory of their own: who still holds them, an optimizer or a
+        caller, would otherwise read and write the next adapter of the slot."""
+        entry, addresses = self.entries[slot], self._addresses[slot]
+        if entry is None or addresses is None:
+            return
+        for tensor, address in zip((entry.lora_A, entry.lora_B), addresses, strict=True):
+            if tensor.data_ptr() == address and not any(tensor is other for other in staying):
+                tensor.data = tensor.data.clone()
+
     def adopt_kind(self, like: torch.Tensor) -> None:
         """Give an empty pool the dtype and device of `like`."""
         if (self.pool_a.dtype, self.pool_a.device) != (like.dtype, like.device):
@@ -158,9 +173,11 @@ class LayerAdapters:
             self._refresh()
 
     def drop(self, slot: int) -> None:
-        """Empty a slot: its rows take the base alone from now on. The parameters keep their values."""
+        """Empty a slot: its rows take the base alone from now on. The parameters keep their values, in memory of their
+        own."""
         if self.entries[slot] is not None:
             self.rank[slot] = 0
+            self._release(slot)
             self.entries[slot] = None
             self._refresh()
 

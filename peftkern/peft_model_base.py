@@ -15,6 +15,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from peftkern.config import PeftConfig
 from peftkern.integrations.peft_bridge import bridge_wrappers, bridged_class
 from peftkern.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peftkern.tuners.mixed import check_names
 from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.adapter_files import PathLike, weights_file, write_adapter
@@ -173,15 +174,17 @@ class PeftModel(nn.Module):
         names = kwargs.pop("adapter_names", None)
         meant: dict[str, Any] = {}
         if names is not None:
-            copies = self._copies_of_a_prompt(kwargs)
+            names = check_names(names)
+            copies = self._copies_of_a_prompt(args, kwargs)
             meant["adapter_names"] = [name for name in names for _ in range(copies)]
-            meant["encoder_adapter_names"] = list(names)  # an encoder sees each prompt once
+            meant["encoder_adapter_names"] = names  # an encoder sees each prompt once
         with self._enable_peft_forward_hooks(*args, **kwargs, **meant):
             return self.get_base_model().generate(*args, **self._model_kwargs(kwargs))
 
-    def _copies_of_a_prompt(self, kwargs: dict[str, Any]) -> int:
+    def _copies_of_a_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """How many rows generation makes of each prompt: beams, or several answers."""
-        configs = [kwargs.get("generation_config"), getattr(self.get_base_model(), "generation_config", None)]
+        config = args[1] if len(args) > 1 else kwargs.get("generation_config")  # generate(inputs, generation_config)
+        configs = [config, getattr(self.get_base_model(), "generation_config", None)]
         counts = []
         for name in ("num_beams", "num_return_sequences"):
             given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]

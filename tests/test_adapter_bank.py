@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 
 import pytest
@@ -94,6 +95,60 @@ def test_replace_keeps_the_slot_even_in_a_full_bank():
     assert all(torch.equal(value, before[key]) for key, value in bank.state_dict("law").items())
 
 
+def test_what_was_taken_out_of_the_bank_stays_as_it_was(tmp_path):
+    """Would catch a state dict, or parameters in an optimizer, of an adapter that left becoming the next one's; and a
+    saved state dict of one adapter that has the whole pool in it."""
+    for leave in (lambda bank: (bank.remove("law"), bank.add("law")), lambda bank: bank.replace("law")):
+        bank, x = bank_of(slots=2), ids(4)
+        values, old = bank.state_dict("law"), list(bank.parameters("law"))
+        before = {key: value.clone() for key, value in values.items()}
+        optimizer = torch.optim.AdamW(old, lr=0.1)
+        with bank.batch(NAMES):
+            bank.model(x).square().sum().backward()
+        leave(bank)
+        randomize(bank.model, seed=5)
+        now = bank.state_dict("law")
+        optimizer.step()
+        assert all(torch.equal(value, before[key]) for key, value in values.items())
+        assert all(torch.equal(value, now[key]) for key, value in bank.state_dict("law").items())
+        assert not any(torch.equal(value, now[key]) for key, value in values.items())
+    bank = AdapterBank(mlp(), slots=64, max_rank=4, target_modules=["up", "down"])
+    bank.add("law")
+    torch.save(bank.state_dict("law"), tmp_path / "law.pt")
+    file = (tmp_path / "law.pt").stat().st_size
+    assert file < 4096 + sum(t.numel() * t.element_size() for t in bank.state_dict("law").values())
+
+
+def test_what_is_active_or_learns_does_not_change_with_what_comes_and_goes():
+    """Would catch adapters that are frozen, or one that becomes active unasked, when the active one is replaced or
+    removed; outside of a batch the model would silently be another."""
+    model = peftkern.get_peft_model(mlp(), LoraConfig(r=2, target_modules=["up"]))
+    bank, x = AdapterBank(model), ids(2)
+    bank.add("law", LoraConfig(r=2, target_modules=["up"]))
+    bank.add("code", trainable=False)
+
+    def check(active, **learn):
+        randomize(model, seed=3)
+        assert {name: {p.requires_grad for p in bank.parameters(name)} for name in bank.names} == learn
+        assert model.active_adapters == active
+        with torch.no_grad(), bank.batch((active or ["__base__"]) * 2):
+            want = model(x)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-6)
+
+    check(["default"], default={True}, law={True}, code={False})
+    bank.replace("default", LoraConfig(r=4, target_modules=["up"]))
+    check(["default"], default={True}, law={True}, code={False})
+    assert model.active_adapter == "default"
+    bank.replace("law", trainable=False)
+    check(["default"], default={True}, law={False}, code={False})
+    bank.remove("default")
+    check([], law={False}, code={False})
+    model.set_adapter("code")
+    bank.remove("law")
+    check(["code"], code={True})
+
+
 BAD = [
     (lambda b, _: b.add("law"), ValueError, "'law' is taken"),
     (lambda b, _: b.add("__base__"), ValueError, "taken"),
@@ -110,7 +165,22 @@ BAD = [
     (lambda b, _: b.state_dict("x"), UnknownAdapterError, "'x'"),
     (lambda b, p: b.save("x", p), UnknownAdapterError, "'x'"),
     (lambda b, _: b.load_state_dict("law", {"a": torch.ones(1)}), AdapterFileError, "no tensor of this adapter"),
+    (lambda b, _: b.load_state_dict("law", doubled(b) | {"a": torch.ones(1)}), AdapterFileError, "'law'.*unknown 'a'"),
+    (lambda b, _: b.load_state_dict("law", half(doubled(b))), AdapterFileError, "names are not those of.*missing"),
+    (lambda b, _: b.replace("law", LoraConfig(r=9, target_modules=["up"])), ValueError, "adapter 'law': its rank is 9"),
+    (lambda b, _: b.batch("law").__enter__(), TypeError, "expected a list of names or a tensor of slots, got 'law'"),
+    (lambda b, _: b.batch([0, 1]).__enter__(), TypeError, "expected a list of names or a tensor of slots"),
 ]
+
+
+def doubled(bank):
+    """Other values for "law"."""
+    return {key: value * 2 for key, value in bank.state_dict("law").items()}
+
+
+def half(values):
+    """Those of one of its two layers."""
+    return {key: value for key, value in values.items() if "up" in key}
 
 
 @pytest.mark.parametrize("act, error, message", BAD)
@@ -166,6 +236,71 @@ def test_an_adapter_that_does_not_fit_leaves_the_model_alone(damage, tmp_path):
     with pytest.raises(ValueError, match="code"):
         AdapterBank.from_pretrained(base, {"law": tmp_path / "law", "code": tmp_path / "code"}, progress=False)
     assert fingerprint(base) == before
+
+
+def test_more_folders_than_slots_are_a_full_bank(tmp_path):
+    """Would catch a bank that is too small for its folders and fails without a name, or with the model changed."""
+    bank = bank_of()
+    for name in bank.names:
+        bank.save(name, tmp_path / name)
+    folders, base = {name: tmp_path / name for name in bank.names}, mlp()
+    before = fingerprint(base)
+    with pytest.raises(BankFullError, match=r"at least 2 for \['code', 'law'\], got 1"):
+        AdapterBank.from_pretrained(base, folders, slots=1, progress=False)
+    for wrong in ({"slots": 0}, {"max_rank": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected an int of at least 1"):
+            AdapterBank.from_pretrained(base, folders, progress=False, **wrong)
+    assert fingerprint(base) == before
+
+
+def test_dropout_rests_in_a_model_that_serves(tmp_path):
+    """Would catch the dropout of an adapter, loaded or added later, acting on rows of a model in evaluation mode."""
+    config, x = LoraConfig(r=2, lora_dropout=0.5, target_modules=["up", "down"]), ids(4)
+    model = peftkern.get_peft_model(mlp(), config)
+    randomize(model)
+    model.save_pretrained(tmp_path)
+
+    @torch.no_grad()
+    def acts(bank):
+        with bank.batch(bank.names[-1:] * 4):
+            return not torch.equal(bank.model(x), bank.model(x))
+
+    folders = {"law": tmp_path, "code": tmp_path}
+    assert not acts(AdapterBank.from_pretrained(mlp().train(), folders, slots=3, progress=False))
+    for mode in (False, True):
+        bank = AdapterBank(mlp().train(mode), slots=3, max_rank=2, target_modules=["up", "down"])
+        assert bank.model.training == mode
+        bank.add("a1", tmp_path)
+        assert acts(bank) == mode
+        bank.replace("a1", tmp_path)
+        assert acts(bank) == mode
+        bank.model.train(not mode)
+        assert acts(bank) != mode
+        bank.replace("a1", tmp_path)
+        assert acts(bank) != mode
+
+
+def test_a_folder_of_what_is_not_built_is_named(tmp_path):
+    """Would catch an error that leaves open which of many folders is meant."""
+    bank = bank_of()
+    for name in bank.names:
+        bank.save(name, tmp_path / name)
+    file = tmp_path / "code" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
+    folders = {name: tmp_path / name for name in bank.names}
+    with pytest.raises(NotImplementedError, match="adapter 'code': .*use_dora"):
+        AdapterBank.from_pretrained(mlp(), folders, progress=False)
+
+
+def test_an_adapter_that_was_deleted_from_the_model_is_unknown():
+    """Would catch rows that silently take the base after their adapter was deleted past the bank."""
+    bank = bank_of()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bank.model.delete_adapter("law")
+    with pytest.raises(UnknownAdapterError, match=r"'law' is not in the bank, which has \['code'\]"):
+        bank.batch(NAMES).__enter__()
+    assert bank.add("law") == 0
 
 
 def test_parameters_stay_parameters():

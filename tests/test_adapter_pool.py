@@ -92,6 +92,32 @@ def test_tables_are_written_in_place():
     assert pool.scalings == (4.0, 7.0, 0.0, 5.0)
 
 
+@pytest.mark.parametrize("leave", [lambda pool: pool.drop(0), lambda pool: None])
+def test_who_leaves_takes_its_values_along(leave):
+    """Would catch tensors of an adapter that left, dropped or displaced, reading and writing the next one's rows."""
+    pool, held = filled()
+    values = [t.detach().clone() for t in held[0]]
+    next_one = adapter(3, 9)
+    leave(pool)
+    pool.put(0, *next_one, 1.0)
+    assert all(torch.equal(t, value) for t, value in zip(held[0], values, strict=True))
+    kept = [t.detach().clone() for t in next_one]
+    for t in held[0]:
+        t.data.zero_()
+    assert all(torch.equal(t, value) for t, value in zip(next_one, kept, strict=True))
+    assert torch.equal(pool.pool_a[:3], kept[0]) and not pool.settle()
+
+
+def test_a_factor_that_stays_is_not_moved():
+    """Would catch an adapter with one new factor whose other one leaves the pool, which is then laid out anew."""
+    pool, held = filled()
+    B = nn.Parameter(held[0][1].detach().clone() + 1)
+    addresses = pool.pool_a.data_ptr(), held[0][0].data_ptr()
+    pool.put(0, held[0][0], B, 1.0)
+    assert (pool.pool_a.data_ptr(), held[0][0].data_ptr()) == addresses and not pool.settle()
+    assert held[0][1].data_ptr() != B.data_ptr() and torch.equal(held[0][1] + 1, B)
+
+
 def test_a_copy_has_a_pool_of_its_own():
     """Would catch a copied model whose parameters still lie in the first one's pool."""
     pool, held = filled()

@@ -13,7 +13,7 @@ import peftkern
 from tiny_models import ids, mlp, randomize, tiny_llama
 
 peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 NAMES = ["one", "__base__", "two", "one"]
 LLAMA = {"target_modules": ["q_proj", "v_proj", "down_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
@@ -91,11 +91,14 @@ def test_an_encoder_sees_each_prompt_once():
 
 @torch.no_grad()
 def test_several_answers_of_a_prompt():
-    """Would catch num_return_sequences, whose rows PEFT does not count."""
+    """Would catch num_return_sequences, whose rows PEFT does not count, and beams of a configuration by position."""
     ours = llamas()[0]
     torch.manual_seed(0)
     out = ours.generate(input_ids=ids(2), adapter_names=["one", "two"], do_sample=True, num_return_sequences=3)
     assert out.shape[0] == 6
+    config = transformers.GenerationConfig(num_beams=2, max_new_tokens=3)
+    out = ours.generate(ids(2), config, adapter_names=["one", "two"])
+    assert torch.equal(out, ours.generate(input_ids=ids(2), generation_config=config, adapter_names=["one", "two"]))
 
 
 @pytest.mark.parametrize("lora_bias", [False, True])
@@ -219,6 +222,8 @@ def test_what_cannot_be_done_is_named():
         model(x, adapter_names=NAMES[:3])
     with pytest.raises(ValueError, match=r"no adapter is named \[1, 2"):
         model(x, adapter_names=[1, 2, 1, 2])
+    with pytest.raises(TypeError, match="adapter_names: expected a list of names, got 'one'"):
+        model(x[:1], adapter_names="one")
     with model.disable_adapter(), pytest.raises(ValueError, match="disabled"):
         model(x, adapter_names=NAMES)
     model.merge_adapter(["one"])
@@ -230,6 +235,14 @@ def test_what_cannot_be_done_is_named():
     biased = adapted(peftkern, mlp(), {"bias": "all", "target_modules": ["up"]})
     with pytest.raises(NotImplementedError, match="biases of the base model"):
         biased(x, adapter_names=["one"] * 4)
+
+
+@torch.no_grad()
+def test_the_tuner_takes_the_names_too():
+    """Would catch names that go through the tuner to a model that ignores arguments it does not know."""
+    ours, x = llamas()[0], ids(4)
+    want = ours(input_ids=x, adapter_names=NAMES).logits
+    assert torch.equal(ours.base_model(input_ids=x, adapter_names=NAMES).logits, want)
 
 
 def test_afterwards_the_model_is_as_before():
@@ -276,6 +289,19 @@ def test_adapters_that_change_between_batches(tmp_path):
     again = peftkern.PeftModel.from_pretrained(mlp().double(), tmp_path / "two", autocast_adapter_dtype=False)
     with torch.no_grad():
         torch.testing.assert_close(again(x), model(x, adapter_names=["two"] * 4), rtol=1e-6, atol=1e-7)
+
+
+def test_a_state_dict_outlives_its_adapter():
+    """Would catch tensors that were taken from an adapter becoming those of the one that got its place in the pool."""
+    model = adapted(peftkern, mlp(), {"r": 4}, {"r": 2}, target_modules=["up", "down"])
+    model(ids(4), adapter_names=NAMES)
+    held = peftkern.get_peft_model_state_dict(model, adapter_name="two")
+    before = {key: value.clone() for key, value in held.items()}
+    model.delete_adapter("two")
+    model.add_adapter("two", peftkern.LoraConfig(r=2, target_modules=["up", "down"]))
+    randomize(model, seed=5)
+    model(ids(4), adapter_names=NAMES)
+    assert held and all(torch.equal(value, before[key]) for key, value in held.items())
 
 
 def test_a_first_batch_in_inference_mode_leaves_the_adapters_trainable():

@@ -20,6 +20,17 @@ from peftkern.utils.other import ModulesToSaveWrapper
 BASE = "__base__"  # the name that PEFT gives a row without an adapter
 
 
+def check_names(names: Any) -> list[str]:
+    """The names of a batch's rows as a list.
+
+    Raises:
+        TypeError: a single string, whose letters would be taken for names.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"adapter_names: expected a list of names, got {names!r}")
+    return list(names)
+
+
 class LayerRows:
     """A batch as one layer sees it.
 

@@ -19,7 +19,7 @@ from torch import nn
 from peftkern.config import PeftConfig
 from peftkern.tuners.merged_models import settle_merged
 from peftkern.tuners.merging_quantized import is_merged_into_dense
-from peftkern.tuners.mixed import BASE, MixedRows
+from peftkern.tuners.mixed import BASE, MixedRows, check_names
 from peftkern.tuners.targets import check_target_module_exists, match_targets, warn_of_tied_targets
 from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, check_adapters_to_merge
 from peftkern.utils.other import (
@@ -207,7 +207,7 @@ class BaseTuner(nn.Module, ABC):
         if names is None:
             yield
             return
-        with self.mixed_batch(list(names), kwargs.get("encoder_adapter_names")):
+        with self.mixed_batch(check_names(names), kwargs.get("encoder_adapter_names")):
             yield
 
     # -- many adapters in a batch ------------------------------------------------------------------------------
@@ -267,7 +267,12 @@ class BaseTuner(nn.Module, ABC):
         return [self.active_adapter] if isinstance(self.active_adapter, str) else self.active_adapter
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        """The base model's forward, adapters included; `adapter_names` as for `PeftModel`, not left to a model that
+        ignores arguments it does not know."""
+        if kwargs.get("adapter_names") is None:
+            return self.model(*args, **kwargs)
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            return self.model(*args, **{name: value for name, value in kwargs.items() if name != "adapter_names"})
 
     def _layers(self) -> list[Any]:
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]

@@ -70,7 +70,13 @@ def get_peft_model_state_dict(
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """All of a sharded tensor; a copy of one that is part of a pool, whose memory other adapters share: it would change
+    when another takes the place, and torch.save would write the whole pool."""
+    if hasattr(tensor, "full_tensor"):
+        return tensor.full_tensor()
+    if type(tensor) is torch.Tensor and tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
+        return tensor.clone()
+    return tensor
 
 
 def _embeddings_to_save(model: nn.Module, config: Any, choice: bool | Literal["auto"]) -> list[str]:
