@@ -184,6 +184,8 @@ def expand_calls(
         return []
     wide = out.dtype.itemsize == 4
     block_m, block_n = (32, 64) if wide or arch == 0 else (64, 128)
+    # Stored element by element: beside 64 ranks the addresses of all stores are too many for sm_120's registers.
+    by_element = out.stride(1) != 1 or out.stride(0) % 16 != 0
     return [
         Call(
             name="expand",
@@ -197,7 +199,7 @@ def expand_calls(
                 **strides(out, "om", "on"),
             },
             constants={
-                "BLOCK_R": rank_block(R, out.dtype),
+                "BLOCK_R": rank_block(R, out.dtype, narrow=by_element),
                 "DTYPE": triton_dtype(out.dtype),
                 "BLOCK_M": block_m,
                 "BLOCK_N": block_n,
