@@ -379,6 +379,7 @@ class AdapterBank:
             raise ValueError(f"adapter {name!r}: its rank is {highest}, the bank has room for {self.max_rank}")
         if config.bias != "none":
             raise ValueError(f"adapter {name!r}: bias={config.bias!r} trains biases that all adapters share")
+        self._mixed.sync()  # the model may have moved since, and its adapters out of their pools
         known, active = set(map(id, self._layers())), list(self.model.active_adapters)
         with restored_on_error(self.model):
             self.model.add_adapter(name, config, autocast_adapter_dtype=False)
