@@ -63,6 +63,9 @@ class AdapterBank:
     trained together, and each gets the gradients that its rows give it alone. An adapter that is named by no row gets
     none; with ids that are only on a device it gets zeros (set those to None, or give names).
 
+    What no pool holds (`lora_bias`, adapted embeddings, `modules_to_save`) is added for rows that the host must know:
+    with ids on a device it cannot be captured, and a graph from before such an adapter came leaves it out.
+
     Within `batch`, whoever calls the model gets the mixed batch, `bank.model` and the module that was given alike.
     With gradient checkpointing, run backward before the next forward, or inside the block: layers that are computed
     again take the last batch, and an error says so where it is not theirs.
@@ -344,8 +347,9 @@ class AdapterBank:
         Args:
             adapters: a name for each row, "__base__" for the base alone; or slots, int32 or int64 [rows], one for each
                 sequence of the batch or for each of its tokens, where what is no slot is the base alone. They are read
-                once, by the first layer: after writing other ids into the tensor begin another block. (A graph that was
-                captured with the block in it reads them at each replay.)
+                once, by the first layer: after writing other ids into the tensor begin another block. A captured graph
+                reads them at each replay, so the tensor must live as long (those of names end with the block); with
+                the block inside of what is captured its layers share one reading.
 
         Raises:
             UnknownAdapterError: (a ValueError) a name that is not here.
@@ -412,6 +416,7 @@ class AdapterBank:
             raise ValueError(f"adapter {called!r}: its rank is {highest}, the bank has room for {self.max_rank}")
         if config.bias != "none":
             raise ValueError(f"adapter {called!r}: bias={config.bias!r} trains biases that all adapters share")
+        self._mixed.sync()  # the model may have moved since, and its adapters out of their pools
         known, active = set(map(id, self._layers())), list(self.model.active_adapters)
         with restored_on_error(self.model):
             self.model.add_adapter(name, config, autocast_adapter_dtype=False)

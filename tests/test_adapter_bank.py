@@ -303,6 +303,37 @@ def test_an_adapter_that_was_deleted_from_the_model_is_unknown():
     assert bank.add("law") == 0
 
 
+def test_a_model_that_moved_takes_another_adapter():
+    """Bug: a pool that is where the model was, and refuses what is added where it is now; `.cuda()` is such a move."""
+    bank, x = bank_of(), ids(4)
+    bank.model.double()
+    bank.add("new", LoraConfig(r=3, target_modules=["up", "down"]))
+    randomize(bank.model)
+    assert {p.dtype for name in bank.names for p in bank.parameters(name)} == {torch.float64}
+    names = ["new", "__base__", "code", "new"]
+    with torch.no_grad():
+        with bank.batch(names):
+            got = bank.model(x)
+        want = [alone(bank.model, name, x[i : i + 1]) for i, name in enumerate(names) if name != "__base__"]
+    torch.testing.assert_close(got[[0, 2, 3]], torch.cat(want), rtol=1e-9, atol=1e-9)
+
+
+def test_an_empty_pool_follows_its_layer():
+    """Bug: rows by slot through a layer that no adapter here targets, its pool still on the device that was left."""
+    bank = AdapterBank(mlp(), slots=2, max_rank=4, target_modules=["up", "down"])
+    bank.add("code", LoraConfig(r=2, target_modules=["down"]))
+    up, down = bank._mixed.pools
+    pool = bank._mixed.pools[up]
+    kept = pool.pool_a
+    with bank.batch(bank.ids(["code"])):
+        assert pool.pool_a is kept
+    pool._allocate(torch.float32, torch.device("meta"))  # the other device of a machine without a GPU
+    x = ids(4)
+    with torch.no_grad(), bank.batch(bank.ids(["code", "code", "__base__", "code"])):
+        y = bank.model(x)
+    assert pool.pool_a.device == y.device and y.isfinite().all() and bank._mixed.pools[down].entries[0] is not None
+
+
 def test_parameters_stay_parameters():
     """Would catch `.to()`, `.half()` or an optimizer that swaps `p.data` leaving stale rows in the pool."""
     bank, x = bank_of(), ids(4)

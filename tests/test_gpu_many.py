@@ -87,6 +87,29 @@ def test_a_captured_graph_serves_adapters_that_come_later(tokens):
                 assert (y[i] - want).float().norm() <= 0.02 * want.float().norm(), (change, name)
 
 
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_a_graph_captured_within_a_block_reads_ids_anew(tokens):
+    """Bug: tables that the block kept from before the capture, of other ids and in memory that is free by a replay."""
+    bank = AdapterBank(Block().cuda().bfloat16(), slots=4, max_rank=16, target_modules=["up", "down"])
+    for name in ("a", "b"):
+        bank.add(name, LoraConfig(r=8, target_modules=["up", "down"]), trainable=False)
+    filled(bank, 1)
+    x = torch.randn(4, tokens, 256, device="cuda").bfloat16()
+    ids = bank.ids(["a", "b", "__base__", "a"])
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        with bank.batch(ids):
+            bank.model(x)
+            with torch.cuda.graph(graph):
+                y = bank.model(x)
+            bank.model(x)
+        ids.copy_(bank.ids(["b", "__base__", "a", "b"]))
+        taken = [torch.full((64,), -1, dtype=torch.int32, device="cuda") for _ in range(64)]  # what the block let go
+        graph.replay()
+        with bank.batch(ids):
+            assert torch.equal(y, bank.model(x)), len(taken)
+
+
 @pytest.mark.parametrize("tokens", [16, 300])
 def test_training_gives_each_adapter_its_own_gradients(tokens):
     """Would catch a gradient that another adapter's rows reach."""

@@ -292,6 +292,14 @@ def test_unaligned_operands_take_no_descriptor():
     assert "x_desc" not in call.args and call.constants["BLOCK_M"] * call.constants["BLOCK_N"] <= 128 * 128
 
 
+def test_rows_that_lie_on_each_other_take_no_descriptor():
+    """The gradient of a sum over rows has stride 0, which a descriptor may not have: catches one that is given it."""
+    x, *rest = on_meta(4096, 4096, 4096, 16, torch.bfloat16)
+    for rows in (x, x[:1].expand(4096, 4096), x.as_strided((4096, 4096), (64, 1))):
+        (call,) = base_plus_expand_calls(rows, *rest, arch=100)
+        assert ("x_desc" in call.args) is (rows is x)
+
+
 @pytest.mark.parametrize("arch", [*SHARED_MEMORY])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_fill_the_device_and_fit_shared_memory(arch, dtype):

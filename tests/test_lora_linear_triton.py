@@ -135,3 +135,19 @@ def test_float64_is_refused_by_name_where_kernels_are_asked_for(device):
     tensors = [torch.randn(4, 4, dtype=torch.float64, device=device) for _ in range(4)]
     with use_backend("triton"), pytest.raises(RuntimeError, match="no kernel for float64"):
         lora_linear(*tensors, SCALING)
+
+
+def test_precision_is_what_torch_is_set_to():
+    """Bug: transformers' `TrainingArguments(tf32=True)` sets `fp32_precision`, and reading `allow_tf32` then raises."""
+    from peftkern.ops._lora_linear_triton import precision
+
+    everywhere, matmul = torch.backends, torch.backends.cuda.matmul
+    assert precision() == "ieee"
+    try:
+        everywhere.fp32_precision = "tf32"
+        assert precision() == "tf32"
+        matmul.fp32_precision = "ieee"
+        assert precision() == "ieee"
+    finally:
+        everywhere.fp32_precision = matmul.fp32_precision = "none"
+    assert precision() == "ieee"

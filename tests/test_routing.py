@@ -116,3 +116,23 @@ def test_the_door_agrees(device):
         ids = some_ids(2 * M, 7)[::2]
         for a, b in zip(route(ids.to(device), 7).tensors, build_routing(ids, 7).tensors, strict=True):
             assert torch.equal(a.cpu(), b)
+
+
+def test_a_captured_graph_makes_its_own_tables(monkeypatch):
+    """Bugs: a graph that replays with the tables of the ids before its capture, whose memory may be another's by then;
+    tables taken out of a capture, where nothing has been computed."""
+    from peftkern.ops import adapter_route
+
+    ids, x = torch.tensor([1, 0, 3]), torch.zeros(3, 2, 4)
+    outside = adapter_route.AdapterBatch(ids, 4)
+    kept, places = outside.routing(6), outside.places_of_rows(x)
+    monkeypatch.setattr(adapter_route, "is_capturing", lambda t: True)
+    ids.fill_(2)
+    inside = adapter_route.AdapterBatch(ids, 4)
+    for batch in (outside, inside):
+        assert batch.routing(6).ids.tolist() == [2] * 6
+    assert outside.places_of_rows(x).tolist() == [[2, 2]] * 3
+    assert inside.routing(6) is inside.routing(6), "layers of one capture share the launch"
+    monkeypatch.undo()
+    assert outside.routing(6) is kept and outside.places_of_rows(x) is places
+    assert inside.routing(6) is not inside.routing(6)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +14,8 @@ pytest.importorskip("triton")
 
 from bench.static_cases_multi import MultiLoraLinear, MultiLoraLinearShared, all_cases_multi  # noqa: E402
 from bench.static_judge import Code, Dot, Loop, Record, judge  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def record(loop: Loop, *, gathers: bool) -> Record:
@@ -62,3 +69,13 @@ def test_a_decode_step_of_three_projections_is_two_launches(path, M):
     moved = sum(call.bytes for call in alone if call.name != "route")
     assert shrink.bytes + expand.bytes <= moved
     assert shrink.args["pool2_ptr" if M == 64 else "a2_ptr"] is not None and expand.args["out3_ptr"] is None
+
+
+@pytest.mark.slow
+def test_adapters_of_rank_one_compile(tmp_path):
+    """Bug: a number that is 1 is a constant to Triton and no tensor, which the interpreter does not tell."""
+    command = [sys.executable, "-m", "bench.static", "--arch", "90", "--dtype", "bf16", "--kernel", "_multi_sum_kernel"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " r1 " in done.stdout

@@ -147,7 +147,7 @@ def _multi_sum_kernel(
                 offs_c = block_c.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
                 mask = (offs_c < K)[:, None] & mask_r
                 offset = offs_r[None, :] * K + offs_c[:, None]
-                stride_p = max_rank.to(tl.int64) * K
+                stride_p = tl.cast(max_rank, tl.int64) * K
                 total = _sum_of_planes(da_planes_ptr, first, number, stride_p, offset, mask, BLOCK_C, BLOCK_R)
                 tl.store(da_ptr + row_offset * K + offset, total.to(da_ptr.dtype.element_ty), mask=mask)
         if HAS_DB:  # noqa: SIM102
@@ -155,7 +155,7 @@ def _multi_sum_kernel(
                 offs_c = (block_c - blocks_k).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
                 mask = (offs_c < N)[:, None] & mask_r
                 offset = offs_c[:, None] * max_rank + offs_r[None, :]
-                stride_p = max_rank.to(tl.int64) * N
+                stride_p = tl.cast(max_rank, tl.int64) * N
                 total = _sum_of_planes(db_planes_ptr, first, number, stride_p, offset, mask, BLOCK_C, BLOCK_R)
                 out_ptrs = db_ptr + row_offset * N + offs_c[:, None] * rank + offs_r[None, :]
                 tl.store(out_ptrs, total.to(db_ptr.dtype.element_ty), mask=mask)

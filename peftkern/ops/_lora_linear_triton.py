@@ -68,8 +68,11 @@ def packed(weight: Weight4bit) -> Packed4bit:
 
 
 def precision() -> str:
-    """How fp32 products are taken: as torch's own setting for matmuls says."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """How fp32 products are taken: as torch's own setting for matmuls says, in whichever way it was made.
+
+    Not by `allow_tf32`, which raises where `fp32_precision` was set to "tf32", as transformers' `TrainingArguments` do.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _outputs(x: torch.Tensor, weight: Any, lora_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,6 +24,10 @@ class AdapterBatch:
     Attributes:
         named: whether `host` was given: then torch.compile takes what occurs as a constant.
 
+    What is made while a CUDA graph is captured is the graph's: not computed before its replays, and made by each of
+    them anew. So a batch that is captured but was not made in the same capture keeps nothing of it, nor gives it what
+    was made before: tables that a replay would find as they once were, or no longer find.
+
     Raises:
         TypeError, ValueError: `ids` is no such tensor.
     """
@@ -44,6 +48,7 @@ class AdapterBatch:
         self._routings: dict[int, Routing] = {}
         self._places: torch.Tensor | None = None
         self._row_places: dict[Any, torch.Tensor] = {}
+        self._captured = is_capturing(ids)
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -92,14 +97,14 @@ class AdapterBatch:
     def places_of_rows(self, x: torch.Tensor) -> torch.Tensor:
         """`places` for each row of x [..., K], in x's shape but for the last axis, on x's device."""
         key = (x.shape[:-1], x.device)
-        compiling = torch.compiler.is_compiling()
-        found = None if compiling else self._row_places.get(key)
+        passing = torch.compiler.is_compiling() or self._elsewhere()
+        found = None if passing else self._row_places.get(key)
         if found is None:
             places, n = self.places().to(x.device), self.ids.shape[0]
             M = x.numel() // x.shape[-1]
             rows = places if n == M else places.repeat_interleave(M // max(n, 1), output_size=M)
             found = rows.view(x.shape[:-1])
-            if not compiling:
+            if not passing:
                 self._row_places[key] = found
         return found
 
@@ -117,10 +122,21 @@ class AdapterBatch:
 
     def routing(self, M: int) -> Routing:
         """The kernels' tables for M rows."""
+        if self._elsewhere():
+            return route(self.row_ids(M), self.slots)
         found = self._routings.get(M)
         if found is None:
             found = self._routings[M] = route(self.row_ids(M), self.slots)
         return found
+
+    def _elsewhere(self) -> bool:
+        """Whether this is inside a capture and the batch was made outside of one, or the other way round."""
+        return is_capturing(self.ids) is not self._captured
+
+
+def is_capturing(t: torch.Tensor) -> bool:
+    """Whether what is computed of `t` now is recorded in a CUDA graph and not computed."""
+    return t.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def route(ids: torch.Tensor, slots: int) -> Routing:

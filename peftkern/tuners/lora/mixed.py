@@ -75,33 +75,41 @@ class MixedAdapters(MixedRows):
         held = layer._modules
         As, Bs, scalings = held["lora_A"]._modules, held["lora_B"]._modules, layer.scaling
         pool = self._pools.get(layer)
-        entries: Any = [None] * self.slots if pool is None else pool.entries
+        new = []
         for slot, name in enumerate(self.names):
-            entry, A = entries[slot], As.get(name)
-            if A is None:
-                if entry is not None and pool is not None:
-                    pool.drop(slot)
-                continue
-            a, b = A._parameters.get("weight"), Bs[name]._parameters.get("weight")
-            if entry is not None and entry.lora_A is a and entry.lora_B is b:
-                if entry.scaling != scalings[name] and pool is not None:
-                    pool.rescale(slot, scalings[name])
-            elif type(a) is nn.Parameter and type(b) is nn.Parameter and not a.is_meta:
-                # Any other weight is parametrized or sharded: `_why_not_fused` will say so.
-                pool = self._put(layer, slot, a, b, scalings[name])
-                entries = pool.entries
+            entry = None if pool is None else pool.entries[slot]
+            A = As.get(name)
+            if A is not None and name is not None:
+                a, b = A._parameters.get("weight"), Bs[name]._parameters.get("weight")
+                if entry is not None and entry.lora_A is a and entry.lora_B is b:
+                    if entry.scaling != scalings[name] and pool is not None:
+                        pool.rescale(slot, scalings[name])
+                    continue
+                if type(a) is not nn.Parameter or type(b) is not nn.Parameter or a.is_meta:
+                    continue  # parametrized or sharded: `_why_not_fused` will say so
+                new.append((slot, a, b, scalings[name]))
+            if entry is not None and pool is not None:
+                pool.drop(slot)
+        # Between the two: those that stay may have moved to where the new ones are, those that went have not.
         if pool is not None:
             pool.settle()
+        for slot, a, b, scaling in new:
+            self._put(layer, slot, a, b, scaling)
 
-    def _put(self, layer: Any, slot: int, a: torch.Tensor, b: torch.Tensor, scaling: float) -> LayerAdapters:
+    def _put(self, layer: Any, slot: int, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
         pool = self.make_pool(layer, a.dtype, a.device)
         if all(entry is None for i, entry in enumerate(pool.entries) if i != slot):
             pool.adopt_kind(a)
         pool.put(slot, a, b, scaling)
-        return pool
 
     def rows_for(self, layer: Any, batch: AdapterBatch, names: Sequence[str | None]) -> LayerRows:
-        return LayerBatch(batch, names, self._pools.get(layer))
+        pool = self._pools.get(layer)
+        if pool is not None and not any(pool.entries) and not torch.compiler.is_compiling():
+            # No parameter of it moves with the model; rows that are told by slots are added from it all the same.
+            device, _ = layer._base_device_and_dtype()
+            if device is not None and device.type != "meta":
+                pool.adopt_kind(pool.pool_a.new_empty(0, device=device))
+        return LayerBatch(batch, names, pool)
 
 
 def _adapters_now(layer: Any) -> tuple[Any, ...] | None:
