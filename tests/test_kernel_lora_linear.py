@@ -292,6 +292,15 @@ def test_unaligned_operands_take_no_descriptor():
     assert "x_desc" not in call.args and call.constants["BLOCK_M"] * call.constants["BLOCK_N"] <= 128 * 128
 
 
+def test_rows_that_overlap_take_no_descriptor():
+    """Catches a descriptor of a gradient that is one row for all tokens, as y.sum(0) gives: its rows overlap."""
+    row = torch.empty(1, 4096, dtype=torch.bfloat16, device="meta")
+    weight, s, b = (row.new_empty(size) for size in ((4096, 4096), (8192, 16), (4096, 16)))
+    for out in (row.new_empty(8192, 4096), row.new_empty(8192, 4097)[:, :4096]):
+        (call,) = base_plus_expand_calls(row.expand(8192, -1), weight, s, b, out, arch=90)
+        assert not any(hasattr(value, "block_shape") for value in call.args.values())
+
+
 @pytest.mark.parametrize("arch", [*SHARED_MEMORY])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_fill_the_device_and_fit_shared_memory(arch, dtype):

@@ -136,7 +136,10 @@ def strides(t: torch.Tensor | None, *names: str) -> dict[str, int]:
 
 
 def is_aligned(t: torch.Tensor) -> bool:
-    """Whether rows start on 16-byte boundaries and the last stride is 1: what vector and TMA loads ask for."""
-    if t.dim() != 2 or t.stride(1) != 1:
+    """Whether rows start on 16-byte boundaries and the last stride is 1: what vector and TMA loads ask for.
+
+    A tensor descriptor's rows must not overlap either, as those of an expanded gradient do (stride 0).
+    """
+    if t.dim() != 2 or t.stride(1) != 1 or (t.stride(0) < t.shape[1] and t.shape[0] > 1):
         return False
     return t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
