@@ -6,6 +6,9 @@ On a GPU the kernels run compiled, elsewhere in Triton's interpreter, which is s
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -137,17 +140,22 @@ def test_float64_is_refused_by_name_where_kernels_are_asked_for(device):
         lora_linear(*tensors, SCALING)
 
 
-def test_precision_is_what_torch_is_set_to():
-    """Bug: transformers' `TrainingArguments(tf32=True)` sets `fp32_precision`, and reading `allow_tf32` then raises."""
-    from peftkern.ops._lora_linear_triton import precision
-
-    everywhere, matmul = torch.backends, torch.backends.cuda.matmul
-    assert precision() == "ieee"
-    try:
-        everywhere.fp32_precision = "tf32"
-        assert precision() == "tf32"
-        matmul.fp32_precision = "ieee"
-        assert precision() == "ieee"
-    finally:
-        everywhere.fp32_precision = matmul.fp32_precision = "none"
-    assert precision() == "ieee"
+def test_precision_follows_torch_however_it_was_set():
+    """Would catch the read of torch's older switch, which raises once somebody (Trainer, say) has set the newer one;
+    and "tf32" for AMD, where kernels do not compile with it."""
+    script = """
+import torch
+from peftkern.ops._lora_linear_triton import precision
+said = [precision()]
+torch.backends.fp32_precision = "tf32"
+said.append(precision())
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+said.append(precision())
+torch.backends.cuda.matmul.allow_tf32 = True
+said.append(precision())
+torch.version.hip = "7.0"
+print(*said, precision())
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["ieee", "tf32", "ieee", "tf32", "ieee"], done.stderr

@@ -201,6 +201,15 @@ def test_what_cannot_be_accounted_for_is_never_kept(kernel):
     assert not replay._kept and kernel.compilations == 3
 
 
+def test_a_method_of_a_tensor_is_never_kept(kernel):
+    """Would catch a replay that zeroes the first call's result, which the bound method holds, and not its own."""
+    for _ in range(2):
+        out = torch.ones(4)
+        replay.run("bound", (out,), lambda out=out: [TorchCall("zero", out.zero_, ())], GPU)
+        assert out.tolist() == [0.0] * 4
+    assert not replay._kept
+
+
 def test_empty_operands_are_no_obstacle(kernel):
     """Would catch an adapter of rank 0, whose two factors have no address, that is bound by name at every call."""
     for i in range(2):

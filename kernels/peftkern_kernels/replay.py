@@ -204,6 +204,8 @@ def _kernel_step(call: Call, compiled: Any, sources: Sequence[torch.Tensor | Non
 
 
 def _library_step(call: TorchCall, sources: Sequence[torch.Tensor | None]) -> Step | None:
+    if isinstance(getattr(call.function, "__self__", None), torch.Tensor):  # a bound method, which holds its tensor
+        return None
     arguments, holes = list(call.args), []
     for position, value in enumerate(arguments):
         if not isinstance(value, torch.Tensor):

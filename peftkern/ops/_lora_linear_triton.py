@@ -68,11 +68,12 @@ def packed(weight: Weight4bit) -> Packed4bit:
 
 
 def precision() -> str:
-    """How fp32 products are taken: as torch's own setting for matmuls says, in whichever way it was made.
-
-    Not by `allow_tf32`, which raises where `fp32_precision` was set to "tf32", as transformers' `TrainingArguments` do.
-    """
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """How fp32 products are taken: as torch's own setting for matmuls says. On AMD exactly: Triton refuses to compile
+    "tf32" for most of its architectures, for 16-bit products too."""
+    # Under its newer name, which shows what was set under either. The older one, `allow_tf32`, raises as soon as
+    # anybody has used the newer, as transformers' Trainer does.
+    tf32 = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def _outputs(x: torch.Tensor, weight: Any, lora_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
