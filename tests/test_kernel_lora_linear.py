@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.gemm_tables import SHARED_MEMORY, Tile, choose_tile
 from peftkern_kernels.launch import run_all
 from peftkern_kernels.lora_linear import base_plus_expand_calls, pointer_calls
-from peftkern_kernels.lora_linear_persistent import persistent_calls
+from peftkern_kernels.lora_linear_persistent import multiprocessors, persistent_calls
 from peftkern_kernels.lora_linear_split import split_calls
 from peftkern_kernels.lora_linear_tma import tma_calls
 
@@ -298,6 +299,18 @@ def test_rows_that_lie_on_each_other_take_no_descriptor():
     for rows in (x, x[:1].expand(4096, 4096), x.as_strided((4096, 4096), (64, 1))):
         (call,) = base_plus_expand_calls(rows, *rest, arch=100)
         assert ("x_desc" in call.args) is (rows is x)
+
+
+def test_persistent_programs_are_as_many_as_the_card_runs_at_once(monkeypatch):
+    """Catches 132 programs on a Hopper card of 114 multiprocessors: the last 18 would take as long as all others."""
+    properties = types.SimpleNamespace(multi_processor_count=114)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    multiprocessors.cache_clear()
+    try:
+        assert multiprocessors(torch.device("cuda", 0), 90) == 114
+        assert multiprocessors(torch.device("meta"), 90) == 132
+    finally:
+        multiprocessors.cache_clear()
 
 
 @pytest.mark.parametrize("arch", [*SHARED_MEMORY])

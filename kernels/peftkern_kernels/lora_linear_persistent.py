@@ -1,4 +1,4 @@
-"""The frozen GEMM with the low-rank part in its accumulator, by programs that stay: one for each multiprocessor.
+"""The frozen GEMM with the low-rank part in its accumulator, by persistent programs: one for each multiprocessor.
 
 `out = x W^T + bias + S B^T`, as in lora_linear_tma.py. There a program does one tile and ends, so that each tile begins
 with an empty pipeline and ends with a store that nothing hides. Here a program walks its tiles in a single loop over
@@ -10,6 +10,7 @@ need an accumulator beside the tile's.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -74,6 +75,17 @@ def _lora_linear_persistent_kernel(
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
 
+@functools.cache
+def multiprocessors(device: torch.device, arch: int) -> int:
+    """Those of a GPU: with more programs than run at once, a second, almost empty wave would double the time.
+
+    Where there is no GPU, those of the architecture's usual part (of sm_90 132; some cards have 78 or 114).
+    """
+    if device.type != "cuda":
+        return MULTIPROCESSORS.get(arch, 64)
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def stays_with(x: torch.Tensor, b: Any) -> bool:
     """Whether a factor [N, R] beside x is thin enough: from three steps of the rank on, unrolled, the kernel spills."""
     return b.shape[1] <= 2 * rank_block(b.shape[1], x.dtype, narrow=b.dtype.itemsize > x.dtype.itemsize)
@@ -91,7 +103,7 @@ def persistent_calls(
     tile: Tile,
     arch: int,
 ) -> list[Call]:
-    """The launch by programs that stay, for a given tile; arguments as in `lora_linear.base_plus_expand_calls`,
+    """The launch of persistent programs, for a given tile; arguments as in `lora_linear.base_plus_expand_calls`,
     without dropout.
 
     x, weight or weight.t(), and out must have 16-byte aligned rows (`launch.is_aligned`), and out x's dtype.
@@ -101,7 +113,7 @@ def persistent_calls(
     stored = weight.t() if weight_is_kn else weight
     weight_block = (tile.block_k, tile.block_n) if weight_is_kn else (tile.block_n, tile.block_k)
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
-    processors = MULTIPROCESSORS.get(arch, 64)
+    processors = multiprocessors(x.device, arch)
     block_r = rank_block(R, x.dtype, narrow=b.dtype.itemsize > x.dtype.itemsize)
     return [
         Call(

@@ -39,7 +39,7 @@ DECODE_TOKENS = 16
 # casts and allocations against 0.15 to 1 multiply-add a nanosecond.
 SMALL_PRODUCT = 2**14
 # On an H200 dX with dropout took less time by cuBLAS onto the masked expand than by the kernel that the mask fits into.
-# That our GEMM by programs that stay beats cuBLAS where there is none is predicted.
+# That our persistent GEMM beats cuBLAS where there is none is predicted.
 HOPPER = "bench/results/nvidia-h200/stopped-runs.txt"
 HOPPER_MANY = "bench/results/nvidia-h200/many-train.json"
 FOLDED = "expand inside the base GEMM's accumulator, y written once"
