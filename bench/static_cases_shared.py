@@ -15,6 +15,7 @@ from bench.static_cases_4bit import weight_on_meta
 from peftkern.backend import DeviceInfo
 from peftkern.ops import _lora_linear_shared_triton as shared
 from peftkern.ops._lora_linear_triton import input_gradient_calls, output_calls, thin_calls
+from peftkern.ops._projection_group import Group
 from peftkern.ops.plan import APART, DECODE_PATHS, plan_lora_linear, plan_shared
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.launch import Call
@@ -67,19 +68,19 @@ class LoraLinearShared:
         lora_A = x.new_empty(self.R * len(self.outs), self.K, dtype=kind)
         drop = Dropout(x.new_empty(1, dtype=torch.int64), 0.1) if self.dropout else None
         s, ds = x.new_empty(self.M, lora_A.shape[0]), x.new_empty(self.M, lora_A.shape[0])
-        scalings = [2.0] * len(self.outs)
         weights: list[Any] = [x.new_empty(N, self.K) for N in self.outs]
         if "4bit" in path:
             weights = [weight_on_meta(N, self.K, dtype=self.dtype) for N in self.outs]
         Bs = [x.new_empty(N, self.R, dtype=kind) for N in self.outs]
         ys = [x.new_empty(self.M, N) for N in self.outs]
         biases = [x.new_empty(N) if self.bias else None for N in self.outs]
+        group = Group(tuple(weights), (2.0,) * len(self.outs), ranks, 0.1 if self.dropout else 0.0, path)
         decodes = path in DECODE_PATHS
         if decodes:
             As = [x.new_empty(self.R, self.K, dtype=kind) for _ in self.outs]
-            calls = shared.decoded_calls(x, weights, As, Bs, scalings, biases, ys, s, ranks, drop, path, arch)
+            calls = shared.decoded_calls(x, group, As, Bs, biases, ys, s, drop, arch)
         else:
-            calls = shared.all_shrinks(x, lora_A, s, scalings, ranks, drop, arch)
+            calls = shared.all_shrinks(x, group, lora_A, s, drop, arch)
         for i, (weight, lora_B, y, bias, columns) in enumerate(zip(weights, Bs, ys, biases, ranks, strict=True)):
             if not decodes:
                 calls += output_calls(x, weight, s[:, columns], lora_B, y, bias, path, arch)

@@ -184,8 +184,9 @@ def expand_calls(
         return []
     wide = out.dtype.itemsize == 4
     block_m, block_n = (32, 64) if wide or arch == 0 else (64, 128)
-    # Stored element by element: beside 64 ranks the addresses of all stores are too many for sm_120's registers.
-    by_element = out.stride(1) != 1 or out.stride(0) % 16 != 0
+    # Stored element by element: beside 64 ranks the addresses of all stores are too many for sm_120's registers. RDNA's
+    # 64 ranks are too many in any case.
+    narrow = arch == 1100 or out.stride(1) != 1 or out.stride(0) % 16 != 0
     return [
         Call(
             name="expand",
@@ -199,7 +200,7 @@ def expand_calls(
                 **strides(out, "om", "on"),
             },
             constants={
-                "BLOCK_R": rank_block(R, out.dtype, narrow=by_element),
+                "BLOCK_R": rank_block(R, out.dtype, narrow=narrow),
                 "DTYPE": triton_dtype(out.dtype),
                 "BLOCK_M": block_m,
                 "BLOCK_N": block_n,

@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from peftkern.backend import device_info
 from peftkern.ops import _lora_linear_shared_torch as plain
 from peftkern.ops._common import storage
-from peftkern.ops.lora_linear import PLAIN_PATHS
+from peftkern.ops._projection_group import Group
 from peftkern.weights import Weight
 
 Optional = torch.Tensor | None
-
-
-@dataclasses.dataclass(slots=True)
-class Group:
-    """What forward and backward know of the projections beside tensors that learn: weights that are frozen, scalings,
-    each one's columns of S, the dropout, and the path."""
-
-    weights: tuple[Any, ...]
-    scalings: tuple[float, ...]
-    columns: tuple[slice, ...]
-    dropout_p: float
-    path: str
-
-    @property
-    def is_plain(self) -> bool:
-        return self.path.rpartition(":")[2] in PLAIN_PATHS
-
-    def only(self, which: Sequence[int], dense: Sequence[Optional]) -> Group:
-        """The group of these projections, with `dense` weights where there are; their columns of S are as before."""
-        weights = tuple(self.weights[i] if dense[i] is None else dense[i] for i in which)
-        scalings, columns = tuple(self.scalings[i] for i in which), tuple(self.columns[i] for i in which)
-        return Group(weights, scalings, columns, self.dropout_p, self.path)
 
 
 def forward_shared(
@@ -49,16 +25,15 @@ def forward_shared(
 ) -> tuple[list[torch.Tensor], torch.Tensor, Optional]:
     """Each y [..., N], S [M, R], and a mask [M, K] on the plain path with dropout."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    parts = (rows, group.weights, lora_As, lora_Bs, group.scalings, biases, group.columns)
     mask = None
     if group.is_plain:
-        ys, s, mask = plain.forward(*parts, group.dropout_p, seed, group.path.rpartition(":")[2])
+        ys, s, mask = plain.forward(rows, group, lora_As, lora_Bs, biases, seed)
     else:
         from peftkern.ops import _lora_linear_shared_triton as kernels
         from peftkern.ops._lora_linear_triton import dropout
 
-        arch = device_info(x.device).arch
-        ys, s = kernels.forward(*parts, dropout(seed, group.dropout_p), group.path, arch)
+        drop, arch = dropout(seed, group.dropout_p), device_info(x.device).arch
+        ys, s = kernels.forward(rows, group, lora_As, lora_Bs, biases, drop, arch)
     return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[1]) for y in ys], s, mask
 
 
@@ -77,17 +52,15 @@ def backward_shared(
     shape = dys[0].shape[:-1]
     grads = [dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1]) for dy in dys]
     rows = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    parts = (grads, rows, group.weights, lora_As, lora_Bs, s)
+    parts = (grads, rows, group, lora_As, lora_Bs, s)
     if group.is_plain:
-        path = group.path.rpartition(":")[2]
-        options = (mask, group.scalings, group.columns, group.dropout_p, needs, path)
-        dx, da, dbs = plain.backward(*parts, *options)
+        dx, da, dbs = plain.backward(*parts, mask, needs)
     else:
         from peftkern.ops import _lora_linear_shared_triton as kernels
         from peftkern.ops._lora_linear_triton import dropout
 
         drop, arch = dropout(seed, group.dropout_p), device_info(grads[0].device).arch
-        dx, da, dbs = kernels.backward(*parts, group.scalings, group.columns, drop, group.path, arch, needs)
+        dx, da, dbs = kernels.backward(*parts, drop, arch, needs)
     return None if dx is None else dx.view(*shape, dx.shape[1]), da, dbs
 
 

@@ -7,7 +7,6 @@ projection by itself would read x or write dX again. dX is one buffer, to which 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch.nn.functional import linear
@@ -15,6 +14,7 @@ from torch.nn.functional import linear
 from peftkern.ops._base_product import add_base_backward, base
 from peftkern.ops._common import Ranks
 from peftkern.ops._lora_linear_torch import FEW_ROWS, Kept, _as_number, apply_mask, dense_rows, keep_mask
+from peftkern.ops._projection_group import Group
 
 
 def _scale(s: torch.Tensor, ranks: Ranks, scalings: Sequence[float]) -> None:
@@ -26,17 +26,18 @@ def _scale(s: torch.Tensor, ranks: Ranks, scalings: Sequence[float]) -> None:
         s[:, columns].mul_(scaling)
 
 
+def _kept_scalings(group: Group, mask: Kept) -> Sequence[float]:
+    """Each scaling, times 1 / (1 - p) where a mask was drawn."""
+    return group.scalings if mask is None else [scaling / (1.0 - group.dropout_p) for scaling in group.scalings]
+
+
 def forward(
     x: torch.Tensor,
-    weights: Sequence[Any],
+    group: Group,
     lora_As: Sequence[torch.Tensor],
     lora_Bs: Sequence[torch.Tensor],
-    scalings: Sequence[float],
     biases: Sequence[torch.Tensor | None],
-    ranks: Ranks,
-    dropout_p: float,
     seed: torch.Tensor | None,
-    path: str,
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]:
     """x [M, K] -> each y [M, N], S [M, R] of all projections, and the mask [M, K] or None.
 
@@ -45,16 +46,17 @@ def forward(
     mask = None
     dropped = x = dense_rows(x)
     if seed is not None:
-        mask = keep_mask(seed, x.shape[0], x.shape[1], dropout_p)
+        mask = keep_mask(seed, x.shape[0], x.shape[1], group.dropout_p)
         dropped = apply_mask(x, mask)
-        scalings = [scaling / (1.0 - dropout_p) for scaling in scalings]
+    scalings = _kept_scalings(group, mask)
     s = linear(dropped, _joined(lora_As, x.dtype))
     few = x.shape[0] <= FEW_ROWS
     if not few:
-        _scale(s, ranks, scalings)
+        _scale(s, group.columns, scalings)
     ys = []
-    for weight, lora_B, bias, columns, scaling in zip(weights, lora_Bs, biases, ranks, scalings, strict=True):
-        y = base(x, weight, bias, path)
+    each = zip(group.weights, lora_Bs, biases, group.columns, scalings, strict=True)
+    for weight, lora_B, bias, columns, scaling in each:
+        y = base(x, weight, bias, group.dense_path)
         y.addmm_(dense_rows(s[:, columns]), _to(lora_B, x.dtype).t(), alpha=scaling if few else 1.0)
         ys.append(y)
     return ys, s, mask
@@ -63,37 +65,27 @@ def forward(
 def backward(
     dys: Sequence[torch.Tensor],
     x: Kept,
-    weights: Sequence[Any],
+    group: Group,
     lora_As: Sequence[torch.Tensor],
     lora_Bs: Sequence[torch.Tensor],
     s: Kept,
     mask: Kept,
-    scalings: Sequence[float],
-    ranks: Ranks,
-    dropout_p: float,
     needs: tuple[bool, bool, Sequence[bool]],
-    path: str,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor | None]]:
-    """Each dy [M, N] -> dX [M, K], dA [R, K] of all projections, each dB [N, r]; only what `needs` asks for.
-
-    `ranks` are columns of s, which may have others; those of dS and dA follow one another.
-    """
+    """Each dy [M, N] -> dX [M, K], dA [R, K] of all projections, each dB [N, r]; only what `needs` asks for."""
     needs_x, needs_a, needs_bs = needs
     M, dtype = dys[0].shape[0], dys[0].dtype
-    if mask is not None:
-        scalings = [scaling / (1.0 - dropout_p) for scaling in scalings]
     few = M <= FEW_ROWS
     dx = da = None
     dbs: list[torch.Tensor | None] = []
     parts = []
-    for dy, weight, lora_B, columns, scaling, needs_b in zip(
-        dys, weights, lora_Bs, ranks, scalings, needs_bs, strict=True
-    ):
+    each = zip(dys, group.weights, lora_Bs, group.columns, _kept_scalings(group, mask), needs_bs, strict=True)
+    for dy, weight, lora_B, columns, scaling, needs_b in each:
         dy = dense_rows(dy)
         if needs_x or needs_a:
             parts.append(dy.mm(_to(lora_B, dtype)).mul_(scaling))
         if needs_x:
-            dx = add_base_backward(dx, dy, weight, path)
+            dx = add_base_backward(dx, dy, weight, group.dense_path)
         db = dy.t().mm(s[:, columns]) if needs_b else None
         dbs.append(db.mul_(scaling) if few and db is not None else db)
     if needs_x or needs_a:

@@ -12,12 +12,13 @@ a GEMM with K split and the low-rank part of all, to which cuBLAS adds, reads ea
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from peftkern.ops._common import Ranks, rank_columns
+from peftkern.ops._common import rank_columns
 from peftkern.ops._lora_linear_torch import dense_rows
 from peftkern.ops._lora_linear_triton import (
     FUSED_4BIT_PATHS,
@@ -30,6 +31,7 @@ from peftkern.ops._lora_linear_triton import (
     thin_calls,
     weight_parts,
 )
+from peftkern.ops._projection_group import Group
 from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
 from peftkern.ops.plan import DECODE_PATHS
 from peftkern_kernels import replay
@@ -43,6 +45,11 @@ from peftkern_kernels.weight_gradient import weight_gradient_calls
 
 def _key(what: str, dropout: Dropout | None, *rest: Any) -> tuple[Any, ...]:
     return (what, 0.0 if dropout is None else dropout.p, precision(), *rest)
+
+
+def _numbers(group: Group) -> tuple[Any, ...]:
+    """What launches of the shrinks depend on beside tensors."""
+    return group.scalings, tuple(columns.stop for columns in group.columns)
 
 
 def _seed(dropout: Dropout | None) -> torch.Tensor | None:
@@ -66,52 +73,42 @@ def joined(lora_As: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def all_shrinks(
-    x: torch.Tensor,
-    lora_A: torch.Tensor,
-    s: torch.Tensor,
-    scalings: Sequence[float],
-    ranks: Ranks,
-    dropout: Dropout | None,
-    arch: int,
+    x: torch.Tensor, group: Group, lora_A: torch.Tensor, s: torch.Tensor, dropout: Dropout | None, arch: int
 ) -> Calls:
     """Launches of `S = scaling * dropout(x) A^T` for A [R, K] of all projections: one where they scale alike."""
     common: dict[str, Any] = {"dropout": dropout, "arch": arch, "precision": precision()}
-    if len(set(scalings)) == 1:
-        return [*shrink_calls(x, lora_A, s, scaling=scalings[0], **common)]
+    if len(set(group.scalings)) == 1:
+        return [*shrink_calls(x, lora_A, s, scaling=group.scalings[0], **common)]
     calls: Calls = []
-    for columns, scaling in zip(ranks, scalings, strict=True):
+    for columns, scaling in zip(group.columns, group.scalings, strict=True):
         calls += shrink_calls(x, lora_A[columns], s[:, columns], scaling=scaling, **common)
     return calls
 
 
 def forward(
     x: torch.Tensor,
-    weights: Sequence[Any],
+    group: Group,
     lora_As: Sequence[torch.Tensor],
     lora_Bs: Sequence[torch.Tensor],
-    scalings: Sequence[float],
     biases: Sequence[torch.Tensor | None],
-    ranks: Ranks,
     dropout: Dropout | None,
-    path: str,
     arch: int,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """x [M, K] -> each y [M, N], and S [M, R] of all projections, with its scaling, in x's dtype."""
-    if path in DECODE_PATHS:
-        return _decoded(x, weights, lora_As, lora_Bs, scalings, biases, ranks, dropout, path, arch)
+    if group.path in DECODE_PATHS:
+        return _decoded(x, group, lora_As, lora_Bs, biases, dropout, arch)
     lora_A = joined(lora_As)
     s = x.new_empty(x.shape[0], lora_A.shape[0])
-    bounds = tuple(columns.stop for columns in ranks)
     replay.run(
-        _key("lora_linear_shared", dropout, tuple(scalings), bounds),
+        _key("lora_linear_shared", dropout, *_numbers(group)),
         (x, lora_A, s, _seed(dropout)),
-        lambda: all_shrinks(x, lora_A, s, scalings, ranks, dropout, arch),
+        lambda: all_shrinks(x, group, lora_A, s, dropout, arch),
         x.device,
     )
     ys = []
-    for weight, lora_B, bias, columns in zip(weights, lora_Bs, biases, ranks, strict=True):
+    for weight, lora_B, bias, columns in zip(group.weights, lora_Bs, biases, group.columns, strict=True):
         y = x.new_empty(x.shape[0], weight.shape[0])
-        for part, rows, rows_path in _blocks(weight, x.dtype, path):
+        for part, rows, rows_path in _blocks(weight, x.dtype, group.path):
             part_bias = None if bias is None else bias[part]
             _run_output(x, rows, s[:, columns], lora_B[part], y[:, part], part_bias, rows_path, arch)
         ys.append(y)
@@ -120,31 +117,28 @@ def forward(
 
 def _decoded(
     x: torch.Tensor,
-    weights: Sequence[Any],
+    group: Group,
     lora_As: Sequence[torch.Tensor],
     lora_Bs: Sequence[torch.Tensor],
-    scalings: Sequence[float],
     biases: Sequence[torch.Tensor | None],
-    ranks: Ranks,
     dropout: Dropout | None,
-    path: str,
     arch: int,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """`forward` on the decode paths."""
     # Of another dtype only under autocast, as in `_blocks`.
-    weights = [w.to(x.dtype) if isinstance(w, torch.Tensor) else w for w in weights]
-    s = x.new_empty(x.shape[0], ranks[-1].stop)
+    weights = tuple(w.to(x.dtype) if isinstance(w, torch.Tensor) else w for w in group.weights)
+    group = dataclasses.replace(group, weights=weights)
+    s = x.new_empty(x.shape[0], group.columns[-1].stop)
     ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
     blocksizes, tensors = [], []
     for weight in weights:
         blocksize, *held = weight_parts(weight)
         blocksizes.append(blocksize)
         tensors += held
-    bounds = tuple(columns.stop for columns in ranks)
     replay.run(
-        _key("lora_linear_shared decode", dropout, path, tuple(scalings), bounds, *blocksizes),
+        _key("lora_linear_shared decode", dropout, group.path, *_numbers(group), *blocksizes),
         (x, *tensors, *lora_As, *lora_Bs, *biases, _seed(dropout), *ys, s),
-        lambda: decoded_calls(x, weights, lora_As, lora_Bs, scalings, biases, ys, s, ranks, dropout, path, arch),
+        lambda: decoded_calls(x, group, lora_As, lora_Bs, biases, ys, s, dropout, arch),
         x.device,
     )
     return ys, s
@@ -152,25 +146,23 @@ def _decoded(
 
 def decoded_calls(
     x: torch.Tensor,
-    weights: Sequence[Any],
+    group: Group,
     lora_As: Sequence[torch.Tensor],
     lora_Bs: Sequence[torch.Tensor],
-    scalings: Sequence[float],
     biases: Sequence[torch.Tensor | None],
     ys: Sequence[torch.Tensor],
     s: torch.Tensor,
-    ranks: Ranks,
     dropout: Dropout | None,
-    path: str,
     arch: int,
 ) -> Calls:
     """The two launches of each `y = x W^T + bias + S B^T`, S [M, R] made on the way, for at most 16 tokens."""
-    parts = zip(lora_As, lora_Bs, scalings, ys, (s[:, columns] for columns in ranks), biases, strict=True)
-    group = [Projection(*each) for each in parts]
+    own_s = [s[:, columns] for columns in group.columns]
+    parts = zip(lora_As, lora_Bs, group.scalings, ys, own_s, biases, strict=True)
+    projections = [Projection(*each) for each in parts]
     common: dict[str, Any] = {"dropout": dropout, "arch": arch, "precision": precision()}
-    if path == "decode":
-        return [*group_decode_calls(x, weights, group, **common)]
-    return [*group_decode_4bit_calls(x, [packed(w) for w in weights], group, **common)]
+    if group.path == "decode":
+        return [*group_decode_calls(x, group.weights, projections, **common)]
+    return [*group_decode_4bit_calls(x, [packed(w) for w in group.weights], projections, **common)]
 
 
 def _run_output(
@@ -196,27 +188,21 @@ def _run_output(
 def backward(
     dys: Sequence[torch.Tensor],
     x: Kept,
-    weights: Sequence[Any],
+    group: Group,
     lora_As: Sequence[torch.Tensor],
     lora_Bs: Sequence[torch.Tensor],
     s: Kept,
-    scalings: Sequence[float],
-    ranks: Ranks,
     dropout: Dropout | None,
-    path: str,
     arch: int,
     needs: tuple[bool, bool, Sequence[bool]],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor | None]]:
-    """Each dy [M, N] -> dX [M, K], dA [R, K] of all projections, each dB [N, r]; only what `needs` asks for.
-
-    `ranks` are columns of s, which may have others; those of dS and dA follow one another.
-    """
+    """Each dy [M, N] -> dX [M, K], dA [R, K] of all projections, each dB [N, r]; only what `needs` asks for."""
     needs_x, needs_a, needs_bs = needs
     M, device = dys[0].shape[0], dys[0].device
     dbs: list[torch.Tensor | None] = []
     places = rank_columns(lora_As)
     ds: Kept = dys[0].new_empty(M, places[-1].stop) if needs_x or needs_a else None
-    parts = zip(dys, lora_Bs, scalings, ranks, places, needs_bs, strict=True)
+    parts = zip(dys, lora_Bs, group.scalings, group.columns, places, needs_bs, strict=True)
     for dy, lora_B, scaling, columns, place, needs_b in parts:
         db = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if needs_b else None
         own_s = s[:, columns] if needs_b else None
@@ -224,13 +210,13 @@ def backward(
         dbs.append(db)
     lora_A = joined(lora_As)
     dx: Kept = None
-    if needs_x and path in FUSED_4BIT_PATHS:
-        for dy, weight, own_a, place in zip(dys, weights, lora_As, places, strict=True):
-            own = _run_input_gradient(dy, weight, ds[:, place], own_a, dropout, path, arch)
+    if needs_x and group.path in FUSED_4BIT_PATHS:
+        for dy, weight, own_a, place in zip(dys, group.weights, lora_As, places, strict=True):
+            own = _run_input_gradient(dy, weight, ds[:, place], own_a, dropout, group.path, arch)
             dx = own if dx is None else dx.add_(own)
     elif needs_x:
-        for dy, weight in zip(dys, weights, strict=True):
-            for part, rows, rows_path in _blocks(weight, dy.dtype, path):
+        for dy, weight in zip(dys, group.weights, strict=True):
+            for part, rows, rows_path in _blocks(weight, dy.dtype, group.path):
                 own_dy = dense_rows(dy[:, part])
                 if dx is None:
                     dx = _run_input_gradient(own_dy, rows, ds, lora_A, dropout, rows_path, arch)

@@ -30,8 +30,9 @@ from peftkern.ops._common import (
     rank_columns,
     refuse_double_backward,
 )
-from peftkern.ops._lora_linear_shared_call import Group, backward_shared, forward_shared, launched_apart
+from peftkern.ops._lora_linear_shared_call import backward_shared, forward_shared, launched_apart
 from peftkern.ops._lora_linear_shared_operator import call_operator
+from peftkern.ops._projection_group import Group
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.lora_linear import plan_for as plan_for_dense
 from peftkern.ops.lora_linear_quantized import _check as check_quantized
