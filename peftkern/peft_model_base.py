@@ -16,7 +16,7 @@ from peftkern.config import PeftConfig
 from peftkern.integrations.peft_bridge import bridge_wrappers, bridged_class
 from peftkern.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peftkern.tuners.mixed import check_names
-from peftkern.tuners.tuner_layer import BaseTunerLayer
+from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.adapter_files import PathLike, weights_file, write_adapter
 from peftkern.utils.model_card import update_model_card
@@ -282,7 +282,7 @@ class PeftModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """In this context the model is the base model."""
-        disabled = {module.disable_adapters for module in self.modules() if isinstance(module, BaseTunerLayer)}
+        disabled = {module.disable_adapters for module in self.modules() if is_tuned(module)}
         if len(disabled) == 2:
             warnings.warn("Some layers' adapters were disabled, others not: all are enabled afterwards.", stacklevel=3)
         was_disabled = self._adapters_disabled

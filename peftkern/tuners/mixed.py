@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from peftkern.ops.adapter_route import AdapterBatch
+from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.other import ModulesToSaveWrapper
 
 BASE = "__base__"  # the name that PEFT gives a row without an adapter
@@ -120,7 +121,8 @@ class MixedRows:
     def find_layers(self) -> None:
         """Look for the model's adapted layers again, after some came or went."""
         kinds = (self._layer_class, ModulesToSaveWrapper)
-        self._layers: list[Any] = [module for module in self._model.modules() if isinstance(module, kinds)]
+        found: list[Any] = [module for module in self._model.modules() if isinstance(module, kinds)]
+        self._layers = [module for module in found if isinstance(module, ModulesToSaveWrapper) or is_tuned(module)]
         self._tuned: list[Any] = [layer for layer in self._layers if isinstance(layer, self._layer_class)]
 
     def sync(self) -> None:

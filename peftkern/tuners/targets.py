@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkern.tuners.tuner_layer import BaseTunerLayer
+from peftkern.tuners.tuner_layer import BaseTunerLayer, is_tuned
 from peftkern.utils.constants import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     MAMBA_MODEL_TYPES,
@@ -165,7 +165,7 @@ def match_targets(
     if config.target_modules is None:
         config.target_modules = _default_targets(model, defaults)
     if is_all_linear(config.target_modules):
-        linear = {k for k, m in layers.items() if isinstance(m, BaseTunerLayer) and "Linear" in type(m).__name__}
+        linear = {k for k, m in layers.items() if is_tuned(m) and "Linear" in type(m).__name__}
         config.target_modules = all_linear_names(model, config.task_type, inside, linear)
     targets = config.target_modules
     if not isinstance(targets, str) and len(targets) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:

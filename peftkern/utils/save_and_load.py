@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from peftkern.config import PeftConfig
+from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import AdapterFileError, shorten
 from peftkern.utils.adapter_files import PathLike, config_file, read_weights, weights_file
 from peftkern.utils.adapter_keys import (
@@ -232,7 +233,7 @@ def set_peft_model_state_dict(
     model.load_state_dict(plan.tensors, strict=False, assign=low_cpu_mem_usage)
     if low_cpu_mem_usage:
         for module in model.modules():
-            if hasattr(module, "_move_adapter_to_device_of_base_layer"):
+            if is_tuned(module):
                 module._move_adapter_to_device_of_base_layer(adapter_name)
     return _IncompatibleKeys(plan.missing, plan.unexpected)
 
