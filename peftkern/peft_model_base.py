@@ -108,8 +108,13 @@ class PeftModel(nn.Module):
 
     @property
     def active_peft_config(self) -> PeftConfig:
-        """The active adapter's configuration."""
-        return self.peft_config[self.active_adapter]
+        """The active adapter's configuration; a ValueError where none is active."""
+        name = next((n for n in (self.active_adapter, *self.active_adapters) if n in list(self.peft_config)), None)
+        if name is None:
+            raise ValueError(
+                f"no adapter is active: set_adapter makes one of {sorted(self.peft_config)} the active one"
+            )
+        return self.peft_config[name]
 
     @property
     def has_active_enabled_adapter(self) -> bool:
@@ -155,6 +160,18 @@ class PeftModel(nn.Module):
         trainable, every = self.get_nb_trainable_parameters()
         share = 100 * trainable / every
         print(f"trainable params: {trainable:,d} || all params: {every:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[Any]:
+        """See `peftkern.get_layer_status`."""
+        from peftkern.status import get_layer_status  # it knows this class
+
+        return get_layer_status(self)
+
+    def get_model_status(self) -> Any:
+        """See `peftkern.get_model_status`."""
+        from peftkern.status import get_model_status
+
+        return get_model_status(self)
 
     # --- running -----------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
             load_map = module.adapter_state_dict_load_map(adapter_name)
             found.update({f"{dot}{saved}": f"{dot}{held}" for saved, held in load_map.items()})
         elif is_tuned(module):
-            for child_name, child in module.named_children():
+            for child_name, child in module.named_children():  # type: ignore[attr-defined]
                 if child_name == "base_layer" or not isinstance(child, nn.ModuleDict | nn.ParameterDict):
                     continue
                 if isinstance(child, nn.ParameterDict):
