@@ -106,6 +106,7 @@ class AdapterBank:
         self._dtype = dtype
         tuner: Any = self.model.base_model
         self._mixed = MixedAdapters(tuner.model, slots, max_rank, LoraLayer)
+        self._mixed.is_fixed = True  # graphs that were captured, and the bank's own methods, go by these pools
         for layer in self._linear_layers():
             here = next(iter(layer.lora_A.values()), None)
             if here is None:
