@@ -38,8 +38,9 @@ def cut(text: str, most: int = _MOST) -> str:
 
 
 def shown(value: object, most: int = 80) -> str:
-    """The value as in code, for a message; one that is long is cut."""
-    return cut(repr(value), most)
+    """The value as in code, for a message; the end of a long one is left out."""
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "..."
 
 
 @contextlib.contextmanager
