@@ -86,6 +86,24 @@ def test_adapters_that_go_round_the_bank_have_to_fit_it():
         bank.model(ids(4), adapter_names=["fourth", "law", "code", "__base__"])
 
 
+def test_a_layer_of_the_base_that_has_its_own_adapter_is_not_the_bank_s():
+    """Would catch the adapter of a `peftkern.nn` layer taken for the bank's of that name, switched off, or removed."""
+    model = mlp()
+    model.head = own = peftkern.nn.LoraLinear.from_linear(model.head, r=2, init_lora_weights=False)
+    x = ids(4)
+    want = model(x)
+    with pytest.warns(UserWarning, match="part of the base model: 'head'"):
+        bank = AdapterBank(model, target_modules=["up", "down"])
+    bank.add("default")
+    with bank.batch(["default", "__base__"] * 2):
+        torch.testing.assert_close(bank.model(x), want)  # the bank's own starts from nothing
+    assert not any("head" in name for name, _ in bank.named_parameters("default"))
+    assert not any("head" in name for name in bank.state_dict("default"))
+    bank.replace("default")
+    bank.remove("default")
+    assert torch.equal(model(x), want) and own.active_adapters == ["default"]
+
+
 def test_adapters_come_and_go():
     """Would catch a slot that keeps its old rows, a removed adapter that still adapts, a pool that is made anew."""
     bank, x = bank_of(slots=2), ids(4)

@@ -255,9 +255,11 @@ def test_flattened_tokens_are_refused_with_the_reason():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             made = peftkern.get_peft_model(copy.deepcopy(model), config, adapter_name="one")
-        with pytest.raises(ValueError, match=r"adapter_names: .*4 rows, got \[48, 32\]: the model flattens its tokens"):
+        with pytest.raises(
+            ValueError, match=r"adapter_names: .*got 4 ids for x \[48, 32\]: the model flattens its tokens"
+        ):
             made(input_ids=x, adapter_names=["one"] * 4)
-        with pytest.raises(ValueError, match="adapter_names: .*5 rows.*: the names are not those of the model's batch"):
+        with pytest.raises(ValueError, match="adapter_names: .*5 ids.*: the names are not those of the model's batch"):
             made(input_ids=x, adapter_names=["one"] * 5)
     bank = peftkern.AdapterBank(model, target_modules=["fc1", "q_proj"])
     bank.add("one")

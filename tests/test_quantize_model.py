@@ -136,17 +136,17 @@ def test_subclasses_that_stay_dense_are_told_once_by_class():
     """Catches a model of layers of its own (Falcon's) that stays dense in silence, and words about what was skipped."""
     config = transformers.FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=128)
     model = transformers.FalconForCausalLM(config)
-    model.transformer.extra = nn.Linear(64, 64)
+    model.transformer.h[0].extra = nn.Linear(64, 64)
     with pytest.warns(UserWarning) as told:
         quantize_model(model, BITS4)
     words = [str(warning.message) for warning in told if "FalconLinear" in str(warning.message)]
     assert len(words) == 1 and "stay dense: 'transformer.h.0.self_attention.query_key_value'" in words[0]
     assert "and 5 more" in words[0] and "lm_head" not in words[0]
     model = transformers.FalconForCausalLM(config)
-    model.transformer.extra = nn.Linear(64, 64)
+    model.transformer.h[0].extra = nn.Linear(64, 64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        quantize_model(model, BITS4, skip_modules=["transformer.h", "lm_head"])
+        quantize_model(model, BITS4, skip_modules=["query_key_value", "dense", "4h", "to_h", "lm_head"])
 
 
 def test_conv1d_stays_dense_and_is_told(tmp_path):

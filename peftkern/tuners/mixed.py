@@ -51,9 +51,8 @@ def check_first_axis(batch: AdapterBatch, x: torch.Tensor) -> None:
             "that it cannot be told whose each row is. Keep such layers out of target_modules, run each adapter's rows "
             "by themselves, or, if the order is kept, tell each token's slot (AdapterBank.batch)"
         )
-    raise ValueError(
-        f"adapter_names: expected an input whose first dimension is the batch, {n} rows, got {list(x.shape)}: {reason}"
-    )
+    got = f"got {n} ids for x {list(x.shape)}"
+    raise ValueError(f"adapter_names: expected an input whose first dimension is the batch, {got}: {reason}")
 
 
 class LayerRows:
