@@ -60,7 +60,7 @@ def _expect_names(name: str, value: Any) -> None:
 def _check_regex(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError) as error:
         raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}") from error
 
 

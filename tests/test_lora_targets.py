@@ -188,6 +188,11 @@ def test_nothing_matched_says_what_was_asked_and_what_is_near():
     with pytest.raises(ValueError, match="characters left out") as caught:
         LoraModel(tiny_llama(), LoraConfig(target_modules=["q" * 100_000]), "default")
     assert len(str(caught.value)) < 2000
+    with pytest.warns(UserWarning, match="characters left out") as told:
+        LoraModel(
+            mlp(), LoraConfig(target_modules=["up"], exclude_modules=["x" * 9999], rank_pattern={"y" * 9999: 1}), "a"
+        )
+    assert len(told) == 2 and all(len(str(warning.message)) < 2000 for warning in told)
     with pytest.raises(ValueError, match="Names in the model end in: down, emb, head, up"):
         LoraModel(mlp(), LoraConfig(target_modules=["zzz"]), "default")
     with pytest.raises(ValueError, match="at least one module"):

@@ -209,13 +209,13 @@ def _default_targets(model: nn.Module, defaults: Mapping[str, list[str] | str]) 
 def _warn_of_unused_patterns(config: Any, matched: list[str], names: list[str]) -> None:
     """Warns of what the configuration names and nothing answers to, and of patterns whose meaning a file would lose."""
     if getattr(config, "exclude_modules", None) and not any(is_excluded(config, key) for key in names):
-        warnings.warn(f"exclude_modules={config.exclude_modules!r} matched no module", stacklevel=5)
+        warnings.warn(f"exclude_modules={cut(repr(config.exclude_modules))} matched no module", stacklevel=5)
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field, None) or {}
         used = {get_pattern_key(patterns, key) for key in matched}
         unused = [p for p in patterns if p not in used]
         if unused:
-            warnings.warn(f"{field}: {unused} decided nothing for any targeted module", stacklevel=5)
+            warnings.warn(f"{field}: {cut(str(unused))} decided nothing for any targeted module", stacklevel=5)
         # The first pattern that matches decides, and the file, PEFT's, holds them in the order of the alphabet.
         kept = sorted(patterns)
         asked = [(key, get_pattern_key(patterns, key), get_pattern_key(kept, key)) for key in matched if len(kept) > 1]

@@ -53,6 +53,7 @@ class QuantizationSettings:
     fields: dict[str, Any]
 
     @classmethod
+    @short_messages()
     def of(cls, config: Any) -> QuantizationSettings:
         """From transformers' `BitsAndBytesConfig`, anything with its attributes, or a dict of them.
 
@@ -73,11 +74,7 @@ class QuantizationSettings:
                 "quantization_config: expected transformers' BitsAndBytesConfig or a dict of its fields, "
                 f"got {type(config).__name__}"
             )
-        with short_messages():
-            return cls._checked(_DEFAULTS | given)
-
-    @classmethod
-    def _checked(cls, values: dict[str, Any]) -> QuantizationSettings:
+        values = _DEFAULTS | given
         for name, default in _DEFAULTS.items():  # transformers refuses these by a TypeError, without the file's name
             kinds = (bool,) if isinstance(default, bool) else (int, float) if isinstance(default, float) else ()
             if kinds and (type(values[name]) not in kinds):
@@ -124,8 +121,8 @@ def check_patterns(name: str, patterns: Any) -> list[str]:
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from error
+        except (re.error, RecursionError) as error:
+            raise ValueError(f"{name}: {shown(pattern, 300)} is no regular expression: {error}") from error
     return list(patterns)
 
 
