@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from peftkern.mapping_func import get_peft_model
     from peftkern.peft_model import PeftModel
     from peftkern.quantize import load_quantized, quantize_model, save_quantized
+    from peftkern.status import get_layer_status, get_model_status
     from peftkern.tuners.ia3 import IA3Config, IA3Model
     from peftkern.tuners.lora import LoraConfig, LoraModel
     from peftkern.tuners.lora.shared_input import share_inputs
     from peftkern.utils.adapter_error import AdapterFileError
-    from peftkern.utils.kbit import prepare_model_for_kbit_training
+    from peftkern.utils.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
     from peftkern.utils.peft_types import PeftType, TaskType
     from peftkern.utils.quantized_files import QuantizedFileError
 
@@ -57,6 +58,7 @@ _HOMES = {
     "peftkern.peft_model": ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING", *(f"PeftModel{suffix}" for suffix in _TASKS)],
     "peftkern.auto": [f"AutoPeftModel{suffix}" for suffix in _TASKS],
     "peftkern.quantize": ["load_quantized", "quantize_model", "save_quantized"],
+    "peftkern.status": ["get_layer_status", "get_model_status"],
     "peftkern.tuners.ia3": ["IA3Config", "IA3Model"],
     "peftkern.tuners.lora": [
         *("ArrowConfig", "BdLoraConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraConfig", "LoraGAConfig"),
@@ -64,7 +66,7 @@ _HOMES = {
     ],
     "peftkern.tuners.lora.shared_input": ["share_inputs"],
     "peftkern.utils.adapter_error": ["AdapterFileError"],
-    "peftkern.utils.kbit": ["prepare_model_for_kbit_training"],
+    "peftkern.utils.kbit": ["cast_mixed_precision_params", "prepare_model_for_kbit_training"],
     "peftkern.utils.peft_types": ["PeftType", "TaskType"],
     "peftkern.utils.quantized_files": ["QuantizedFileError"],
     "peftkern.utils.save_and_load": [
@@ -75,7 +77,7 @@ _HOMES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 # `peftkern.tuners.lora.LoraLayer` and the like work after `import peftkern` alone, as they do in PEFT.
-_SUBMODULES = {"nn", "ops", "auto", "config", "mapping", "mapping_func", "peft_model", "tuners", "utils"}
+_SUBMODULES = {"nn", "ops", "auto", "config", "helpers", "mapping", "mapping_func", "peft_model", "tuners", "utils"}
 
 __all__ = ["__version__", "nn", "ops", "use_backend", *_HOME_OF]
 

@@ -22,6 +22,7 @@ from peftkern.tuners.lora import LoraConfig, LoraModel
 from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.mixed import MixedAdapters
 from peftkern.tuners.mixed import BASE
+from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import AdapterFileError, shorten
 from peftkern.utils.adapter_files import PathLike, write_adapter
 from peftkern.utils.adapter_keys import PREFIX
@@ -108,6 +109,7 @@ class AdapterBank:
         self._dtype = dtype
         tuner: Any = self.model.base_model
         self._mixed = MixedAdapters(tuner.model, slots, max_rank, LoraLayer)
+        self._mixed.is_fixed = True  # graphs that were captured, and the bank's own methods, go by these pools
         for layer in self._linear_layers():
             here = next(iter(layer.lora_A.values()), None)
             if here is None:
@@ -210,8 +212,8 @@ class AdapterBank:
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of one adapter, by their names in `bank.model`."""
         self._slot(name)
-        kinds = (LoraLayer, ModulesToSaveWrapper)
-        modules = [module for module in self._tuner.model.modules() if isinstance(module, kinds)]
+        every = self._tuner.model.modules()
+        modules = [m for m in every if isinstance(m, ModulesToSaveWrapper) or is_tuned(m)]
         mine = {id(p) for module in modules for p in _parameters_of(module, name)}
         return ((key, p) for key, p in self.model.named_parameters() if id(p) in mine)
 
@@ -376,7 +378,7 @@ class AdapterBank:
 
     def _covered(self) -> list[str]:
         modules = self._tuner.model.named_modules()
-        return [name for name, module in modules if isinstance(module, Linear)]
+        return [name for name, module in modules if isinstance(module, Linear) and is_tuned(module)]
 
     def _seat(self) -> None:
         """Give every adapter its slot, and the pools what is new in them."""
@@ -421,7 +423,7 @@ class AdapterBank:
         with restored_on_error(self.model):
             self.model.add_adapter(name, config, autocast_adapter_dtype=False)
             for key, layer in self._tuner.model.named_modules():
-                if isinstance(layer, LoraLayer) and id(layer) not in known:
+                if is_tuned(layer) and id(layer) not in known:
                     raise ValueError(f"adapter {called!r}: the bank does not cover {key!r}, which it targets")
             for layer, pool in self._mixed.pools.items():
                 _cast(layer, name, pool.pool_a.dtype)

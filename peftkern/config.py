@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from peftkern.utils.adapter_error import cut, short_messages
 from peftkern.utils.peft_types import PeftType, TaskType
 
 # What a saved config says under `peft_version`: the release whose file format is written here.
@@ -59,7 +60,7 @@ def _expect_names(name: str, value: Any) -> None:
 def _check_regex(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError) as error:
         raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}") from error
 
 
@@ -104,7 +105,8 @@ class PeftConfigMixin:
             self.peft_version = PEFT_FORMAT_VERSION
         if self.peft_type is None:
             self.peft_type = self.method
-        self.check()
+        with short_messages():
+            self.check()
 
     def check(self) -> None:
         """Raises ValueError or TypeError for a value that is not allowed; called again before an adapter is made."""
@@ -189,6 +191,24 @@ class PeftConfigMixin:
         return cls.from_peft_type(**content)
 
     @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
+        """The content of a configuration's file as a dict, without `runtime_config`, which is never saved.
+
+        Args:
+            path_json_file: The file, such as `adapter_config.json`.
+            **kwargs: Ignored, as in PEFT.
+
+        Raises:
+            ValueError: No such file, or it holds no JSON object.
+        """
+        from peftkern.utils.adapter_files import read_config_file
+
+        content = read_config_file(path_json_file)
+        if content.pop("runtime_config", None) is not None:
+            warnings.warn("runtime_config found in a saved configuration: ignored, it is never saved", stacklevel=2)
+        return content
+
+    @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> PeftConfigMixin:
         """Builds the config that `config["peft_type"]` names from the content of an `adapter_config.json`."""
         if not isinstance(config, Mapping):
@@ -207,13 +227,14 @@ class PeftConfigMixin:
         """
         from peftkern.mapping import config_class
 
-        config_cls = cls if "peft_type" not in kwargs and cls.method is not None else config_class(kwargs)
+        with short_messages():
+            config_cls = cls if "peft_type" not in kwargs and cls.method is not None else config_class(kwargs)
         if "runtime_config" in kwargs:
             warnings.warn("runtime_config found in a saved configuration: ignored, it is never saved", stacklevel=2)
             kwargs.pop("runtime_config")
         fields = {field.name for field in dataclasses.fields(config_cls) if field.init}
-        unknown = sorted(set(kwargs) - fields)
-        if unknown:
+        unknown = cut(str(sorted(set(kwargs) - fields)))
+        if unknown != "[]":
             warnings.warn(
                 f"{config_cls.__name__} does not know the keys {unknown}: ignored. The configuration may come from a "
                 f"newer release than {PEFT_FORMAT_VERSION}, and the adapter may then mean something else here.",

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftkern.ops.linear_cross_entropy import chunk_rows
+from peftkern.utils.adapter_error import shown
+from peftkern.utils.quantization_settings import QuantizationSettings
 from peftkern.weights import BLOCKSIZES
 
 if TYPE_CHECKING:
@@ -166,16 +168,18 @@ def estimate_memory(model: Any, *, vram: float | None = None, **settings: Any) -
         model: a transformers configuration, a hub id (its configuration is read), a folder or a config.json.
         vram: the GPU's memory in GiB (a "24 GB" card has 24 GiB), or None.
         settings: fields of `Settings`: r (rank), seq (tokens of a sequence), batch (sequences of a step), quant ("nf4",
-            "fp4", "int8" or "none") of all linear layers but the lm_head, double_quant, target (target_modules: a name,
-            several with commas, or "all-linear"), checkpointing, optim ("adamw", "adamw8bit", "paged" for 8 bits in
-            memory that moves to the host), chunked_loss (`use_chunked_loss`), adapter_dtype and dtype ("fp32", "bf16",
-            "fp16"), blocksize of the 4-bit formats.
+            "fp4", "int8" or "none") of all linear layers but the lm_head and double_quant (of a model that bitsandbytes
+            quantized by default what its configuration says), target (target_modules: a name, several with commas, or
+            "all-linear"), checkpointing, optim ("adamw", "adamw8bit", "paged" for 8 bits in memory that moves to the
+            host), chunked_loss (`use_chunked_loss`), adapter_dtype and dtype ("fp32", "bf16", "fp16"), blocksize of the
+            4-bit formats.
 
     Returns:
         An `Estimate`, which prints as a table.
 
     Raises:
-        ValueError: a setting is none of the above, or the configuration cannot be read or built.
+        ValueError: a setting is none of the above, or the configuration cannot be read or built, or says that the model
+            is quantized by another method and no quant is given.
         NotImplementedError: a step of the model cannot be traced without memory.
     """
     from peftkern.integrations import traced_model
@@ -185,9 +189,9 @@ def estimate_memory(model: Any, *, vram: float | None = None, **settings: Any) -
     unknown = sorted(set(settings) - set(Settings.__dataclass_fields__))
     if unknown:
         raise TypeError(f"estimate_memory: unknown settings {', '.join(unknown)}")
-    chosen = Settings(**settings)
     with traced_model.quiet_transformers():
         config = traced_model.read_config(model) if isinstance(model, str) else model
+        chosen = Settings(**(_said_by(config, settings) | settings))
         target: Any = [t.strip() for t in chosen.target.split(",")] if "," in chosen.target else chosen.target
         target = [target] if isinstance(target, str) and target != "all-linear" else target
         dtypes = DTYPES[chosen.dtype], DTYPES[chosen.adapter_dtype]
@@ -196,6 +200,24 @@ def estimate_memory(model: Any, *, vram: float | None = None, **settings: Any) -
         size = None if vram is None else int(vram * 2**30)
         largest = None if size is None else _largest_sequence(traced, chosen, size)
         return replace(made, vram=size, largest_seq=largest, advice=_advice(traced, made))
+
+
+def _said_by(config: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the configuration of a quantized model implies; none where `given` says how to quantize."""
+    said = getattr(config, "quantization_config", None)
+    if said is None or "quant" in given:
+        return {}
+    fields = said if isinstance(said, dict) else said.to_dict()
+    method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method", "bitsandbytes")))
+    if method != "bitsandbytes":
+        raise ValueError(
+            f"model: quantized by {shown(method)}, whose sizes are not known here: give quant (--quant), one of "
+            f"{', '.join(QUANTIZATIONS)}"
+        )
+    settings = QuantizationSettings.of(fields)
+    if settings.bits == 8:
+        return {"quant": "int8"}
+    return {"quant": settings.quant_type, "double_quant": settings.double_quant}
 
 
 # -- the parts ----------------------------------------------------------------------------------------------------
@@ -341,7 +363,7 @@ def _advice(traced: TracedModel, made: Estimate) -> tuple[str, ...]:
     if s.quant in ("none", "int8"):
         ways.append(("4-bit linear layers (--quant nf4)", {"quant": "nf4"}))
     elif not s.double_quant:
-        ways.append(("quantized scales (without --no-double-quant)", {"double_quant": True}))
+        ways.append(("quantized scales (--double-quant)", {"double_quant": True}))
     if not s.checkpointing:
         ways.append(
             ("gradient checkpointing (without --no-checkpointing), for one more forward", {"checkpointing": True})
@@ -376,8 +398,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--seq", type=int, default=default.seq, help="tokens in a sequence")
     add("--batch", type=int, default=default.batch, help="sequences in a step")
     add("--vram", type=float, help="memory of the GPU in GiB")
-    parser.add_argument("--quant", choices=QUANTIZATIONS, default=default.quant)
-    parser.add_argument("--no-double-quant", dest="double_quant", action="store_false")
+    said = "by default what the configuration says of a quantized model"
+    parser.add_argument("--quant", choices=QUANTIZATIONS, default=argparse.SUPPRESS, help=f"{said}, else nf4")
+    parser.add_argument("--double-quant", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=said)
     add("--blocksize", type=int, default=default.blocksize, help="weights that share a scale")
     parser.add_argument("--target", default=default.target, metavar="NAMES", help="modules to adapt, with commas")
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")

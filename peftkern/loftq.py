@@ -100,7 +100,7 @@ def _layers_in_4_bits(base: nn.Module, adapter_name: str) -> dict[str, Any]:
     """The layers with this adapter on a 4-bit weight, by name."""
     found: dict[str, Any] = {}
     for name, layer in base.named_modules():
-        if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+        if not isinstance(layer, LoraLayer) or layer.stands_alone or adapter_name not in layer.lora_A:
             continue
         if is_merged_into_dense(layer):
             raise ValueError(f"adapters are merged into {name}: {layer.merged_adapters}; unmerge them first")

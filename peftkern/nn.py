@@ -1,7 +1,8 @@
 """LoRA and IA3 layers by themselves, for a training loop that has no use for configurations.
 
 They are the layers that `get_peft_model` puts into a model, with one adapter named "default": `merge`, `unmerge`,
-`state_dict` keys and `explain` are the same.
+`state_dict` keys and `explain` are the same. In a model that `get_peft_model` adapts they are part of the base: their
+adapter stays active and is frozen, and switching, merging and saving leave it alone.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ class LoraLinear(Linear):
         ValueError, TypeError: A number outside its range, or a layer that is not linear.
     """
 
+    stands_alone = True
+
     def __init__(
         self,
         in_features: int,
@@ -147,6 +150,8 @@ class LoraEmbedding(Embedding):
         device, dtype, adapter_dtype: As in `LoraLinear`.
     """
 
+    stands_alone = True
+
     def __init__(
         self,
         num_embeddings: int,
@@ -203,6 +208,8 @@ class IA3Linear(IA3LinearLayer):
     Raises:
         ValueError, TypeError: A number outside its range, or a layer that is not linear.
     """
+
+    stands_alone = True
 
     def __init__(
         self,

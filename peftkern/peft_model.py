@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from peftkern.peft_model_base import PeftModel
+from peftkern.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from peftkern.utils.constants import SEQ_CLS_HEAD_NAMES
 from peftkern.utils.peft_types import TaskType
 
@@ -19,6 +20,10 @@ __all__ = [
     "PeftModelForSeq2SeqLM",
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
+    "TunerLayerStatus",
+    "TunerModelStatus",
+    "get_layer_status",
+    "get_model_status",
 ]
 
 

@@ -16,7 +16,7 @@ from peftkern.config import PeftConfig
 from peftkern.integrations.peft_bridge import bridge_wrappers, bridged_class
 from peftkern.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peftkern.tuners.mixed import check_names
-from peftkern.tuners.tuner_layer import BaseTunerLayer
+from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.adapter_files import PathLike, weights_file, write_adapter
 from peftkern.utils.model_card import update_model_card
@@ -108,8 +108,13 @@ class PeftModel(nn.Module):
 
     @property
     def active_peft_config(self) -> PeftConfig:
-        """The active adapter's configuration."""
-        return self.peft_config[self.active_adapter]
+        """The active adapter's configuration; a ValueError where none is active."""
+        name = next((n for n in (self.active_adapter, *self.active_adapters) if n in list(self.peft_config)), None)
+        if name is None:
+            raise ValueError(
+                f"no adapter is active: set_adapter makes one of {sorted(self.peft_config)} the active one"
+            )
+        return self.peft_config[name]
 
     @property
     def has_active_enabled_adapter(self) -> bool:
@@ -155,6 +160,18 @@ class PeftModel(nn.Module):
         trainable, every = self.get_nb_trainable_parameters()
         share = 100 * trainable / every
         print(f"trainable params: {trainable:,d} || all params: {every:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[Any]:
+        """See `peftkern.get_layer_status`."""
+        from peftkern.status import get_layer_status  # it knows this class
+
+        return get_layer_status(self)
+
+    def get_model_status(self) -> Any:
+        """See `peftkern.get_model_status`."""
+        from peftkern.status import get_model_status
+
+        return get_model_status(self)
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -282,7 +299,7 @@ class PeftModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """In this context the model is the base model."""
-        disabled = {module.disable_adapters for module in self.modules() if isinstance(module, BaseTunerLayer)}
+        disabled = {module.disable_adapters for module in self.modules() if is_tuned(module)}
         if len(disabled) == 2:
             warnings.warn("Some layers' adapters were disabled, others not: all are enabled afterwards.", stacklevel=3)
         was_disabled = self._adapters_disabled

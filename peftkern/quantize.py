@@ -46,7 +46,7 @@ def quantize_model(
     """Replace the `nn.Linear` modules of `model` by `Linear4bit` or `Linear8bit`, in place.
 
     One layer at a time: a dense weight is freed as soon as it is quantized, so that there are never two copies of the
-    model. What an `nn.Linear` subclass, a Conv1D or stacked experts hold stays dense; Conv1D and experts are warned of.
+    model. What an `nn.Linear` subclass, a Conv1D or stacked experts hold stays dense, with a warning.
 
     Args:
         model: Any module; a transformers model is also marked as quantized, as `from_pretrained` does, so that Trainer
@@ -83,7 +83,7 @@ def quantize_model(
         _quantize_layer(model, group, settings, device)
     if device is not None:
         model.to(device)
-    _note_left_dense(model)
+    _note_left_dense(model, skips)
     _mark(model, settings)
     return model
 
@@ -171,11 +171,15 @@ def _with_progress(groups: list[list[str]], progress: bool) -> Iterator[list[str
     return iter(groups)
 
 
-def _note_left_dense(model: nn.Module) -> None:
+def _note_left_dense(model: nn.Module, skips: list[str]) -> None:
     """Warn of large weights of a kind that is not quantized."""
     conv1d = [name for name, module in model.named_modules() if is_conv1d(module)]
     stacked = [name for name, p in model.named_parameters() if p.dim() > 2 and "expert" in name]
-    for names, kind in ((conv1d, "Conv1D layers"), (stacked, "stacked experts")):
+    left: dict[str, list[str]] = {"Conv1D layers": conv1d, "stacked experts": stacked}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear and not is_skipped(name, skips):
+            left.setdefault(f"{type(module).__name__} layers (a subclass of nn.Linear)", []).append(name)
+    for kind, names in left.items():
         if names:
             warnings.warn(f"quantize_model: {kind} stay dense: {shorten(names, 3)}", stacklevel=3)
 

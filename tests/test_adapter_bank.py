@@ -54,6 +54,56 @@ def test_a_batch_by_names_and_by_slots():
     assert torch.equal(bank.model.get_base_model()(x), mlp()(x))
 
 
+def test_a_bank_s_model_says_that_no_adapter_is_active():
+    """Would catch a KeyError of a name that only the making of the bank knew, before anything is active."""
+    bank = AdapterBank(mlp(), target_modules=["up"])
+    with pytest.raises(ValueError, match=r"no adapter is active: set_adapter makes one of \[\]"):
+        _ = bank.model.active_peft_config
+    bank.add("law")
+    with pytest.raises(ValueError, match=r"no adapter is active: set_adapter makes one of \['law'\]"):
+        _ = bank.model.active_peft_config
+    bank.model.set_adapter("law")
+    assert bank.model.active_peft_config is bank.model.peft_config["law"]
+
+
+def test_adapters_that_go_round_the_bank_have_to_fit_it():
+    """Would catch a second set of pools beside the bank's, which its ids and captured graphs know nothing of."""
+    bank = bank_of(slots=3, max_rank=4)
+    before = fingerprint(bank.model)
+    for config in (
+        LoraConfig(r=5, target_modules=["up"]),
+        LoraConfig(target_modules=["up"], r=2, rank_pattern={"up": 9}),
+    ):
+        with pytest.raises(ValueError, match=r"adapter 'big': its rank is \d, the bank has room for 4"):
+            bank.model.add_adapter("big", config)
+    assert fingerprint(bank.model) == before
+    mixed = bank.model.base_model.mixed_adapters()
+    bank.model.add_adapter("third", LoraConfig(r=4, target_modules=["up"]))
+    bank.model(ids(4), adapter_names=["third", "law", "code", "__base__"])
+    assert bank.model.base_model.mixed_adapters() is mixed is bank._mixed and bank.names == ["law", "code", "third"]
+    bank.model.add_adapter("fourth", LoraConfig(r=4, target_modules=["up"]))
+    with pytest.raises(ValueError, match="the bank has room for 3 adapters of rank 4, here are 4 of up to 4"):
+        bank.model(ids(4), adapter_names=["fourth", "law", "code", "__base__"])
+
+
+def test_a_layer_of_the_base_that_has_its_own_adapter_is_not_the_bank_s():
+    """Would catch the adapter of a `peftkern.nn` layer taken for the bank's of that name, switched off, or removed."""
+    model = mlp()
+    model.head = own = peftkern.nn.LoraLinear.from_linear(model.head, r=2, init_lora_weights=False)
+    x = ids(4)
+    want = model(x)
+    with pytest.warns(UserWarning, match="part of the base model: 'head'"):
+        bank = AdapterBank(model, target_modules=["up", "down"])
+    bank.add("default")
+    with bank.batch(["default", "__base__"] * 2):
+        torch.testing.assert_close(bank.model(x), want)  # the bank's own starts from nothing
+    assert not any("head" in name for name, _ in bank.named_parameters("default"))
+    assert not any("head" in name for name in bank.state_dict("default"))
+    bank.replace("default")
+    bank.remove("default")
+    assert torch.equal(model(x), want) and own.active_adapters == ["default"]
+
+
 def test_adapters_come_and_go():
     """Would catch a slot that keeps its old rows, a removed adapter that still adapts, a pool that is made anew."""
     bank, x = bank_of(slots=2), ids(4)

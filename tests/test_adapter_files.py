@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peftkern import LoraConfig, PeftModel, get_peft_model
+from peftkern import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peftkern.utils.adapter_error import AdapterFileError
 from peftkern.utils.adapter_files import read_config, read_weights, write_adapter, write_config, write_weights
 from tiny_models import fingerprint, mlp, randomize
@@ -280,6 +281,45 @@ def test_nan_and_inf_are_warned_about_by_name(saved, value):
     edit_weights(saved, lambda t: t[A_UP].view(-1).__setitem__(3, value))
     with pytest.warns(UserWarning, match=f"NaN or Inf in '{A_UP}'"):
         PeftModel.from_pretrained(mlp(), saved)
+
+
+@pytest.mark.parametrize(
+    "value, wide, narrow", [(1e300, torch.float64, torch.float32), (1e6, torch.float32, torch.float16)]
+)
+def test_values_that_do_not_fit_the_adapter_s_dtype_are_warned_about(saved, value, wide, narrow):
+    """Catches a finite value in the file that becomes Inf in the model without a word."""
+    tensors = {key: t.to(wide) for key, t in load_file(saved / WEIGHTS).items()}
+    save_file(tensors, saved / WEIGHTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a wider dtype by itself is nothing to warn of
+        PeftModel.from_pretrained(mlp().to(narrow), saved, autocast_adapter_dtype=False)
+    tensors[A_UP][0, 0] = value
+    save_file(tensors, saved / WEIGHTS)
+    kind = str(narrow).removeprefix("torch.")
+    for low in (False, True):
+        with pytest.warns(
+            UserWarning, match=rf"{WEIGHTS}: too large for the adapter's {kind}, loaded as Inf: '{A_UP}'"
+        ):
+            PeftModel.from_pretrained(mlp().to(narrow), saved, autocast_adapter_dtype=False, low_cpu_mem_usage=low)
+
+
+@pytest.mark.parametrize("field", ["peft_type", "task_type", "r", "lora_alpha", "init_lora_weights", "target_modules"])
+def test_long_values_are_not_repeated_whole(saved, field):
+    """Catches a message of 100,000 characters that a file's value fills."""
+    content = json.loads((saved / CONFIG).read_text())
+    for value in ("x" * 100_000, ["x" * 100_000]):
+        (saved / CONFIG).write_text(json.dumps(content | {field: value}))
+        with pytest.raises((AdapterFileError, TypeError)) as caught:
+            PeftModel.from_pretrained(mlp(), saved)
+        assert len(str(caught.value)) < 1000 + len(str(saved)) + 200 and "xxx" in str(caught.value)
+        if field not in ("target_modules",):
+            with pytest.raises((ValueError, TypeError, NotImplementedError)) as caught:
+                PeftConfig.from_pretrained(saved)
+            assert len(str(caught.value)) < 1200 + len(str(saved))
+    (saved / CONFIG).write_text(json.dumps(content | {"y" * 100_000: 1}))
+    with pytest.warns(UserWarning, match="does not know the keys") as told:
+        PeftConfig.from_pretrained(saved)
+    assert all(len(str(warning.message)) < 1300 for warning in told)
 
 
 def test_unknown_keys_are_warned_about_and_cannot_reach_the_base(saved):

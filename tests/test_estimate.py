@@ -235,7 +235,41 @@ def test_advice_names_each_saving_that_is_not_used():
         assert option in words
     assert "--chunked-loss" in "\n".join(estimate_memory(config, seq=4096, chunked_loss=False).advice)
     single = estimate_memory(config, double_quant=False, optim="adamw8bit").advice
-    assert len(single) == 1 and "--no-double-quant" in single[0]
+    assert len(single) == 1 and "--double-quant" in single[0]
+
+
+@pytest.mark.parametrize(
+    "said, words",
+    [
+        ({"load_in_4bit": True}, "fp4 single-quantized"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "quant_method": "bitsandbytes"}, "nf4 single-quantized"),
+        (
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+            "nf4 double-quantized",
+        ),
+        ({"load_in_8bit": True}, "int8,"),
+    ],
+)
+def test_a_quantized_model_is_taken_as_it_is(said, words, tmp_path, capsys):
+    """Would catch: a checkpoint in FP4 or int8 that is estimated, and called, double-quantized NF4."""
+    config = llama(quantization_config=said)
+    assert words in str(estimate_memory(config, seq=64))
+    assert "int8," in str(estimate_memory(config, seq=64, quant="int8")), "what is asked for counts"
+    assert "nf4 double" in str(estimate_memory(config, seq=64, quant="nf4"))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.to_dict()))
+    assert main([str(file), "--seq", "64"]) == 0 and words in capsys.readouterr().out
+    if "4bit" in str(said):
+        assert main([str(file), "--seq", "64", "--double-quant"]) == 0
+        assert f"{words[:3]} double-quantized" in capsys.readouterr().out
+
+
+def test_a_model_quantized_by_another_method_is_named():
+    """Would catch: sizes of NF4 for a model in a format that is not known."""
+    config = llama(quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match="quantized by 'gptq', whose sizes are not known here: give quant"):
+        estimate_memory(config, seq=64)
+    assert "nf4" in str(estimate_memory(config, seq=64, quant="nf4"))
 
 
 def test_only_the_larger_of_layer_and_loss_counts():

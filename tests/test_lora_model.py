@@ -417,14 +417,58 @@ def test_inject_adapter_in_model():
         LoraModel(mlp(), peft.LoraConfig(target_modules=["up"]), "default")
 
 
-def test_a_layer_of_the_other_door_leaves_nothing_of_the_base_trainable():
-    """Catches a whole base model that trains because one of its layers was made by `peftkern.nn`."""
+@pytest.mark.parametrize("name", ["default", "x"])
+def test_a_layer_of_the_other_door_is_part_of_the_base(name, tmp_path):
+    """Catches a layer of `peftkern.nn` whose own adapter is trained, switched, merged or saved by a model around it."""
+    model = mlp()
+    model.up = own = peftkern.nn.LoraLinear.from_linear(model.up, r=2, init_lora_weights=False)
+    before = model(ids())
+    with pytest.warns(UserWarning, match="part of the base model: 'up' keep their adapters, which are frozen"):
+        made = peftkern.get_peft_model(model, LoraConfig(target_modules=["down", "emb"]), adapter_name=name)
+    assert trainable(made) == [key for key in dict(made.named_parameters()) if f".{name}" in key and ".up." not in key]
+    assert torch.equal(made(ids()), before), "the new adapter starts from nothing"
+    made.save_pretrained(tmp_path)
+    folder = tmp_path if name == "default" else tmp_path / name
+    assert not any(".up." in key for key in peftkern.load_peft_weights(folder))
+    randomize(made)
+    with made.disable_adapter():
+        base = made(ids())
+    model.up, held = own.base_layer, model.up
+    with made.disable_adapter():
+        assert not torch.equal(made(ids()), base), "disabling took the layer's own adapter away"
+    model.up = held
+    made.add_adapter("b", LoraConfig(target_modules=["down"]))
+    made.set_adapter("b")
+    assert torch.equal(made(ids()), base) and not any(p.requires_grad for p in own.parameters())
+    made.set_requires_grad(name)
+    assert not any(p.requires_grad for p in own.parameters())
+    made.set_adapter(name)
+    y = made(ids())
+    with torch.no_grad():
+        assert torch.equal(made(ids(), adapter_names=["__base__"] * len(ids())), base)
+        rows = made(ids(), adapter_names=[name] * len(ids()))
+    torch.testing.assert_close(rows, y)
+    made.merge_adapter()
+    assert made.model.down.merged and not own.merged
+    merged = made.merge_and_unload()
+    assert merged.up is own and own.active_adapters == ["default"] and type(merged.down) is nn.Linear
+    torch.testing.assert_close(merged(ids()), y)
+
+
+@pytest.mark.parametrize("targets", [["up"], ["down", "up"]])
+def test_a_layer_of_the_other_door_is_no_target(targets):
+    """Catches a second adapter quietly put beside a layer's own, and "all-linear" that cannot be had beside one."""
     model = mlp()
     model.up = peftkern.nn.LoraLinear.from_linear(model.up, r=2)
-    with pytest.warns(UserWarning, match="carries adapters already"):
-        made = peftkern.get_peft_model(model, LoraConfig(target_modules=["down"]))
-    kept = [f"base_model.model.{layer}.lora_{factor}.default.weight" for layer in ("up", "down") for factor in "AB"]
-    assert trainable(made) == kept
+    for config in (
+        LoraConfig(target_modules=targets),
+        peftkern.IA3Config(target_modules=targets, feedforward_modules=[]),
+    ):
+        with pytest.raises(ValueError, match="target_modules names 'up', a layer of peftkern.nn"):
+            peftkern.get_peft_model(model, config)
+    with pytest.warns(UserWarning, match="part of the base"):
+        made = peftkern.get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    assert made.targeted_module_names and "up" not in made.targeted_module_names
 
 
 def test_copies_and_pickles():

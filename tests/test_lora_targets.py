@@ -175,8 +175,24 @@ def test_nothing_matched_says_what_was_asked_and_what_is_near():
         LoraModel(tiny_llama(), LoraConfig(target_modules=["q_porj", "v_prjo"]), "default")
     with pytest.raises(ValueError, match="exclude_modules and modules_to_save left out 1"):
         LoraModel(mlp(), LoraConfig(target_modules=["up"], exclude_modules=["up"]), "default")
-    with pytest.raises(ValueError, match="layers_to_transform=7"):
-        LoraModel(tiny_llama(), LoraConfig(target_modules=["q_proj"], layers_to_transform=7), "default")
+    for chosen in (7, [9]):
+        with pytest.raises(
+            ValueError, match=r"layers_to_transform=\[?[79]\]?.* Modules of these names are in layers 0 to 1$"
+        ):
+            LoraModel(tiny_llama(), LoraConfig(target_modules=["q_proj"], layers_to_transform=chosen), "default")
+    config = LoraConfig(target_modules=["q_proj"], layers_to_transform=0, layers_pattern="blocks")
+    with pytest.raises(ValueError, match="layers_pattern='blocks'.* are in no layer that has an index"):
+        LoraModel(tiny_llama(), config, "default")
+    with pytest.raises(ValueError, match="Near names: q_proj"):  # no layer has it: the name is at fault
+        LoraModel(tiny_llama(), LoraConfig(target_modules=["q_porj"], layers_to_transform=1), "default")
+    with pytest.raises(ValueError, match="characters left out") as caught:
+        LoraModel(tiny_llama(), LoraConfig(target_modules=["q" * 100_000]), "default")
+    assert len(str(caught.value)) < 2000
+    with pytest.warns(UserWarning, match="characters left out") as told:
+        LoraModel(
+            mlp(), LoraConfig(target_modules=["up"], exclude_modules=["x" * 9999], rank_pattern={"y" * 9999: 1}), "a"
+        )
+    assert len(told) == 2 and all(len(str(warning.message)) < 2000 for warning in told)
     with pytest.raises(ValueError, match="Names in the model end in: down, emb, head, up"):
         LoraModel(mlp(), LoraConfig(target_modules=["zzz"]), "default")
     with pytest.raises(ValueError, match="at least one module"):

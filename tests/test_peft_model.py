@@ -276,9 +276,9 @@ def test_pefts_own_functions_work_on_our_models():
     peft.set_peft_model_state_dict(ours, {k: v + 1 for k, v in want.items()})
     again = peftkern.get_peft_model_state_dict(ours)
     assert all(torch.equal(again[k], want[k] + 1) for k in want)
-    status, expected = ours.get_model_status(), theirs.get_model_status()
+    status, expected = peft.get_model_status(ours), theirs.get_model_status()
     assert dataclasses.replace(status, peft_types=expected.peft_types) == expected
-    assert ours.get_layer_status() == theirs.get_layer_status()
+    assert peft.get_layer_status(ours) == theirs.get_layer_status()
 
 
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])

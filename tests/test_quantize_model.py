@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -122,10 +123,30 @@ def test_what_is_left_alone():
     model["b"].weight = model["a"].weight
     model["attention"] = nn.MultiheadAttention(8, 2)
     model["again"] = model["c"]
-    quantize_model(model, BITS8)
+    with pytest.warns(
+        UserWarning, match=r"NonDynamically\w*Linear layers \(a subclass of nn.Linear\) stay dense: 'att.*out_proj'"
+    ):
+        quantize_model(model, BITS8)
     assert model["b"].weight is model["a"].weight and isinstance(model["c"], Linear8bit)
     assert model["again"] is model["c"]
     assert isinstance(model["attention"].out_proj, nn.Linear)
+
+
+def test_subclasses_that_stay_dense_are_told_once_by_class():
+    """Catches a model of layers of its own (Falcon's) that stays dense in silence, and words about what was skipped."""
+    config = transformers.FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=128)
+    model = transformers.FalconForCausalLM(config)
+    model.transformer.h[0].extra = nn.Linear(64, 64)
+    with pytest.warns(UserWarning) as told:
+        quantize_model(model, BITS4)
+    words = [str(warning.message) for warning in told if "FalconLinear" in str(warning.message)]
+    assert len(words) == 1 and "stay dense: 'transformer.h.0.self_attention.query_key_value'" in words[0]
+    assert "and 5 more" in words[0] and "lm_head" not in words[0]
+    model = transformers.FalconForCausalLM(config)
+    model.transformer.h[0].extra = nn.Linear(64, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_model(model, BITS4, skip_modules=["query_key_value", "dense", "4h", "to_h", "lm_head"])
 
 
 def test_conv1d_stays_dense_and_is_told(tmp_path):
@@ -153,6 +174,14 @@ def test_conv1d_stays_dense_and_is_told(tmp_path):
         (BITS4 | {"bnb_4bit_quant_storage": torch.int32}, "bnb_4bit_quant_storage"),
         (BITS4 | {"llm_int8_skip_modules": "lm_head"}, "llm_int8_skip_modules"),
         (BITS4 | {"llm_int8_skip_modules": ["("]}, "no regular expression"),
+        (BITS4 | {"llm_int8_skip_modules": ["(" * 10_000]}, r"'\(+\.\.\. is no regular expression"),
+        (BITS4 | {"bits" * 10_000: 4}, "unknown field 'bits.*characters left out"),
+        (BITS4 | {"bnb_4bit_quant_type": "int4" * 10_000}, "bnb_4bit_quant_type: .*characters left out"),
+        (BITS4 | {"llm_int8_skip_modules": 5}, "llm_int8_skip_modules: expected a list"),
+        ({"load_in_4bit": "yes"}, "load_in_4bit: expected true or false, got 'yes'"),
+        (BITS4 | {"load_in_8bit": 0}, "load_in_8bit: expected true or false, got 0"),
+        (BITS4 | {"bnb_4bit_use_double_quant": None}, "bnb_4bit_use_double_quant: expected true or false, got None"),
+        (BITS4 | {"llm_int8_threshold": "6"}, "llm_int8_threshold: expected a number, got '6'"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(config, words):
@@ -422,6 +451,14 @@ DAMAGE = {
     "another method": (edit_config(quantization_config={"quant_method": "gptq"}), [CONFIG, "gptq", "bitsandbytes"]),
     "settings a list": (edit_config(quantization_config=[1]), [CONFIG, "quantization_config", "list"]),
     "settings unknown": (edit_config(quantization_config={"load_in_3bit": True}), [CONFIG, "load_in_3bit"]),
+    "settings of another kind": (
+        edit_config(quantization_config={"load_in_4bit": "yes"}),
+        [CONFIG, "load_in_4bit", "true or false", "'yes'"],
+    ),
+    "another table": (
+        edit_tensors(lambda t: t.update({UP + "weight.quant_map": torch.linspace(-1, 1, 16)})),
+        [WEIGHTS, UP + "weight.quant_map", "nf4"],
+    ),
     "no weights": (lambda d: (d / WEIGHTS).unlink(), [WEIGHTS, "found"]),
     "weights empty": (lambda d: (d / WEIGHTS).write_bytes(b""), [WEIGHTS, "empty"]),
     "weights cut": (lambda d: os.truncate(d / WEIGHTS, (d / WEIGHTS).stat().st_size - 7), [WEIGHTS, "cut"]),

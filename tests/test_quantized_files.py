@@ -101,6 +101,21 @@ def test_offset_is_float32_whatever_the_default_dtype(monkeypatch):
     assert read.offset.dtype == torch.float32 and read.offset.item() == weight.offset.item()
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_another_table_is_refused_as_bitsandbytes_would_ignore_it(quant_type):
+    """Catches a checkpoint whose weights are others here than in bitsandbytes, which goes by quant_type alone."""
+    theirs = of_bitsandbytes(8, 64, quant_type=quant_type, compress_statistics=False)
+    parts = {key.removeprefix(P + "weight."): value for key, value in theirs.items() if key != P + "weight"}
+    state = bnb.functional.QuantState.from_dict(parts, torch.device("cpu"))
+    before = bnb.functional.dequantize_4bit(theirs[P + "weight"], state)
+    state.code = state.code / 2
+    assert torch.equal(bnb.functional.dequantize_4bit(theirs[P + "weight"], state), before)
+    for change in (0.5, 1 + 2**-20, -1.0):
+        tensors = theirs | {P + "weight.quant_map": theirs[P + "weight.quant_map"] * change}
+        with pytest.raises(QuantizedFileError, match=rf"weight.quant_map.*values of {quant_type}'s codes"):
+            read_quantized(tensors, P)
+
+
 def test_layers_are_known_by_their_names():
     """Catches a layer that is taken for dense because one of its names is missing, and one at the top of the model."""
     four, eight = (

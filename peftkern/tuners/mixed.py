@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from peftkern.ops.adapter_route import AdapterBatch
+from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.other import ModulesToSaveWrapper
 
 BASE = "__base__"  # the name that PEFT gives a row without an adapter
@@ -29,6 +30,29 @@ def check_names(names: Any) -> list[str]:
     if isinstance(names, str):
         raise TypeError(f"adapter_names: expected a list of names, got {names!r}")
     return list(names)
+
+
+def check_first_axis(batch: AdapterBatch, x: torch.Tensor) -> None:
+    """Raises where a layer is given an x that does not tell its rows apart by the batch.
+
+    OPT's fc1 and fc2 see [batch * tokens, K] in the order of the batch, experts see theirs in any order; the shape is
+    the same, and so is that of a batch with another number of rows. So nothing is guessed.
+
+    Raises:
+        ValueError: x [..., K] has neither an entry of its first axis for each of the batch's, nor a row.
+    """
+    n = len(batch)
+    if x.shape[0] == n or x.dim() < 2 or x.numel() == n * x.shape[-1]:
+        return
+    reason = "the names are not those of the model's batch"
+    if x.dim() == 2 and n and x.shape[0] % n == 0:
+        reason = (
+            "the model flattens its tokens before this layer (OPT's fc1 and fc2, experts) and may order them anew, so "
+            "that it cannot be told whose each row is. Keep such layers out of target_modules, run each adapter's rows "
+            "by themselves, or, if the order is kept, tell each token's slot (AdapterBank.batch)"
+        )
+    got = f"got {n} ids for x {list(x.shape)}"
+    raise ValueError(f"adapter_names: expected an input whose first dimension is the batch, {got}: {reason}")
 
 
 class LayerRows:
@@ -120,7 +144,8 @@ class MixedRows:
     def find_layers(self) -> None:
         """Look for the model's adapted layers again, after some came or went."""
         kinds = (self._layer_class, ModulesToSaveWrapper)
-        self._layers: list[Any] = [module for module in self._model.modules() if isinstance(module, kinds)]
+        found: list[Any] = [module for module in self._model.modules() if isinstance(module, kinds)]
+        self._layers = [module for module in found if isinstance(module, ModulesToSaveWrapper) or is_tuned(module)]
         self._tuned: list[Any] = [layer for layer in self._layers if isinstance(layer, self._layer_class)]
 
     def sync(self) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkern.tuners.tuner_layer import BaseTunerLayer
+from peftkern.tuners.tuner_layer import BaseTunerLayer, is_tuned
+from peftkern.utils.adapter_error import cut, shown
 from peftkern.utils.constants import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     MAMBA_MODEL_TYPES,
@@ -125,16 +126,19 @@ def _layer_is_chosen(config: Any, key: str) -> bool:
     chosen = getattr(config, "layers_to_transform", None)
     if chosen is None or (not isinstance(chosen, int) and len(chosen) == 0):
         return True
+    index = _layer_index(config, key)
+    return index is not None and (index == chosen if isinstance(chosen, int) else index in chosen)
+
+
+def _layer_index(config: Any, key: str) -> int | None:
+    """The layer index in `key`, by `config.layers_pattern` where that names the lists of layers, or None."""
     lists = getattr(config, "layers_pattern", None)
     # The first numbered level is the layer; a later one may be an expert's number.
     regexes = [r".*?\.[^.]*\.(\d+)\."]
     if lists:
         regexes = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in ([lists] if isinstance(lists, str) else lists)]
     match = next(filter(None, (re.match(regex, key) for regex in regexes)), None)
-    if match:
-        index = int(match.group(1))
-        return index == chosen if isinstance(chosen, int) else index in chosen
-    return False
+    return int(match.group(1)) if match else None
 
 
 def match_targets(
@@ -165,7 +169,7 @@ def match_targets(
     if config.target_modules is None:
         config.target_modules = _default_targets(model, defaults)
     if is_all_linear(config.target_modules):
-        linear = {k for k, m in layers.items() if isinstance(m, BaseTunerLayer) and "Linear" in type(m).__name__}
+        linear = {k for k, m in layers.items() if is_tuned(m) and "Linear" in type(m).__name__}
         config.target_modules = all_linear_names(model, config.task_type, inside, linear)
     targets = config.target_modules
     if not isinstance(targets, str) and len(targets) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
@@ -205,13 +209,13 @@ def _default_targets(model: nn.Module, defaults: Mapping[str, list[str] | str]) 
 def _warn_of_unused_patterns(config: Any, matched: list[str], names: list[str]) -> None:
     """Warns of what the configuration names and nothing answers to, and of patterns whose meaning a file would lose."""
     if getattr(config, "exclude_modules", None) and not any(is_excluded(config, key) for key in names):
-        warnings.warn(f"exclude_modules={config.exclude_modules!r} matched no module", stacklevel=5)
+        warnings.warn(f"exclude_modules={cut(repr(config.exclude_modules))} matched no module", stacklevel=5)
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field, None) or {}
         used = {get_pattern_key(patterns, key) for key in matched}
         unused = [p for p in patterns if p not in used]
         if unused:
-            warnings.warn(f"{field}: {unused} decided nothing for any targeted module", stacklevel=5)
+            warnings.warn(f"{field}: {cut(str(unused))} decided nothing for any targeted module", stacklevel=5)
         # The first pattern that matches decides, and the file, PEFT's, holds them in the order of the alphabet.
         kept = sorted(patterns)
         asked = [(key, get_pattern_key(patterns, key), get_pattern_key(kept, key)) for key in matched if len(kept) > 1]
@@ -327,22 +331,40 @@ def check_is_called(config: Any, model: nn.Module, key: str) -> None:
     check_mamba_target(config, model, key.rpartition(".")[2])
 
 
-def no_match_message(config: Any, names: Iterable[str], excluded: list[str]) -> str:
+def _listed(indices: set[int]) -> str:
+    """Layer indices in words."""
+    if not indices:
+        return "no layer that has an index, as layers_to_transform and layers_pattern count"
+    ordered = sorted(indices)
+    if len(ordered) == 1:
+        return f"layer {ordered[0]}"
+    if ordered[-1] - ordered[0] == len(ordered) - 1:
+        return f"layers {ordered[0]} to {ordered[-1]}"
+    return f"layers {cut(', '.join(map(str, ordered)), 300)}"
+
+
+def no_match_message(config: Any, names: list[str], excluded: list[str]) -> str:
     """What to say when `config` matched no module: what was asked for, what was excluded, and names that are near."""
     targets = config.target_modules
-    shown = targets if isinstance(targets, str) or targets is None else sorted(targets)
-    message = f"target_modules={shown!r} matched no module of the base model that can be adapted"
+    asked_for = targets if isinstance(targets, str) or targets is None else sorted(targets)
+    message = f"target_modules={cut(repr(asked_for))} matched no module of the base model that can be adapted"
     for name in ("layers_to_transform", "layers_pattern"):
         if getattr(config, name, None) is not None:
-            message += f", with {name}={getattr(config, name)!r}"
+            message += f", with {name}={shown(getattr(config, name), 300)}"
     if excluded:
         some = ", ".join(excluded[:3]) + (", ..." if len(excluded) > 3 else "")
         message += f"; exclude_modules and modules_to_save left out {len(excluded)} that matched ({some})"
         return message
     if not targets:
         return message + ": name at least one module"
+    if getattr(config, "layers_to_transform", None) is not None:
+        anywhere = dataclasses.replace(config, layers_to_transform=None, layers_pattern=None)
+        found = [key for key in names if check_target_module_exists(anywhere, key)]
+        indices = {index for index in (_layer_index(config, key) for key in found) if index is not None}
+        if found:
+            return message + f". Modules of these names are in {_listed(indices)}"
     tails = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()} - {""})
-    asked = [targets] if isinstance(targets, str) else sorted(targets)
+    asked = [name[-200:] for name in ([targets] if isinstance(targets, str) else sorted(targets)[:50])]
     near = [n for a in asked for n in difflib.get_close_matches(re.split(r"\\?\.", a)[-1], tails, n=3)]
     if near:
         return message + f". Near names: {', '.join(dict.fromkeys(near))}"

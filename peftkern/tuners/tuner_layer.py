@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -30,6 +30,9 @@ class BaseTunerLayer:
     # The batch of many adapters that forward serves now, and the last one, for checkpointing: see `tuners.mixed`.
     _mixed: Any = None
     _mixed_before: Any = None
+
+    # Of `peftkern.nn`: in a model that is adapted such a layer is part of the base, with the adapter that it has.
+    stands_alone: bool = False
 
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"
@@ -169,6 +172,11 @@ class BaseTunerLayer:
                 container[adapter_name] = nn.Parameter(layer.detach().to(device=device, dtype=dtype))
             else:
                 layer.to(device=device, dtype=dtype)
+
+
+def is_tuned(module: Any) -> TypeGuard[BaseTunerLayer]:
+    """Whether `module` is a layer whose adapters a model manages: no layer of `peftkern.nn`."""
+    return isinstance(module, BaseTunerLayer) and not module.stands_alone
 
 
 def check_adapter_name(name: str) -> None:

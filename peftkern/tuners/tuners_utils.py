@@ -21,7 +21,8 @@ from peftkern.tuners.merged_models import settle_merged
 from peftkern.tuners.merging_quantized import is_merged_into_dense
 from peftkern.tuners.mixed import BASE, MixedRows, check_names
 from peftkern.tuners.targets import check_target_module_exists, match_targets, warn_of_tied_targets
-from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, check_adapters_to_merge
+from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, check_adapters_to_merge, is_tuned
+from peftkern.utils.adapter_error import shorten
 from peftkern.utils.other import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
@@ -126,16 +127,23 @@ class BaseTuner(nn.Module, ABC):
         keys = match_targets(model, config, self.target_module_mapping, self.prefix, state_dict)
         self.settle_config(config)
         for key in keys:
+            if getattr(model.get_submodule(key), "stands_alone", False):
+                raise ValueError(
+                    f"target_modules names {key!r}, a layer of peftkern.nn: it is part of the base, with an adapter of "
+                    "its own (keep it out with exclude_modules)"
+                )
             self.check_target(config, key, model.get_submodule(key))
         whole = getattr(config, "modules_to_save", None) or []
         check_modules_to_save(model, whole)
-        if any(adapter_name in m.merged_adapters for m in model.modules() if isinstance(m, BaseTunerLayer)):
+        if any(adapter_name in m.merged_adapters for m in model.modules() if is_tuned(m)):
             raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before making it anew")
         warn_of_tied_targets(model, config, keys)
 
-        # A further adapter leaves what was there as trainable as it was. Layers of `peftkern.nn` make no adapter of it.
+        # A further adapter leaves what was there as trainable as it was. Layers of `peftkern.nn` are part of the base.
         first = len(self.peft_config) == 1 and not getattr(model, "peft_config", None)
         before = [] if first else [(p, p.requires_grad) for p in model.parameters()]
+        if first:
+            _warn_of_frozen(model)
         for key in keys:
             parent, target, name = _get_submodules(model, key)
             with torch.device("meta") if low_cpu_mem_usage else contextlib.nullcontext():
@@ -174,7 +182,7 @@ class BaseTuner(nn.Module, ABC):
         """Freezes all but adapters, modules trained whole, and the biases that the active configurations name."""
         kept = set()
         for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
+            if is_tuned(module):
                 kept |= {id(p) for container in module._containers() for p in container.parameters()}
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 kept |= {id(p) for p in module.parameters()}
@@ -189,7 +197,8 @@ class BaseTuner(nn.Module, ABC):
                         parameter.requires_grad = True
             elif bias != "none":
                 for module in model.modules():
-                    trained = getattr(module, "bias", None) if isinstance(module, self.tuner_layer_cls) else None
+                    is_own = is_tuned(module) and isinstance(module, self.tuner_layer_cls)
+                    trained = getattr(module, "bias", None) if is_own else None
                     if trained is not None:
                         trained.requires_grad = True
 
@@ -275,7 +284,7 @@ class BaseTuner(nn.Module, ABC):
             return self.model(*args, **{name: value for name, value in kwargs.items() if name != "adapter_names"})
 
     def _layers(self) -> list[Any]:
-        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+        return [m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls) and is_tuned(m)]
 
     def enable_adapter_layers(self) -> None:
         """Lets the active adapters take part in forward again."""
@@ -294,7 +303,7 @@ class BaseTuner(nn.Module, ABC):
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         for module in self.model.modules():
-            if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            if is_tuned(module) or isinstance(module, ModulesToSaveWrapper):
                 module.enable_adapters(enabled)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -317,7 +326,7 @@ class BaseTuner(nn.Module, ABC):
         """Sets `requires_grad` on the weights of the named adapters."""
         self._check_names([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         for module in self.model.modules():
-            if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            if is_tuned(module) or isinstance(module, ModulesToSaveWrapper):
                 module.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -408,7 +417,8 @@ class BaseTuner(nn.Module, ABC):
         merged = [layer.get_base_layer() for layer in self._layers() if is_merged_into_dense(layer)]
         # A tied module stands in several places, so names of duplicates count.
         for key, module in list(self.model.named_modules(remove_duplicate=False)):
-            if not isinstance(module, (self.tuner_layer_cls, ModulesToSaveWrapper)):
+            is_own = isinstance(module, self.tuner_layer_cls) and is_tuned(module)
+            if not is_own and not isinstance(module, ModulesToSaveWrapper):
                 continue
             parent, _, name = key.rpartition(".")
             inner = module.unloaded_module() if isinstance(module, ModulesToSaveWrapper) else module.get_base_layer()
@@ -440,6 +450,20 @@ class BaseTuner(nn.Module, ABC):
             return getattr(self.model, name)
 
 
+def _warn_of_frozen(model: nn.Module) -> None:
+    """Warns of layers of `peftkern.nn` that learned until now: they are part of the base."""
+    alone = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer) and m.stands_alone}
+    learned = [
+        name for name, m in alone.items() if any(p.requires_grad for c in m._containers() for p in c.parameters())
+    ]
+    if learned:
+        warnings.warn(
+            f"layers of peftkern.nn are part of the base model: {shorten(learned, 3)} keep their adapters, which are "
+            "frozen and not saved with this one (set requires_grad on their parameters to train them too)",
+            stacklevel=5,
+        )
+
+
 def _mark_untied(model: Any) -> None:
     """Says in a transformers model's config that its embeddings are no longer tied, if they are not.
 
@@ -457,7 +481,7 @@ def _mark_untied(model: Any) -> None:
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str) -> None:
     """Widens the weights of `adapter_name` in `model` that have less than 32 bits to float32, as new parameters."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [module for module in model.modules() if is_tuned(module)]
     for container in [c for layer in layers for c in layer._containers() if adapter_name in c]:
         # A ParameterDict holds the adapter's parameter itself, a ModuleDict a module that holds some.
         owner: Any = container if isinstance(container, nn.ParameterDict) else container[adapter_name]

@@ -18,17 +18,18 @@ from peftkern.utils.other import (
     _freeze_adapter,
     _get_submodules,
     _set_adapter,
+    infer_device,
     transpose,
 )
 from peftkern.utils.peft_types import PeftType, TaskType
 
 if TYPE_CHECKING:
-    from peftkern.utils.kbit import prepare_model_for_kbit_training
+    from peftkern.utils.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
     from peftkern.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
 # These know the tuners, which use this package, or are seldom wanted: imported when first asked for.
 _LATER = dict.fromkeys(("get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"), "save_and_load")
-_LATER["prepare_model_for_kbit_training"] = "kbit"
+_LATER |= dict.fromkeys(("cast_mixed_precision_params", "prepare_model_for_kbit_training"), "kbit")
 
 __all__ = [
     "CONFIG_NAME",
@@ -43,7 +44,9 @@ __all__ = [
     "_freeze_adapter",
     "_get_submodules",
     "_set_adapter",
+    "cast_mixed_precision_params",
     "get_peft_model_state_dict",
+    "infer_device",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",

@@ -58,7 +58,12 @@ def read_config(folder_or_hub_id: PathLike, subfolder: str | None = None, **hub_
     Raises:
         AdapterFileError: The file is missing, empty, or not a JSON object.
     """
-    path = _find(folder_or_hub_id, (CONFIG_NAME,), subfolder, hub_kwargs)
+    return read_config_file(_find(folder_or_hub_id, (CONFIG_NAME,), subfolder, hub_kwargs))
+
+
+def read_config_file(path: PathLike) -> dict[str, Any]:
+    """`read_config` of a file by its path."""
+    path = os.fspath(path)
     size = check_regular_file(path)
     if size > _MAX_CONFIG:
         raise AdapterFileError(path, f"a configuration of {size} bytes is not plausible (at most {_MAX_CONFIG})")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkern.tuners.tuner_layer import BaseTunerLayer
+from peftkern.tuners.tuner_layer import BaseTunerLayer, is_tuned
 from peftkern.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peftkern.utils.other import ModulesToSaveWrapper
 
@@ -35,8 +35,8 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
         if isinstance(module, ModulesToSaveWrapper):
             load_map = module.adapter_state_dict_load_map(adapter_name)
             found.update({f"{dot}{saved}": f"{dot}{held}" for saved, held in load_map.items()})
-        elif isinstance(module, BaseTunerLayer):
-            for child_name, child in module.named_children():
+        elif is_tuned(module):
+            for child_name, child in module.named_children():  # type: ignore[attr-defined]
                 if child_name == "base_layer" or not isinstance(child, nn.ModuleDict | nn.ParameterDict):
                     continue
                 if isinstance(child, nn.ParameterDict):
@@ -57,7 +57,7 @@ def base_bias_keys(model: nn.Module, config: Any) -> list[str]:
             if bias == "all" and not isinstance(module, ModulesToSaveWrapper | BaseTunerLayer):
                 if isinstance(module._parameters.get("bias"), torch.Tensor) and not _inside_adapter(model, name):
                     found.append(f"{name}.bias" if name else "bias")
-            elif bias.endswith("_only") and isinstance(module, BaseTunerLayer):
+            elif bias.endswith("_only") and is_tuned(module):
                 base = module.get_base_layer()
                 if isinstance(getattr(base, "bias", None), torch.Tensor):
                     found.append(f"{name}.base_layer.bias" if name else "base_layer.bias")

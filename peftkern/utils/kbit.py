@@ -1,4 +1,5 @@
-"""`prepare_model_for_kbit_training`: freeze a quantized model and make it ready for adapters, with PEFT's meaning."""
+"""`prepare_model_for_kbit_training`: freeze a quantized model and make it ready for adapters, with PEFT's meaning; and
+`cast_mixed_precision_params`."""
 
 from __future__ import annotations
 
@@ -72,6 +73,26 @@ def prepare_model_for_kbit_training(
     if use_gradient_checkpointing and (quantized or flags or method in _NOT_WIDENED):
         _switch_on_checkpointing(model, gradient_checkpointing_kwargs)
     return model
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what is frozen in `model` to `dtype`, and what is trained to float32, in place.
+
+    Quantized weights, and whatever else is no floating-point parameter, stay as they are (PEFT casts their bytes).
+
+    Args:
+        model: any module.
+        dtype: torch.float16 or torch.bfloat16, as in the autocast that is to be trained under.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    if dtype not in _HALVES:
+        raise ValueError(f"dtype: expected torch.float16 or torch.bfloat16, got {dtype!r}")
+    quantized = {id(m.weight) for m in model.modules() if _holds_quantized(m)}
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in quantized and not _is_4bit(parameter):
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
 def _holds_quantized(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ Names and state-dict keys as in PEFT 0.21.2: `<name>.original_module.*` and `<na
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,6 +15,28 @@ import torch
 from torch import nn
 
 from peftkern.utils.constants import SEQ_CLS_HEAD_NAMES
+
+# PEFT has these in this module too; here they live apart, and are imported when first asked for.
+_LATER = {"fsdp_auto_wrap_policy": "fsdp"}
+_LATER |= dict.fromkeys(("cast_mixed_precision_params", "prepare_model_for_kbit_training"), "kbit")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(importlib.import_module(f"peftkern.utils.{_LATER[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def infer_device() -> str:
+    """The type of the accelerator that is here (the first of cuda, mps, mlu, xpu and npu that is), else "cpu"."""
+    for kind, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        if module.is_available():
+            return kind
+    for kind in ("mlu", "xpu", "npu"):  # some come with a package that adds them to torch
+        found = getattr(torch, kind, None)
+        if found is not None and found.is_available():
+            return kind
+    return "cpu"
 
 
 def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:

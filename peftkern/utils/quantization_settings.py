@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkern.utils.adapter_error import short_messages, shown
 from peftkern.utils.quantized_files import QUANT_STORAGES
 from peftkern.weights import DENSE_DTYPES, QUANT_TYPES
 
@@ -52,6 +53,7 @@ class QuantizationSettings:
     fields: dict[str, Any]
 
     @classmethod
+    @short_messages()
     def of(cls, config: Any) -> QuantizationSettings:
         """From transformers' `BitsAndBytesConfig`, anything with its attributes, or a dict of them.
 
@@ -73,6 +75,12 @@ class QuantizationSettings:
                 f"got {type(config).__name__}"
             )
         values = _DEFAULTS | given
+        for name, default in _DEFAULTS.items():  # transformers refuses these by a TypeError, without the file's name
+            kinds = (bool,) if isinstance(default, bool) else (int, float) if isinstance(default, float) else ()
+            if kinds and (type(values[name]) not in kinds):
+                what = "true or false" if bool in kinds else "a number"
+                raise ValueError(f"{name}: expected {what}, got {shown(values[name])}")
+        values["llm_int8_threshold"] = float(values["llm_int8_threshold"])
         for name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
             values[name] = _dtype(name, _DEFAULTS[name] if values[name] is None else values[name])
         if bool(values["load_in_4bit"]) == bool(values["load_in_8bit"]):
@@ -108,13 +116,13 @@ def _check(name: str, value: Any, known: tuple[Any, ...]) -> None:
 
 def check_patterns(name: str, patterns: Any) -> list[str]:
     """`patterns` as a list, if each is a string and a regular expression."""
-    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+    if not isinstance(patterns, (list, tuple, set)) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"{name}: expected a list of module names, got {patterns!r}")
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from error
+        except (re.error, RecursionError) as error:
+            raise ValueError(f"{name}: {shown(pattern, 300)} is no regular expression: {error}") from error
     return list(patterns)
 
 

@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from peftkern.utils.adapter_error import AdapterFileError
+from peftkern.ops._quantize_torch import code_4bit
+from peftkern.utils.adapter_error import AdapterFileError, shown
 from peftkern.utils.safetensors_header import parse_json_object
 from peftkern.weights import BLOCKSIZES, NESTED_BLOCKSIZE, QUANT_TYPES, Weight4bit, Weight8bit
 
@@ -207,6 +208,10 @@ def _read_4bit(tensors: Mapping[str, torch.Tensor], prefix: str, file: PathLike)
         tensors, prefix + "weight.absmax", file, absmax_dtype, blocks, f"one for {blocksize} elements of {list(shape)}"
     )
     code = _expect(tensors, prefix + "weight.quant_map", file, torch.float32, 16, "the value of each code")
+    # bitsandbytes dequantizes by quant_type whatever stands here: another table's weights would be others there.
+    if not code.is_meta and not torch.equal(code.cpu(), code_4bit(quant_type)):
+        reason = f"expected the values of {quant_type}'s codes, by which bitsandbytes dequantizes, got others"
+        raise _refused(file, reason, prefix + "weight.quant_map")
     parts: dict[str, torch.Tensor] = {}
     if nested:
         groups, name = -(-blocks // NESTED_BLOCKSIZE), prefix + "weight.nested_"
@@ -269,7 +274,7 @@ def _read_state(blob: torch.Tensor, key: str, quant_type: str, nested: bool, fil
         wanted["nested_offset"] = (finite, "a finite float32")
     for name, (fits, expectation) in wanted.items():
         if not fits:
-            raise _refused(file, f"{name}: expected {expectation}, got {_shown(fields[name])}", key)
+            raise _refused(file, f"{name}: expected {expectation}, got {shown(fields[name])}", key)
     return fields
 
 
@@ -301,12 +306,6 @@ def _kind(t: torch.Tensor) -> str:
 
 def _one_of(values: Iterable[object]) -> str:
     return "one of " + ", ".join(map(str, values))
-
-
-def _shown(value: object) -> str:
-    """The value for a message; a hostile one is cut."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:80] + "..."
 
 
 def _is_int(value: object) -> bool:

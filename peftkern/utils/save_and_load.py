@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from peftkern.config import PeftConfig
-from peftkern.utils.adapter_error import AdapterFileError, shorten
+from peftkern.tuners.tuner_layer import is_tuned
+from peftkern.utils.adapter_error import AdapterFileError, cut, shorten
 from peftkern.utils.adapter_files import PathLike, config_file, read_weights, weights_file
 from peftkern.utils.adapter_keys import (
     PREFIX,
@@ -130,6 +131,7 @@ class LoadPlan(NamedTuple):
     tensors: dict[str, torch.Tensor]  # by the name in model.state_dict()
     missing: list[str]  # names in model.state_dict() of this adapter's tensors that the file lacks
     unexpected: list[str]  # names in the file that the model has no place for
+    keys: dict[str, str]  # names in model.state_dict() -> names in the file
 
 
 def plan_load(
@@ -176,7 +178,8 @@ def plan_load(
     missing = [key for key in adapter if key not in state_dict]
     unexpected = [key for key in state_dict if key not in places]
     _refuse_holes(source, adapter, missing, unexpected)
-    return LoadPlan(tensors, [adapter[key] for key in missing], unexpected)
+    keys = {held: saved for saved, held in places.items()}
+    return LoadPlan(tensors, [adapter[key] for key in missing], unexpected, keys)
 
 
 def _refuse_holes(source: PathLike, adapter: dict[str, str], missing: list[str], unexpected: list[str]) -> None:
@@ -225,6 +228,9 @@ def set_peft_model_state_dict(
 
     Raises:
         ValueError: As `plan_load`; nothing was written.
+
+    Warns:
+        UserWarning: Values that are Inf in the adapter's dtype and were not in theirs, by name.
     """
     plan = plan_load(
         model, peft_model_state_dict, adapter_name, source=source, ignore_mismatched_sizes=ignore_mismatched_sizes
@@ -232,9 +238,27 @@ def set_peft_model_state_dict(
     model.load_state_dict(plan.tensors, strict=False, assign=low_cpu_mem_usage)
     if low_cpu_mem_usage:
         for module in model.modules():
-            if hasattr(module, "_move_adapter_to_device_of_base_layer"):
+            if is_tuned(module):
                 module._move_adapter_to_device_of_base_layer(adapter_name)
+    _warn_of_overflow(model, plan, source)
     return _IncompatibleKeys(plan.missing, plan.unexpected)
+
+
+def _warn_of_overflow(model: nn.Module, plan: LoadPlan, source: PathLike) -> None:
+    """Warn, as of a file's own NaN and Inf, of values that became Inf in the dtype that the model holds them in."""
+    held, bad = model.state_dict(), {}
+    for key, value in plan.tensors.items():
+        now = held[key]
+        if value.dtype == now.dtype or not value.is_floating_point() or now.is_meta:
+            continue
+        narrower = torch.finfo(value.dtype).max > torch.finfo(now.dtype).max
+        if narrower and bool((value.isfinite().to(now.device) & now.isinf()).any()):
+            bad[plan.keys[key]] = now.dtype
+    if bad:
+        dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in bad.values()}))
+        warnings.warn(
+            f"{source}: too large for the adapter's {dtypes}, loaded as Inf: {shorten(list(bad))}.", stacklevel=3
+        )
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -259,7 +283,7 @@ def blamed_on_config(model_id: PathLike, hub_kwargs: dict[str, Any]) -> Iterator
     except AdapterFileError:
         raise
     except NotImplementedError as error:
-        raise NotImplementedError(f"{config_file(model_id, **hub_kwargs)}: {error}") from error
+        raise NotImplementedError(f"{config_file(model_id, **hub_kwargs)}: {cut(str(error))}") from error
     except (TypeError, ValueError, re.error) as error:
         raise AdapterFileError(config_file(model_id, **hub_kwargs), str(error)) from error
 

@@ -17,7 +17,7 @@ from peftkern.adapter_pool import LayerAdapters
 from peftkern.ops import multi_lora_linear
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.tuners.fusing import bare_weight, base_alone, compute_dtype
-from peftkern.tuners.mixed import LayerRows, MixedRows
+from peftkern.tuners.mixed import LayerRows, MixedRows, check_first_axis
 
 
 class MixedAdapters(MixedRows):
@@ -31,7 +31,10 @@ class MixedAdapters(MixedRows):
 
     Attributes:
         names: the adapter in each slot, None where it is empty.
+        is_fixed: whether these pools are an `AdapterBank`'s, which no others may take the place of.
     """
+
+    is_fixed: bool = False
 
     def __init__(self, model: nn.Module, slots: int, max_rank: int, layer_class: type) -> None:
         self.max_rank = max_rank
@@ -187,6 +190,7 @@ def _is_simple(layer: Any, names: list[str]) -> bool:
 
 def linear_forward(layer: Any, mixed: LayerBatch, x: torch.Tensor, args: tuple[Any, ...], kwargs: Any) -> torch.Tensor:
     """Forward of a linear layer for a batch of many adapters."""
+    check_first_axis(mixed.batch, x)
     if layer._shared_input is not None and not args and not kwargs:
         y = layer._shared_input.forward(layer, x, mixed)
         if y is not None:

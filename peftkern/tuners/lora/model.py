@@ -68,9 +68,22 @@ class LoraModel(BaseTuner):
                 if safe_merge:
                     checked_merge(layer, names)
 
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        mixed = self.__dict__.get("_mixed_adapters")
+        highest = max([config.r, *config.rank_pattern.values()])
+        if isinstance(mixed, MixedAdapters) and mixed.is_fixed and highest > mixed.max_rank:
+            name = next(name for name, held in self.peft_config.items() if held is config)
+            raise ValueError(f"adapter {name!r}: its rank is {highest}, the bank has room for {mixed.max_rank}")
+
     def make_room(self, mixed: MixedRows | None) -> MixedRows:
         slots = len(self.peft_config)
         highest = max((r for layer in self._layers() for r in layer.r.values()), default=1)
         if isinstance(mixed, MixedAdapters) and mixed.slots >= slots and mixed.max_rank >= highest:
             return mixed
+        if isinstance(mixed, MixedAdapters) and mixed.is_fixed:
+            raise ValueError(
+                f"adapter_names: the bank has room for {mixed.slots} adapters of rank {mixed.max_rank}, here are "
+                f"{slots} of up to {highest}: add adapters by the bank's add, which refuses what does not fit"
+            )
         return MixedAdapters(self.model, slots, highest, LoraLayer)

@@ -1,0 +1,103 @@
+"""Small helpers of PEFT 0.21.2's `peft.helpers`: those that mean something for LoRA and IA3."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from peftkern.peft_model_base import PeftModel
+from peftkern.tuners.lora.layer import LoraLayer
+from peftkern.utils.adapter_error import AdapterFileError
+from peftkern.utils.adapter_files import PathLike, read_config
+
+__all__ = [
+    "check_if_peft_model",
+    "rescale_adapter_scale",
+    "update_forward_signature",
+    "update_generate_signature",
+    "update_signature",
+]
+
+
+def check_if_peft_model(model_name_or_path: PathLike) -> bool:
+    """Whether a folder or Hub repository has an `adapter_config.json` that names a method, built here or not.
+
+    False also where the Hub cannot be asked.
+    """
+    try:
+        return isinstance(read_config(model_name_or_path).get("peft_type"), str)
+    except AdapterFileError:
+        return False
+
+
+@contextlib.contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator[None]:
+    """Within the block, every LoRA adapter of `model` has `multiplier` times its scaling.
+
+    Between 0 and 1 the model is, for one adapter, what lies on the line between the base and the adapted weights
+    (Wortsman et al. 2022, arXiv:2109.01903).
+
+    Raises:
+        TypeError: `multiplier` is no number.
+        ValueError: `model` has no LoRA layer; or an adapter is merged, so that its scaling is in the base weight.
+    """
+    if isinstance(multiplier, bool) or not isinstance(multiplier, (float, int)):
+        raise TypeError(f"multiplier: expected a float, got {multiplier!r} of type {type(multiplier).__name__}")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not layers:
+        raise ValueError(f"model: expected one with LoRA layers, found none in this {type(model).__name__}")
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"model: adapters {layer.merged_adapters} are merged into {name!r}: unmerge them first")
+    before = [(layer, dict(layer.scaling)) for layer in layers.values()]
+    for layer, scaling in before:
+        layer.scaling = {name: value * multiplier for name, value in scaling.items()}
+    try:
+        yield
+    finally:
+        for layer, scaling in before:
+            layer.scaling = scaling
+
+
+def update_forward_signature(model: PeftModel) -> None:
+    """Has `help(model.forward)` and `inspect.signature` speak of the base model's arguments, if ours names none."""
+    _speak_for_base(model, "forward")
+
+
+def update_generate_signature(model: PeftModel) -> None:
+    """The same of `model.generate`, where the base model has one."""
+    if hasattr(model.get_base_model(), "generate"):
+        _speak_for_base(model, "generate")
+
+
+def update_signature(model: PeftModel, method: str = "all") -> None:
+    """`update_forward_signature` ("forward"), `update_generate_signature` ("generate") or both ("all").
+
+    Raises:
+        ValueError: another `method`.
+    """
+    if method not in ("forward", "generate", "all"):
+        raise ValueError(f"method: expected forward, generate or all, got {method!r}")
+    if method != "generate":
+        update_forward_signature(model)
+    if method != "forward":
+        update_generate_signature(model)
+
+
+def _speak_for_base(model: PeftModel, name: str) -> None:
+    """Puts a method of the base's description on this object; its class, and so other models, stay as they are."""
+    if set(inspect.signature(getattr(model, name)).parameters) - {"args", "kwargs"}:
+        return
+    ours, theirs = getattr(type(model), name), getattr(type(model.get_base_model()), name)
+
+    @functools.wraps(theirs, assigned=("__doc__", "__name__", "__annotations__"))
+    def described(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ours(self, *args, **kwargs)
+
+    setattr(model, name, types.MethodType(described, model))
