@@ -1,7 +1,8 @@
 """LoRA and IA3 layers by themselves, for a training loop that has no use for configurations.
 
 They are the layers that `get_peft_model` puts into a model, with one adapter named "default": `merge`, `unmerge`,
-`state_dict` keys and `explain` are the same.
+`state_dict` keys and `explain` are the same. `save_adapter(network, folder)` writes all those of a network in PEFT's
+files, `load_adapter` reads them into such a network again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkern.layer_files import ADAPTER, load_adapter, save_adapter
 from peftkern.tuners.ia3 import IA3Config
 from peftkern.tuners.ia3.layer import Linear as IA3LinearLayer
 from peftkern.tuners.lora.config import LoraConfig
@@ -22,9 +24,7 @@ from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit
 from peftkern.weights import QUANT_TYPES
 
-__all__ = ["IA3Linear", "LoraEmbedding", "LoraLinear", "share_input"]
-
-ADAPTER = "default"
+__all__ = ["IA3Linear", "LoraEmbedding", "LoraLinear", "load_adapter", "save_adapter", "share_input"]
 
 
 def _finish(layer: BaseTunerLayer, adapter_dtype: torch.dtype | None) -> None:

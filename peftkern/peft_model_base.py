@@ -24,6 +24,7 @@ from peftkern.utils.peft_types import PeftType
 from peftkern.utils.save_and_load import (
     blamed_on_config,
     check_lora_tensors,
+    config_to_save,
     get_peft_model_state_dict,
     load_config,
     load_peft_weights,
@@ -336,20 +337,9 @@ class PeftModel(nn.Module):
             folder = _adapter_folder(save_directory, name)
             tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
             if is_main_process:
-                write_adapter(folder, self._config_to_save(name), tensors)
+                write_adapter(folder, config_to_save(self.peft_config[name], self.get_base_model()), tensors)
         if is_main_process:
             self.create_or_update_model_card(save_directory)
-
-    def _config_to_save(self, adapter_name: str) -> dict[str, Any]:
-        """The content of adapter_config.json."""
-        config = self.peft_config[adapter_name]
-        base = self.get_base_model()
-        content = config.to_json_dict() | {"inference_mode": True}
-        if content["base_model_name_or_path"] is None:
-            content["base_model_name_or_path"] = base.__dict__.get("name_or_path") or None
-        if config.task_type is None:
-            content["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-        return content
 
     def create_or_update_model_card(self, output_dir: PathLike) -> None:
         """Write README.md in `output_dir`, or bring the one there up to date (see `peftkern.utils.model_card`)."""

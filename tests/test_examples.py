@@ -236,7 +236,8 @@ def test_qlora_fails_when_nothing_was_learned(example, tmp_path, capsys):
 
 
 def test_custom_loop_is_five_lines_from_full_fine_tuning(tmp_path):
-    """Bug: the file that claims "five lines" needs more: without the marked lines it must fine-tune every weight."""
+    """Bug: the file that claims "five lines" needs more: without the marked lines it must fine-tune every weight;
+    or adapters that it cannot save."""
     source = (EXAMPLES / "custom_loop.py").read_text()
     full_script = tmp_path / "full_fine_tuning.py"
     full_script.write_text("\n".join(line for line in source.splitlines() if "# LoRA" not in line) + "\n")
@@ -245,8 +246,10 @@ def test_custom_loop_is_five_lines_from_full_fine_tuning(tmp_path):
     results = {}
     for name, script in (("lora", EXAMPLES / "custom_loop.py"), ("full", full_script)):
         file = tmp_path / f"{name}.json"
-        run_example(script, "--steps", "80", "--width", "64", "--json", str(file), cwd=tmp_path)
+        printed = run_example(script, "--steps", "80", "--width", "64", "--json", str(file), cwd=tmp_path)
+        assert ("a fresh network with them gives equal outputs" in printed) == (name == "lora")
         results[name] = json.loads(file.read_text())
+    assert (tmp_path / "outputs" / "custom_loop" / "adapter_model.safetensors").exists()
     assert results["full"]["trainable_parameters"] == results["full"]["all_parameters"]
     base, adapters = results["full"]["all_parameters"], results["lora"]["trainable_parameters"]
     assert adapters == 16 * ((512 + 64) + (64 + 64) + (64 + 256))
