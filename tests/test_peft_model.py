@@ -216,6 +216,27 @@ def test_warnings_of_get_peft_model():
         get_peft_model(mlp(), LoraConfig(target_modules=["up"]), adapter_name="lora")
 
 
+def test_adapting_twice_is_refused_where_the_files_would_load_nowhere(tmp_path):
+    """Would catch: an adapter under names with base_model.model twice, or one that has lost a half of its layers."""
+    base = tiny_llama()
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    before = fingerprint(model)
+    for name in ("default", "second"):
+        config = LoraConfig(target_modules=["v_proj"], base_model_name_or_path="other")
+        with pytest.raises(ValueError, match=r"PeftModel with the adapters \['default'\]: call its add_adapter"):
+            get_peft_model(model, config, name)
+    with pytest.raises(ValueError, match="adapter_name: an adapter 'default' exists already"):
+        get_peft_model(base, config)
+    assert fingerprint(model) == before and config.base_model_name_or_path == "other"
+    with pytest.warns(UserWarning, match="adapters already"):
+        again = get_peft_model(base, LoraConfig(target_modules=["v_proj"]), "second")
+    randomize(again)
+    again.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "second")
+    torch.testing.assert_close(logits(loaded), logits(again))
+    get_peft_model(again.unload(), LoraConfig(target_modules=["q_proj"]))
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant):
     """Would catch: no gradient at all, because the checkpointed blocks' input requires none."""
@@ -326,7 +347,7 @@ PLAIN_LOOP = """
     assert not Recorder.asked, Recorder.asked
 
     sys.modules["transformers"] = type(sys)("transformers")  # transformers is loaded, peft is not installed
-    plain = peftkern.get_peft_model(base, peftkern.LoraConfig(target_modules=["1"]))
+    plain = peftkern.get_peft_model(again.unload(), peftkern.LoraConfig(target_modules=["1"]))
     assert type(plain) is peftkern.PeftModel and Recorder.asked == ["peft"], Recorder.asked
 """
 

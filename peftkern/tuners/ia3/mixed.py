@@ -110,6 +110,8 @@ def conv_forward(layer: Any, mixed: LayerVectors, x: torch.Tensor, args: Any, kw
     """Forward of a convolution for a batch of many adapters: x [batch, channels, ...]."""
     n, axes = len(mixed.batch), layer._kernel_dim
     if x.dim() != axes or x.shape[0] != n:
+        if x.dim() == axes:
+            mixed.batch.refuse_names(x)
         raise ValueError(
             f"adapter_names: expected an input with {axes} axes whose first is the batch, {n} rows, got {list(x.shape)}"
         )

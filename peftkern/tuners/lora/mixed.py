@@ -227,6 +227,7 @@ def add_parts(layer: Any, y: torch.Tensor, x: torch.Tensor, mixed: LayerBatch) -
     flat = x.shape[0] != n
     features = 1 if x.is_floating_point() else 0  # an embedding's input has none
     if flat and x.numel() != n * (x.shape[-1] if features else 1):
+        mixed.batch.refuse_names(x)
         raise ValueError(
             f"adapter_names: expected an input whose first dimension is the batch, {n} rows, got {list(x.shape)}"
         )
