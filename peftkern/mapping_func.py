@@ -6,7 +6,7 @@ import warnings
 
 from torch import nn
 
-from peftkern.config import PeftConfig
+from peftkern.config import PeftConfig, check_is_config
 from peftkern.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peftkern.tuners.tuner_layer import BaseTunerLayer
 
@@ -44,8 +44,7 @@ def get_peft_model(
     """
     if mixed:
         raise NotImplementedError("mixed: adapters of several methods on one model are not built")
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"peft_config: expected a PeftConfig, got {type(peft_config).__name__}")
+    check_is_config("peft_config", peft_config)
     if isinstance(model, PeftModel):
         raise ValueError(
             f"model: expected a base model, got a {type(model).__name__} with the adapters "

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from peftkern.config import PeftConfig
+from peftkern.config import PeftConfig, check_is_config
 from peftkern.integrations.peft_bridge import bridge_wrappers, bridged_class
 from peftkern.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peftkern.tuners.tuner_layer import BaseTunerLayer
@@ -235,10 +235,12 @@ class PeftModel(nn.Module):
         """Add a new, untrained adapter; it does not become active.
 
         Raises:
+            TypeError: `peft_config` is no configuration of peftkern's.
             ValueError: The name is taken, or the method is not that of the first adapter. The model is unchanged.
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name: an adapter {adapter_name!r} exists already")
+        check_is_config("peft_config", peft_config)
         if peft_config.peft_type != self.peft_type:
             raise ValueError(f"peft_config: the model has {self.peft_type} adapters, got {peft_config.peft_type}")
         _check_adapter_name(adapter_name)
@@ -409,8 +411,8 @@ class PeftModel(nn.Module):
         blame: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if config is None:
             config, blame = load_config(model_id, **hub), blamed_on_config(model_id, hub)
-        elif not isinstance(config, PeftConfig):
-            raise TypeError(f"config: expected a PeftConfig, got {type(config).__name__}")
+        else:
+            check_is_config("config", config)
         config.inference_mode = not is_trainable
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)

@@ -201,6 +201,25 @@ def test_wrong_arguments_are_refused_and_change_nothing():
         PeftModel.from_pretrained(base, "/nowhere", config=LoraConfig(), colour="red")
 
 
+def test_a_configuration_of_pefts_is_told_how_to_become_ours():
+    """Would catch: "expected a PeftConfig, got LoraConfig", which does not say that there are two of that name."""
+    model = get_peft_model(mlp(), LoraConfig(target_modules=["up"]))
+    theirs = peft.LoraConfig(r=3, target_modules=["down"])
+    words = r"got peft.tuners.lora.config.LoraConfig: make one of it by peftkern.LoraConfig\(\*\*config.to_dict\(\)\)"
+    for call in (
+        lambda: get_peft_model(mlp(), theirs),
+        lambda: peftkern.inject_adapter_in_model(theirs, mlp()),
+        lambda: model.add_adapter("other", theirs),
+        lambda: PeftModel.from_pretrained(mlp(), "/nowhere", config=theirs),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
+    model.add_adapter("other", peftkern.LoraConfig(**theirs.to_dict()))
+    assert model.base_model.model.down.r == {"other": 3}
+    ia3 = peft.IA3Config(target_modules=["down"], feedforward_modules=["down"])
+    assert get_peft_model(mlp(), peftkern.IA3Config(**ia3.to_dict())).base_model.model.down.is_feedforward
+
+
 def test_warnings_of_get_peft_model():
     """PEFT warns of a second wrapping, of another base model's name and revision, and of a confusing adapter name."""
     base = mlp()
