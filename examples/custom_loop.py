@@ -1,6 +1,6 @@
 """peftkern in your own training loop: no configs, no transformers, five lines.
 
-    python examples/custom_loop.py                    # under a minute on two cores
+    python examples/custom_loop.py                    # a minute and a half on one core
 
 A plain network of `nn.Linear` layers learns to predict the next byte of English from the 16 bytes before it, and is
 then fine-tuned on Python source. The five lines marked `# LoRA 1` to `# LoRA 5` make that fine-tuning LoRA, the one

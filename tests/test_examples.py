@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -270,6 +271,17 @@ def test_trainer_saves_the_adapter_alone_and_resumes_exactly(tmp_path):
     assert "model.safetensors" not in result["checkpoint_files"]
     assert result["largest_difference_after_resuming"] == 0.0
     assert result["bits_per_byte_after"] < result["bits_per_byte_before"]
+
+
+def test_trainer_without_peft_says_so_at_the_start(example, tmp_path, monkeypatch):
+    """Bug: without peft Trainer saves a whole model, which dies in safetensors half way through."""
+    pytest.importorskip("accelerate")
+    trainer = example("trainer")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
+    with pytest.raises(SystemExit, match=r"pip install 'peftkern\[peft\]'"):
+        trainer.main(["--steps", "2", "--output", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_make_base_writes_a_checkpoint_that_loads(example, tmp_path):

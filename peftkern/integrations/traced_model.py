@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkern.integrations.extras import require
 from peftkern.utils.live_bytes import LiveBytes
 
 _CAUSAL = "peftkern_causal"
@@ -44,14 +45,14 @@ def read_config(name_or_path: str) -> Any:
     """The configuration of a model on the hub, in a folder or in a file.
 
     Raises:
+        ImportError: transformers is not installed.
         ValueError: nothing of that name can be read; the message says what to do.
     """
-    from transformers import AutoConfig
-
+    transformers: Any = require("transformers", "an estimate")
     if not os.path.exists(name_or_path) and (name_or_path.endswith(".json") or name_or_path.startswith((".", "/"))):
         raise ValueError(f"model: no such file or folder: {name_or_path}")
     try:
-        return AutoConfig.from_pretrained(name_or_path)
+        return transformers.AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = "expected a hub id, a folder with a config.json, or a config.json"
