@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import sys
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,14 @@ from peftkern.integrations.extras import require
 from tiny_models import tiny_llama
 
 pytest.importorskip("transformers")
+
+
+class Missing:
+    """A finder under which transformers is not installed."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] == "transformers":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def test_missing_transformers_is_told_by_its_extra(tmp_path, monkeypatch, capsys):
@@ -29,7 +38,7 @@ def test_missing_transformers_is_told_by_its_extra(tmp_path, monkeypatch, capsys
     peftkern.save_quantized(peftkern.quantize_model(tiny_llama(), {"load_in_4bit": True}), tmp_path / "4bit")
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
     words = r"needs transformers, which is not installed: pip install 'peftkern\[hf\]'"
     for call in (
         lambda: peftkern.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "task"),

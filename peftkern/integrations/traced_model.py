@@ -45,14 +45,14 @@ def read_config(name_or_path: str) -> Any:
     """The configuration of a model on the hub, in a folder or in a file.
 
     Raises:
-        ImportError: transformers is not installed.
         ValueError: nothing of that name can be read; the message says what to do.
     """
-    transformers: Any = require("transformers", "an estimate")
+    from transformers import AutoConfig
+
     if not os.path.exists(name_or_path) and (name_or_path.endswith(".json") or name_or_path.startswith((".", "/"))):
         raise ValueError(f"model: no such file or folder: {name_or_path}")
     try:
-        return transformers.AutoConfig.from_pretrained(name_or_path)
+        return AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = "expected a hub id, a folder with a config.json, or a config.json"
@@ -284,7 +284,7 @@ def _set_checkpointing(model: Any, on: bool) -> None:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without transformers' advice on how to run a model, which nobody here is about to run."""
-    from transformers.utils import logging
+    logging: Any = require("transformers.utils", "an estimate").logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
