@@ -41,6 +41,15 @@ def _finish(layer: BaseTunerLayer, adapter_dtype: torch.dtype | None) -> None:
                 container[name] = nn.Parameter(held.detach().to(wanted))
 
 
+def _check_linear(linear: Any) -> None:
+    """Raises TypeError for what `from_linear` cannot put an adapter on."""
+    if isinstance(linear, BaseTunerLayer):
+        kind = type(linear).__name__
+        raise TypeError(f"linear: this {kind} has an adapter already; for a new one give its get_base_layer()")
+    if not is_linear(linear):
+        raise TypeError(f"linear must be an nn.Linear, a Conv1D or a quantized one, got {type(linear).__name__}")
+
+
 def _quantized(linear: nn.Module, quantization: str | None) -> nn.Module:
     """`linear` with its weight in 4 or 8 bits, or itself if `quantization` is None."""
     if quantization is None:
@@ -122,8 +131,7 @@ class LoraLinear(Linear):
 
         The other arguments are the class's.
         """
-        if not is_linear(linear):
-            raise TypeError(f"linear must be an nn.Linear, a Conv1D or a quantized one, got {type(linear).__name__}")
+        _check_linear(linear)
         config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha,
@@ -182,6 +190,9 @@ class LoraEmbedding(Embedding):
 
         The other arguments are the class's.
         """
+        if isinstance(embedding, BaseTunerLayer):
+            kind = type(embedding).__name__
+            raise TypeError(f"embedding: this {kind} has an adapter already; for a new one give its get_base_layer()")
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
         config = LoraConfig(r=r, lora_alpha=lora_alpha, use_rslora=use_rslora, init_lora_weights=init_lora_weights)
@@ -239,8 +250,7 @@ class IA3Linear(IA3LinearLayer):
 
         The other arguments are the class's.
         """
-        if not is_linear(linear):
-            raise TypeError(f"linear must be an nn.Linear, a Conv1D or a quantized one, got {type(linear).__name__}")
+        _check_linear(linear)
         layer = cls.__new__(cls)
         layer._wrap(_quantized(linear, quantization), is_feedforward, init_ia3_weights, adapter_dtype)
         return layer

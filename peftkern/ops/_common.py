@@ -16,6 +16,14 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
+def two_dtypes(operation: str, x: torch.Tensor, weight: torch.Tensor) -> TypeError:
+    """The error for an x and a weight of two dtypes; which of them is the wrong one only the caller knows."""
+    return TypeError(
+        f"{operation}: expected x and weight in one dtype, got x in {x.dtype} and weight in {weight.dtype}: cast x, or "
+        "run under torch.autocast"
+    )
+
+
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast, if it is on for x's device, gives a matmul's operands."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
@@ -163,7 +171,7 @@ def check_adapters(
     if 0 in (N, K, R):
         raise ValueError(f"{operation}: out_features, in_features and r: expected at least 1, got {N}, {K}, {R}")
     if weight.dtype != x.dtype and not (mixed and weight.dtype in FLOATS):
-        raise TypeError(f"{operation}: weight: expected x's dtype {x.dtype}, got {weight.dtype}")
+        raise two_dtypes(operation, x, weight)
     for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
         # Under autocast adapters may have any float dtype; without it, x's or fp32 masters.
         if t.dtype != x.dtype and t.dtype != torch.float32 and not (mixed and t.dtype in FLOATS):
