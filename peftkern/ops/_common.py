@@ -10,13 +10,13 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from peftkern.ops.plan import Plan
-from peftkern.weights import Weight4bit
+from peftkern.weights import Weight, Weight4bit
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
-def two_dtypes(operation: str, x: torch.Tensor, weight: torch.Tensor) -> TypeError:
+def two_dtypes(operation: str, x: torch.Tensor, weight: Weight) -> TypeError:
     """The error for an x and a weight of two dtypes; which of them is the wrong one only the caller knows."""
     return TypeError(
         f"{operation}: expected x and weight in one dtype, got x in {x.dtype} and weight in {weight.dtype}: cast x, or "
