@@ -19,9 +19,15 @@ PYTHON := $(shell for p in python3 python python3.11 python3.12 python3.13 pytho
     if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then command -v "$$p"; break; fi; done)
 endif
 
+# Says so where there is no such Python, or the one that PYTHON= names is older.
+define need_python
+@[ -n "$(PYTHON)" ] && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+    { echo "Python 3.11 or later is needed$(if $(PYTHON),; $(PYTHON) is not): name one with PYTHON=" >&2; exit 1; }
+endef
+
 # $(call run,TARGET,ARGUMENTS): run Python with ARGUMENTS in an environment that has what TARGET needs.
 define run
-@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or later is needed: name one with PYTHON=" >&2; exit 1; }
+$(need_python)
 @python="$$("$(PYTHON)" tools/make_env.py --for $(1) --venv "$(VENV)")" && \
     echo "$$python $(2)" >&2 && exec "$$python" $(2)
 endef
@@ -48,5 +54,5 @@ check: ## ruff, mypy and the layering test
 	$(call run,check,-m pytest -q tests/test_layout.py)
 
 env: ## what this machine has, which paths can run on it, and what to do about each fault
-	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or later is needed: name one with PYTHON=" >&2; exit 1; }
+	$(need_python)
 	@"$(PYTHON)" -P peftkern/env.py $(ARGS)

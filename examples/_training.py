@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+if importlib.util.find_spec("transformers") is None:
+    raise SystemExit("this example adapts a transformers model: pip install 'peftkern[hf]'")
+
 import torch
 from _language import cosine_schedule, evaluating, next_token_loss, random_batch
 from _progress import progress

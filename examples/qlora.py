@@ -1,6 +1,6 @@
 """QLoRA: LoRA over a base in 4 bits, for a model that would not fit on the card otherwise.
 
-    python examples/qlora.py                                                    # two CPU cores, about a minute
+    python examples/qlora.py                                                    # one CPU core, four to five minutes
     python examples/qlora.py --model meta-llama/Llama-3.1-8B --device cuda      # a 24 GB card
     python examples/qlora.py --model FOLDER --device cuda --vram 16 --seq 4096  # as on a 16 GB card
     python examples/qlora.py --random-8b --device cuda                          # no download: speed and memory only

@@ -1,6 +1,6 @@
 """Four adapters on four texts, trained together in one loop over one frozen base, and each alone for comparison.
 
-    python examples/train_many.py                    # under two minutes on two cores
+    python examples/train_many.py                    # two minutes on one core
 
 Each row of a batch belongs to one text and goes through that text's adapter; the base runs once for all of them. Each
 adapter gets the gradients that its own rows give it, so its curve of held-out bits per byte is that of a run by

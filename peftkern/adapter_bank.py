@@ -31,6 +31,7 @@ from peftkern.utils.other import ModulesToSaveWrapper
 from peftkern.utils.save_and_load import (
     blamed_on_config,
     check_lora_tensors,
+    config_to_save,
     get_peft_model_state_dict,
     load_config,
     load_peft_weights,
@@ -338,7 +339,9 @@ class AdapterBank:
             UnknownAdapterError: (a ValueError) no such adapter.
         """
         self._slot(name)
-        write_adapter(folder, self.model._config_to_save(name), self.state_dict(name))
+        write_adapter(
+            folder, config_to_save(self.model.peft_config[name], self.model.get_base_model()), self.state_dict(name)
+        )
 
     # --- batches -----------------------------------------------------------------------------------------------------
 

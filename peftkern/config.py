@@ -6,6 +6,7 @@ Source of the file format: Hugging Face PEFT 0.21.2.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import os
 import re
@@ -99,6 +100,16 @@ class PeftConfigMixin:
 
     # The one method a subclass configures; None for the general classes.
     method: ClassVar[PeftType | None] = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> PeftConfigMixin:
+        """Refuses unknown fields before `__init__` does, which would not say what is near."""
+        fields = [field.name for field in dataclasses.fields(cls) if field.init]
+        unknown = sorted(set(kwargs) - set(fields))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], fields)
+            hint = f"near names: {', '.join(near)}" if near else f"its fields: {', '.join(sorted(fields))}"
+            raise TypeError(f"{cls.__name__} has no field {unknown[0]!r}; {hint}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.peft_version is None:
@@ -281,6 +292,18 @@ class PeftConfig(PeftConfigMixin):
             if getattr(self, name) is not None:
                 _expect(name, getattr(self, name), (str,), "a str or None")
         _expect("inference_mode", self.inference_mode, (bool,), "True or False")
+
+
+def check_is_config(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is one of peftkern's configurations; PEFT's are told how to become one."""
+    if isinstance(value, PeftConfig):
+        return
+    cls = type(value)
+    kind = cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    message = f"{name}: expected a PeftConfig of peftkern's, got {kind}"
+    if cls.__module__.partition(".")[0] == "peft" and hasattr(value, "to_dict"):
+        message += f": make one of it by peftkern.{cls.__name__}(**config.to_dict())"
+    raise TypeError(message)
 
 
 def _known_methods() -> str:

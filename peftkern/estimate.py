@@ -95,7 +95,9 @@ class Estimate:
         settings: what it was made for.
         parts: a `Part` for each row.
         vram: the GPU's memory, or None.
-        largest_seq: the longest sequence that fits in `vram` with the other settings; 0 if none does, None without.
+        largest_seq: the longest sequence that fits in `vram` with the other settings, and that the model has positions
+            for; 0 if none fits, None without.
+        max_seq: the model's `max_position_embeddings`, or None if its configuration says none.
         advice: a line for each saving that is not used.
     """
 
@@ -104,6 +106,7 @@ class Estimate:
     parts: tuple[Part, ...]
     vram: int | None = None
     largest_seq: int | None = None
+    max_seq: int | None = None
     advice: tuple[str, ...] = ()
 
     def of(self, when: str) -> int:
@@ -130,6 +133,7 @@ class Estimate:
         lines = [
             f"{self.model}, r {s.r} on {s.target}, {s.quant}{quant}, {s.batch} x {s.seq} tokens, {s.optim}, "
             f"{'' if s.checkpointing else 'no '}checkpointing, {'chunked' if s.chunked_loss else 'whole'} loss",
+            *self._assumed(),
             "",
         ]
         width = max(len(part.name) for part in self.parts)
@@ -146,15 +150,29 @@ class Estimate:
         lines += self._verdict() + [f"- {line}" for line in self.advice]
         return "\n".join(lines)
 
+    def _assumed(self) -> list[str]:
+        """What a reader may not have asked for, and the unit."""
+        lines = []
+        if self.settings.quant != "none":
+            lines.append(
+                f"The base is counted in {self.settings.quant}; for a dense one: --quant none, or quant='none'."
+            )
+        if self.max_seq is not None and self.settings.seq > self.max_seq:
+            lines.append(
+                f"{self.settings.seq} tokens are more than the model's max_position_embeddings, {self.max_seq}."
+            )
+        return [*lines, "A GB is 10^9 bytes, a GiB 2^30."]
+
     def _verdict(self) -> list[str]:
         if self.vram is None:
             return []
         size = f"{self.vram / 2**30:g} GiB ({self.vram / GB:.1f} GB)"
         spare = (self.vram - self.total) / GB
         words = f"Fits in {size} with {spare:.2f} GB to spare." if spare >= 0 else f"Over {size} by {-spare:.2f} GB."
-        longest = (
-            "No sequence fits." if not self.largest_seq else f"The longest sequence that fits: {self.largest_seq}."
-        )
+        longest = "No sequence fits."
+        if self.largest_seq:
+            of_model = ", all that the model has positions for" if self.largest_seq == self.max_seq else ""
+            longest = f"The longest sequence that fits: {self.largest_seq}{of_model}."
         return [f"{words} {longest}"]
 
 
@@ -199,7 +217,10 @@ def estimate_memory(model: Any, *, vram: float | None = None, **settings: Any) -
         made = _estimate(traced, chosen, traced.activations(chosen.batch, chosen.seq, chosen.checkpointing))
         size = None if vram is None else int(vram * 2**30)
         largest = None if size is None else _largest_sequence(traced, chosen, size)
-        return replace(made, vram=size, largest_seq=largest, advice=_advice(traced, made))
+        most = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if largest is not None and most is not None:
+            largest = min(largest, most)
+        return replace(made, vram=size, largest_seq=largest, max_seq=most, advice=_advice(traced, made))
 
 
 def _said_by(config: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkern.config import PeftConfig
+from peftkern.config import PeftConfig, check_is_config
 from peftkern.tuners.ia3 import IA3Config, IA3Model
 from peftkern.tuners.lora import LoraConfig, LoraModel
 from peftkern.tuners.tuners_utils import BaseTuner
@@ -71,9 +71,7 @@ def inject_adapter_in_model(
         TypeError: `peft_config` is no configuration of peftkern's.
         ValueError: The method puts no layers into a model; or see `BaseTuner`.
     """
-    if not isinstance(peft_config, PeftConfig):
-        kind = type(peft_config)
-        raise TypeError(f"peft_config must be a peftkern configuration, got {kind.__module__}.{kind.__name__}")
+    check_is_config("peft_config", peft_config)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_config.peft_type or "")
     if tuner is None:
         raise ValueError(f"inject_adapter_in_model cannot inject peft_type={peft_config.peft_type!r}")

@@ -6,7 +6,7 @@ import warnings
 
 from torch import nn
 
-from peftkern.config import PeftConfig
+from peftkern.config import PeftConfig, check_is_config
 from peftkern.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peftkern.tuners.tuner_layer import is_tuned
 
@@ -34,14 +34,28 @@ def get_peft_model(
     Returns:
         The class that `peft_config.task_type` names, or `PeftModel`.
 
+    Raises:
+        TypeError: `peft_config` is no configuration of peftkern's.
+        ValueError: `model` is a `PeftModel` already (a second wrapping gives its adapters names that load nowhere), or
+            carries an adapter of that name; or the configuration does not fit it.
+
     Warns:
         UserWarning: `model` carries adapters already, or the configuration named another base model or revision.
     """
     if mixed:
         raise NotImplementedError("mixed: adapters of several methods on one model are not built")
-    if not isinstance(peft_config, PeftConfig):
-        kind = type(peft_config)
-        raise TypeError(f"peft_config: expected a PeftConfig of peftkern's, got {kind.__module__}.{kind.__name__}")
+    check_is_config("peft_config", peft_config)
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"model: expected a base model, got a {type(model).__name__} with the adapters "
+            f"{sorted(model.peft_config)}: call its add_adapter(name, config) for another one, or unload() for the "
+            "base model to start anew"
+        )
+    if isinstance((getattr(model, "peft_config", None) or {}).get(adapter_name), PeftConfig):
+        raise ValueError(
+            f"adapter_name: an adapter {adapter_name!r} exists already in this model: choose another name, or call "
+            "unload() on its PeftModel to start anew"
+        )
     # A transformers model that was made from a configuration has the name "", which is nothing to load from.
     name = model.__dict__.get("name_or_path") or None
     previous, peft_config.base_model_name_or_path = peft_config.base_model_name_or_path, name

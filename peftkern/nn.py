@@ -1,8 +1,9 @@
 """LoRA and IA3 layers by themselves, for a training loop that has no use for configurations.
 
 They are the layers that `get_peft_model` puts into a model, with one adapter named "default": `merge`, `unmerge`,
-`state_dict` keys and `explain` are the same. In a model that `get_peft_model` adapts they are part of the base: their
-adapter stays active and is frozen, and switching, merging and saving leave it alone.
+`state_dict` keys and `explain` are the same. `save_adapter(network, folder)` writes all those of a network in PEFT's
+files, `load_adapter` reads them into such a network again. In a model that `get_peft_model` adapts they are part of the
+base: their adapter stays active and is frozen, and switching, merging and saving leave it alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkern.layer_files import ADAPTER, load_adapter, save_adapter
 from peftkern.tuners.ia3 import IA3Config
 from peftkern.tuners.ia3.layer import Linear as IA3LinearLayer
 from peftkern.tuners.lora.config import LoraConfig
@@ -23,9 +25,7 @@ from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit
 from peftkern.weights import QUANT_TYPES
 
-__all__ = ["IA3Linear", "LoraEmbedding", "LoraLinear", "share_input"]
-
-ADAPTER = "default"
+__all__ = ["IA3Linear", "LoraEmbedding", "LoraLinear", "load_adapter", "save_adapter", "share_input"]
 
 
 def _finish(layer: BaseTunerLayer, adapter_dtype: torch.dtype | None) -> None:
@@ -40,6 +40,15 @@ def _finish(layer: BaseTunerLayer, adapter_dtype: torch.dtype | None) -> None:
                 held.to(wanted)
             else:
                 container[name] = nn.Parameter(held.detach().to(wanted))
+
+
+def _check_linear(linear: Any) -> None:
+    """Raises TypeError for what `from_linear` cannot put an adapter on."""
+    if isinstance(linear, BaseTunerLayer):
+        kind = type(linear).__name__
+        raise TypeError(f"linear: this {kind} has an adapter already; for a new one give its get_base_layer()")
+    if not is_linear(linear):
+        raise TypeError(f"linear must be an nn.Linear, a Conv1D or a quantized one, got {type(linear).__name__}")
 
 
 def _quantized(linear: nn.Module, quantization: str | None) -> nn.Module:
@@ -125,8 +134,7 @@ class LoraLinear(Linear):
 
         The other arguments are the class's.
         """
-        if not is_linear(linear):
-            raise TypeError(f"linear must be an nn.Linear, a Conv1D or a quantized one, got {type(linear).__name__}")
+        _check_linear(linear)
         config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha,
@@ -187,6 +195,9 @@ class LoraEmbedding(Embedding):
 
         The other arguments are the class's.
         """
+        if isinstance(embedding, BaseTunerLayer):
+            kind = type(embedding).__name__
+            raise TypeError(f"embedding: this {kind} has an adapter already; for a new one give its get_base_layer()")
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
         config = LoraConfig(r=r, lora_alpha=lora_alpha, use_rslora=use_rslora, init_lora_weights=init_lora_weights)
@@ -246,8 +257,7 @@ class IA3Linear(IA3LinearLayer):
 
         The other arguments are the class's.
         """
-        if not is_linear(linear):
-            raise TypeError(f"linear must be an nn.Linear, a Conv1D or a quantized one, got {type(linear).__name__}")
+        _check_linear(linear)
         layer = cls.__new__(cls)
         layer._wrap(_quantized(linear, quantization), is_feedforward, init_ia3_weights, adapter_dtype)
         return layer

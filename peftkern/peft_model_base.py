@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from peftkern.config import PeftConfig
+from peftkern.config import PeftConfig, check_is_config
 from peftkern.integrations.peft_bridge import bridge_wrappers, bridged_class
 from peftkern.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peftkern.tuners.mixed import check_names
@@ -25,6 +25,7 @@ from peftkern.utils.peft_types import PeftType
 from peftkern.utils.save_and_load import (
     blamed_on_config,
     check_lora_tensors,
+    config_to_save,
     get_peft_model_state_dict,
     load_config,
     load_peft_weights,
@@ -254,10 +255,12 @@ class PeftModel(nn.Module):
         """Add a new, untrained adapter; it does not become active.
 
         Raises:
+            TypeError: `peft_config` is no configuration of peftkern's.
             ValueError: The name is taken, or the method is not that of the first adapter. The model is unchanged.
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name: an adapter {adapter_name!r} exists already")
+        check_is_config("peft_config", peft_config)
         if peft_config.peft_type != self.peft_type:
             raise ValueError(f"peft_config: the model has {self.peft_type} adapters, got {peft_config.peft_type}")
         _check_adapter_name(adapter_name)
@@ -356,20 +359,9 @@ class PeftModel(nn.Module):
             folder = _adapter_folder(save_directory, name)
             tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
             if is_main_process:
-                write_adapter(folder, self._config_to_save(name), tensors)
+                write_adapter(folder, config_to_save(self.peft_config[name], self.get_base_model()), tensors)
         if is_main_process:
             self.create_or_update_model_card(save_directory)
-
-    def _config_to_save(self, adapter_name: str) -> dict[str, Any]:
-        """The content of adapter_config.json."""
-        config = self.peft_config[adapter_name]
-        base = self.get_base_model()
-        content = config.to_json_dict() | {"inference_mode": True}
-        if content["base_model_name_or_path"] is None:
-            content["base_model_name_or_path"] = base.__dict__.get("name_or_path") or None
-        if config.task_type is None:
-            content["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-        return content
 
     def create_or_update_model_card(self, output_dir: PathLike) -> None:
         """Write README.md in `output_dir`, or bring the one there up to date (see `peftkern.utils.model_card`)."""
@@ -439,8 +431,8 @@ class PeftModel(nn.Module):
         blame: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if config is None:
             config, blame = load_config(model_id, **hub), blamed_on_config(model_id, hub)
-        elif not isinstance(config, PeftConfig):
-            raise TypeError(f"config: expected a PeftConfig, got {type(config).__name__}")
+        else:
+            check_is_config("config", config)
         config.inference_mode = not is_trainable
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)

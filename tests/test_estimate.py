@@ -67,7 +67,7 @@ def test_an_8b_step_is_made_of_what_it_is_known_to_be(llama_8b):
 
 def test_the_longest_sequence_is_where_it_stops_fitting():
     """Would catch: a bisection that ends on the wrong side, curves that are not those of the traced lengths."""
-    card, config = 1.5, llama(num_hidden_layers=2)
+    card, config = 1.5, llama(num_hidden_layers=2, max_position_embeddings=1 << 20)
     for options in ({"chunked_loss": False}, {"batch": 2}):
         longest = estimate_memory(config, vram=card, **options).largest_seq
         assert longest and longest > 256
@@ -75,6 +75,27 @@ def test_the_longest_sequence_is_where_it_stops_fitting():
         assert totals[0] <= card * 2**30 < totals[1]
     none = estimate_memory(config, vram=0.5)
     assert none.largest_seq == 0 and none.fits is False and "No sequence fits" in str(none)
+
+
+def test_the_longest_sequence_is_one_that_the_model_has_positions_for():
+    """Would catch: two million tokens for a model of a thousand positions; a sequence beyond them without a word."""
+    made = estimate_memory(llama(), vram=24.0, seq=512)
+    assert made.largest_seq == made.max_seq == 1024
+    assert str(made).rstrip().splitlines()[-1].startswith("Fits in 24 GiB (25.8 GB)")
+    assert "longest sequence that fits: 1024, all that the model has positions for." in str(made)
+    assert "more than the model's" not in str(made)
+    long = str(estimate_memory(llama(), seq=2048))
+    assert "2048 tokens are more than the model's max_position_embeddings, 1024." in long
+    fewer = estimate_memory(llama(max_position_embeddings=1 << 20), vram=1.0)
+    assert fewer.largest_seq < 1 << 20 and "all that the model" not in str(fewer)
+
+
+def test_the_report_says_what_it_assumed():
+    """Would catch: a base in 4 bits that nobody asked for, and units that have to be guessed."""
+    nf4, dense = (str(estimate_memory(llama(), quant=quant)) for quant in ("nf4", "none"))
+    assert "The base is counted in nf4; for a dense one: --quant none, or quant='none'." in nf4
+    assert "is counted in" not in dense
+    assert all("A GB is 10^9 bytes, a GiB 2^30." in text for text in (nf4, dense))
 
 
 # -- against measurement ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -236,7 +237,8 @@ def test_qlora_fails_when_nothing_was_learned(example, tmp_path, capsys):
 
 
 def test_custom_loop_is_five_lines_from_full_fine_tuning(tmp_path):
-    """Bug: the file that claims "five lines" needs more: without the marked lines it must fine-tune every weight."""
+    """Bug: the file that claims "five lines" needs more: without the marked lines it must fine-tune every weight;
+    or adapters that it cannot save."""
     source = (EXAMPLES / "custom_loop.py").read_text()
     full_script = tmp_path / "full_fine_tuning.py"
     full_script.write_text("\n".join(line for line in source.splitlines() if "# LoRA" not in line) + "\n")
@@ -245,8 +247,10 @@ def test_custom_loop_is_five_lines_from_full_fine_tuning(tmp_path):
     results = {}
     for name, script in (("lora", EXAMPLES / "custom_loop.py"), ("full", full_script)):
         file = tmp_path / f"{name}.json"
-        run_example(script, "--steps", "80", "--width", "64", "--json", str(file), cwd=tmp_path)
+        printed = run_example(script, "--steps", "80", "--width", "64", "--json", str(file), cwd=tmp_path)
+        assert ("a fresh network with them gives equal outputs" in printed) == (name == "lora")
         results[name] = json.loads(file.read_text())
+    assert (tmp_path / "outputs" / "custom_loop" / "adapter_model.safetensors").exists()
     assert results["full"]["trainable_parameters"] == results["full"]["all_parameters"]
     base, adapters = results["full"]["all_parameters"], results["lora"]["trainable_parameters"]
     assert adapters == 16 * ((512 + 64) + (64 + 64) + (64 + 256))
@@ -267,6 +271,17 @@ def test_trainer_saves_the_adapter_alone_and_resumes_exactly(tmp_path):
     assert "model.safetensors" not in result["checkpoint_files"]
     assert result["largest_difference_after_resuming"] == 0.0
     assert result["bits_per_byte_after"] < result["bits_per_byte_before"]
+
+
+def test_trainer_without_peft_says_so_at_the_start(example, tmp_path, monkeypatch):
+    """Bug: without peft Trainer saves a whole model, which dies in safetensors half way through."""
+    pytest.importorskip("accelerate")
+    trainer = example("trainer")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
+    with pytest.raises(SystemExit, match=r"pip install 'peftkern\[peft\]'"):
+        trainer.main(["--steps", "2", "--output", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_make_base_writes_a_checkpoint_that_loads(example, tmp_path):

@@ -191,7 +191,7 @@ def test_convolutions(feedforward):
     model = adapted(Convolutions(), options, options)
     x = torch.randn(4, 3, 5, 6)
     assert_as_apart(model, x)
-    with pytest.raises(ValueError, match="whose first is the batch, 3 rows"):
+    with pytest.raises(ValueError, match="one name for each of the batch's 4 rows, got 3 "):
         model(x, adapter_names=NAMES[:3])
 
 
@@ -258,7 +258,7 @@ def test_what_cannot_be_done_is_named():
     x = ids(4)
     with pytest.raises(ValueError, match="no adapter is named .'nobody'"):
         model(x, adapter_names=["one", "nobody", "two", "one"])
-    with pytest.raises(ValueError, match="got 3 ids for x"):
+    with pytest.raises(ValueError, match="each of the batch's 4 rows, got 3 "):
         model(x, adapter_names=NAMES[:3])
     with pytest.raises(ValueError, match=r"no adapter is named \[1, 2"):
         model(x, adapter_names=[1, 2, 1, 2])
@@ -277,7 +277,7 @@ def test_afterwards_the_model_is_as_before():
     x = ids(4)
     before = model(x)
     mixed = model(x, adapter_names=NAMES)
-    with pytest.raises(ValueError, match="got 3 ids"):
+    with pytest.raises(ValueError, match="each of the batch's 4 rows, got 3 "):
         model(x, adapter_names=NAMES[:3])
     assert torch.equal(model(x), before) and not torch.equal(mixed, before)
     torch.testing.assert_close(model(x, adapter_names=["one"] * 4), before, rtol=1e-5, atol=1e-6)

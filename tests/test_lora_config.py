@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import operator
+import pickle
 import subprocess
 import sys
 import warnings
@@ -257,6 +259,17 @@ def test_values_changed_later_are_checked_when_an_adapter_is_made():
     config.use_dora = True
     with pytest.raises(NotImplementedError, match="use_dora"):
         config.check()
+
+
+def test_a_misspelt_field_is_told_what_is_near():
+    """Catches a bare "unexpected keyword argument" for one of forty fields; copies that no longer can be made."""
+    with pytest.raises(TypeError, match=r"LoraConfig has no field 'lora_aplha'; near names: lora_alpha"):
+        LoraConfig(lora_aplha=3)
+    with pytest.raises(TypeError, match=r"IA3Config has no field 'zzz'; its fields: auto_mapping, .*task_type"):
+        peftkern.IA3Config(zzz=3)
+    config = LoraConfig("CAUSAL_LM", r=4, target_modules=["q"])
+    for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
+        assert again == config and again.r == 4
 
 
 def test_older_files_with_nulls_are_read():

@@ -427,6 +427,10 @@ def test_lora_linear_by_itself():
         peftkern.nn.LoraLinear(IN, OUT, r=0)
     with pytest.raises(TypeError, match="Conv2d"):
         peftkern.nn.LoraLinear.from_linear(nn.Conv2d(1, 1, 1))
+    with pytest.raises(TypeError, match=r"this LoraLinear has an adapter already; for a new one .*get_base_layer"):
+        peftkern.nn.LoraLinear.from_linear(layer)
+    with pytest.raises(TypeError, match="x in torch.float16 and weight in torch.float32: cast x, or run under"):
+        layer(x.half())
 
 
 def test_lora_embedding_by_itself():
@@ -442,3 +446,5 @@ def test_lora_embedding_by_itself():
     assert torch.equal(made(torch.arange(VOCAB)), made.base_layer(torch.arange(VOCAB)))
     with pytest.raises(TypeError, match="Linear"):
         peftkern.nn.LoraEmbedding.from_embedding(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="this LoraEmbedding has an adapter already"):
+        peftkern.nn.LoraEmbedding.from_embedding(layer)

@@ -352,7 +352,7 @@ BAD = [
     (0, lambda t: t.int(), TypeError, "x: expected float32"),
     (0, lambda t: t[:, :-1], ValueError, r"x: expected shape \[\.\.\., 7\]"),
     (0, lambda t: t.tolist(), TypeError, "x: expected a tensor"),
-    (1, lambda t: t.bfloat16(), TypeError, "weight: expected x's dtype"),
+    (1, lambda t: t.bfloat16(), TypeError, "x in torch.float32 and weight in torch.bfloat16: cast x, or"),
     (1, lambda t: t[0], ValueError, "weight: expected shape"),
     (2, lambda t: t[:, :-1], ValueError, "lora_A: expected shape"),
     (2, lambda t: t.half(), TypeError, "lora_A: expected x's dtype"),

@@ -409,7 +409,7 @@ def test_inject_adapter_in_model():
     assert_same_step(ours, theirs, ids())
     with pytest.raises(TypeError, match="str"):
         inject_adapter_in_model("lora", mlp())
-    with pytest.raises(TypeError, match="peftkern configuration, got peft.tuners.lora.config.LoraConfig"):
+    with pytest.raises(TypeError, match="expected a PeftConfig of peftkern's, got peft.tuners.lora.config.LoraConfig"):
         inject_adapter_in_model(peft.LoraConfig(target_modules=["up"]), mlp())
     with pytest.raises(TypeError, match="PeftConfig of peftkern's, got peft.tuners.lora.config.LoraConfig"):
         peftkern.get_peft_model(mlp(), peft.LoraConfig(target_modules=["up"]))

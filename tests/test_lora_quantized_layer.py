@@ -147,7 +147,7 @@ def test_requantizing_keeps_how_the_bytes_are_stored(kind):
         base.load_state_dict(linear.state_dict())
         base = base.to("cpu")
     model, _ = adapted(base.requires_grad_(False))
-    with pytest.warns(UserWarning, match="requantizing"):
+    with pytest.warns(UserWarning, match="requantiz"):
         merged = model.merge_and_unload(requantize=True)["up"]
     assert merged.weight.dtype == base.weight.dtype == torch.bfloat16
     assert merged.compute_dtype == torch.bfloat16
@@ -159,12 +159,31 @@ def test_requantizing_merge_says_what_it_lost(base):
     truth = dequantize(weight_of(base), torch.float32) + layer.get_delta_weight("default")
     old = weight_of(base)
     with pytest.warns(UserWarning, match=r"requantizing a merged 80 x 96 weight moved it by"):
-        merged = model.merge_and_unload(requantize=True)["up"]
+        layer.merge(requantize=True)
+    merged = layer.get_base_layer()
     weight = weight_of(merged)
     assert type(weight) is type(old)
     assert getattr(weight, "blocksize", None) == getattr(old, "blocksize", None)
     error = (dequantize(weight, torch.float32) - truth).norm() / truth.norm()
     assert error < 0.12  # a 4-bit weight is within about 9 % of what it was made from
+
+
+def test_requantizing_a_model_warns_once_and_names_the_worst_layer():
+    """Would catch a warning for each layer of a model, by its shape, so that nobody can tell which lost what."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(ours(nn.Linear(96, 96)) for _ in range(4)))
+    model = peftkern.get_peft_model(net, peftkern.LoraConfig(r=4, target_modules=["0", "2", "3"]))
+    with torch.no_grad():
+        for i, size in (("0", 1.0), ("2", 0.01), ("3", 1.0)):
+            net.get_submodule(i).lora_B["default"].weight.normal_().mul_(size)
+    words = r"requantized: 3; more was lost than was merged in 1 of them. The worst is '2': requantizing moved it by \d"
+    with pytest.warns(UserWarning, match=words) as seen:
+        model.merge_adapter(requantize=True)
+    assert len(seen) == 1 and seen[0].filename == __file__
+    model.unmerge_adapter()
+    with pytest.warns(UserWarning, match=words) as seen:
+        model.merge_and_unload(requantize=True)
+    assert len(seen) == 1 and seen[0].filename == __file__
 
 
 def test_merge_of_lora_bias_scales_it():

@@ -268,6 +268,48 @@ def test_patterns_that_a_file_puts_in_another_order_are_warned_about(tmp_path):
         LoraModel(mlp(), LoraConfig(target_modules=["up", "down"], alpha_pattern={"up": 2, "down": 3}), "default")
 
 
+def test_a_misspelt_target_beside_a_right_one_is_warned_about():
+    """Catches a typo in a list whose other names match: that layer would be left out without a word."""
+    with pytest.warns(UserWarning, match=r"target_modules=\['v_porj'\] matched no module \(near names: v_proj") as seen:
+        model = LoraModel(tiny_llama(), LoraConfig(target_modules=["q_proj", "v_porj"]), "default")
+    assert len(model.targeted_module_names) == 2 and seen[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"exclude_modules=\['dwon'\] matched no module"):
+        LoraModel(
+            tiny_llama(), LoraConfig(target_modules=["q_proj"], exclude_modules=["0.self_attn", "dwon"]), "default"
+        )
+    many = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)] + [f"model.layers.9.x{i}" for i in range(20)]
+    with pytest.warns(UserWarning, match=r"target_modules=\['model.layers.9.x0', .*'model.layers.9.x9'\] matched"):
+        LoraModel(tiny_llama(), LoraConfig(target_modules=many), "default")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["lm_head"]},
+        {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "layers.0.self_attn.v_proj"], "layers_to_transform": [1]},
+        {"target_modules": r".*(q|v_porj)_proj"},
+        {"target_modules": "all-linear", "exclude_modules": r".*v_proj"},
+        {"target_modules": ["self_attn.q_proj", "model.layers.0.self_attn.v_proj"]},
+        {},
+    ],
+    ids=str,
+)
+def test_names_that_something_answers_to_are_not(arguments):
+    """Catches a warning about an entry whose modules another setting leaves out, or about what nobody wrote."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LoraModel(tiny_llama(), LoraConfig(**arguments), "default")
+    phi = transformers.PhiConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32, num_attention_heads=2)
+    phi.model_type = "blip-2"  # whose default has names of several language models
+    model = transformers.PhiForCausalLM(phi)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saved = LoraModel(model, LoraConfig(), "default").peft_config["default"].to_json_dict()
+        again = LoraConfig.from_dict(saved)
+        LoraModel(transformers.PhiForCausalLM(phi), again, "default")
+
+
 def test_one_of_the_two_classifier_names_is_enough():
     """Catches a warning on every sequence classifier, whose head goes by one of two names."""
     model = tiny_llama(cls="LlamaForSequenceClassification")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import venv
@@ -145,3 +146,21 @@ def test_a_new_environment(make_env, tmp_path, monkeypatch, has_gpu, torch_requi
     if constrained:
         pins = Path(everything[everything.index("-c") + 1]).read_text()
         assert "torch==" in pins and ("\ntriton==" in pins) is pins_triton
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("target", ["env", "demo", "test"])
+def test_an_older_python_is_told_what_is_needed(target, tmp_path):
+    """Would catch: "Unknown option: -P" and "No module named 'tomllib'" from the Python that PYTHON= names."""
+    older = tmp_path / "python3.10"
+    # As Python 3.10 does: it answers -c (that its version is below 3.11), and knows neither -P nor what 3.11 brought.
+    older.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 1\necho "Unknown option: $1" >&2\nexit 2\n')
+    older.chmod(0o755)
+    for python in (str(older), str(tmp_path / "nowhere")):
+        done = subprocess.run(["make", target, f"PYTHON={python}"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode != 0 and "Unknown option" not in done.stderr
+        assert f"Python 3.11 or later is needed; {python} is not: name one with PYTHON=" in done.stderr
+    done = subprocess.run(["make", target, "PYTHON="], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "Python 3.11 or later is needed: name one" in done.stderr
+    done = subprocess.run(["make", "-n", target, f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0

@@ -219,7 +219,7 @@ def test_what_cannot_be_done_is_named():
     x = ids(4)
     with pytest.raises(ValueError, match="no adapter is named .'nobody'"):
         model(x, adapter_names=["one", "nobody", "two", "one"])
-    with pytest.raises(ValueError, match="got 3 ids for x"):
+    with pytest.raises(ValueError, match="adapter_names: expected one name for each of the batch's 4 rows, got 3 "):
         model(x, adapter_names=NAMES[:3])
     with pytest.raises(ValueError, match=r"no adapter is named \[1, 2"):
         model(x, adapter_names=[1, 2, 1, 2])
@@ -259,7 +259,7 @@ def test_flattened_tokens_are_refused_with_the_reason():
             ValueError, match=r"adapter_names: .*got 4 ids for x \[48, 32\]: the model flattens its tokens"
         ):
             made(input_ids=x, adapter_names=["one"] * 4)
-        with pytest.raises(ValueError, match="adapter_names: .*5 ids.*: the names are not those of the model's batch"):
+        with pytest.raises(ValueError, match="adapter_names: expected one name for each .* got 5"):
             made(input_ids=x, adapter_names=["one"] * 5)
     bank = peftkern.AdapterBank(model, target_modules=["fc1", "q_proj"])
     bank.add("one")
@@ -273,13 +273,32 @@ def test_flattened_tokens_are_refused_with_the_reason():
     assert torch.equal(got[1], model(input_ids=x).logits[1]) and not torch.equal(got[0], model(input_ids=x).logits[0])
 
 
+def test_too_few_names_are_counted_as_the_caller_knows_them():
+    """Would catch a message about ids and tokens, which nobody who gave a name for each row knows of."""
+    model = adapted(peftkern, tiny_llama(), {"r": 4}, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    x = ids(3, length=13)
+    for names in (["one"], ["one"] * 5, []):
+        words = f"^adapter_names: expected one name for each of the batch's 3 rows, got {len(names)} "
+        with pytest.raises(ValueError, match=words):
+            model(x, adapter_names=names)
+        head = model.get_submodule("base_model.model.lm_head")
+        with pytest.raises(ValueError, match=words), model.base_model.mixed_batch(names):
+            head(torch.randn(3, 13, 64))
+    bank = peftkern.AdapterBank(tiny_llama(), target_modules=["q_proj"])
+    bank.add("one")
+    with pytest.raises(ValueError, match="^adapter_names: .* the batch's 3 rows, got 1 "), bank.batch(["one"]):
+        bank.model(x)
+    with pytest.raises(ValueError, match="an id for each of x's 39 rows"), bank.batch(torch.tensor([0, 0])):
+        bank.model(x)
+
+
 def test_afterwards_the_model_is_as_before():
     """Would catch a batch that stays on a layer after its forward, or after an error in it."""
     model = adapted(peftkern, mlp(), {"r": 4}, {"r": 2}, target_modules=["emb", "up", "down"])
     x = ids(4)
     before = model(x)
     mixed = model(x, adapter_names=NAMES)
-    with pytest.raises(ValueError, match="expected an input whose first dimension"):
+    with pytest.raises(ValueError, match="expected one name for each of the batch's 4 rows, got 3 "):
         model(x, adapter_names=NAMES[:3])
     assert torch.equal(model(x), before) and not torch.equal(mixed, before)
     assert torch.equal(model(x, adapter_names=["one"] * 4), before)

@@ -407,7 +407,11 @@ BAD = [
     (lambda c: c.update(x=c["x"].int()), TypeError, "x: expected float32"),
     (lambda c: c.update(x=c["x"][:, :-1]), ValueError, r"x: expected shape \[\.\.\., 7\]"),
     (lambda c: c.update(x=c["x"].tolist()), TypeError, "x: expected a tensor"),
-    (lambda c: c.update(weight=c["weight"].bfloat16()), TypeError, "weight: expected x's dtype"),
+    (
+        lambda c: c.update(weight=c["weight"].bfloat16()),
+        TypeError,
+        "x in torch.float32 and weight in torch.bfloat16: cast x, or",
+    ),
     (lambda c: c.update(weight="w"), TypeError, "weight: expected a tensor, a Weight4bit"),
     (lambda c: c.update(bank=None), TypeError, "bank: expected LayerAdapters"),
     (lambda c: c.update(bank=layer(5, 6)), ValueError, r"lora_A: expected shape \[any, 7\]"),

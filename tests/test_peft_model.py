@@ -201,6 +201,25 @@ def test_wrong_arguments_are_refused_and_change_nothing():
         PeftModel.from_pretrained(base, "/nowhere", config=LoraConfig(), colour="red")
 
 
+def test_a_configuration_of_pefts_is_told_how_to_become_ours():
+    """Would catch: "expected a PeftConfig, got LoraConfig", which does not say that there are two of that name."""
+    model = get_peft_model(mlp(), LoraConfig(target_modules=["up"]))
+    theirs = peft.LoraConfig(r=3, target_modules=["down"])
+    words = r"got peft.tuners.lora.config.LoraConfig: make one of it by peftkern.LoraConfig\(\*\*config.to_dict\(\)\)"
+    for call in (
+        lambda: get_peft_model(mlp(), theirs),
+        lambda: peftkern.inject_adapter_in_model(theirs, mlp()),
+        lambda: model.add_adapter("other", theirs),
+        lambda: PeftModel.from_pretrained(mlp(), "/nowhere", config=theirs),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
+    model.add_adapter("other", peftkern.LoraConfig(**theirs.to_dict()))
+    assert model.base_model.model.down.r == {"other": 3}
+    ia3 = peft.IA3Config(target_modules=["down"], feedforward_modules=["down"])
+    assert get_peft_model(mlp(), peftkern.IA3Config(**ia3.to_dict())).base_model.model.down.is_feedforward
+
+
 def test_warnings_of_get_peft_model():
     """PEFT warns of a second wrapping, of another base model's name and revision, and of a confusing adapter name."""
     base = mlp()
@@ -214,6 +233,27 @@ def test_warnings_of_get_peft_model():
     assert config.revision == "b"
     with pytest.warns(UserWarning, match="'lora' is contained in the prefix"):
         get_peft_model(mlp(), LoraConfig(target_modules=["up"]), adapter_name="lora")
+
+
+def test_adapting_twice_is_refused_where_the_files_would_load_nowhere(tmp_path):
+    """Would catch: an adapter under names with base_model.model twice, or one that has lost a half of its layers."""
+    base = tiny_llama()
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    before = fingerprint(model)
+    for name in ("default", "second"):
+        config = LoraConfig(target_modules=["v_proj"], base_model_name_or_path="other")
+        with pytest.raises(ValueError, match=r"PeftModel with the adapters \['default'\]: call its add_adapter"):
+            get_peft_model(model, config, name)
+    with pytest.raises(ValueError, match="adapter_name: an adapter 'default' exists already"):
+        get_peft_model(base, config)
+    assert fingerprint(model) == before and config.base_model_name_or_path == "other"
+    with pytest.warns(UserWarning, match="adapters already"):
+        again = get_peft_model(base, LoraConfig(target_modules=["v_proj"]), "second")
+    randomize(again)
+    again.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "second")
+    torch.testing.assert_close(logits(loaded), logits(again))
+    get_peft_model(again.unload(), LoraConfig(target_modules=["q_proj"]))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -326,7 +366,7 @@ PLAIN_LOOP = """
     assert not Recorder.asked, Recorder.asked
 
     sys.modules["transformers"] = type(sys)("transformers")  # transformers is loaded, peft is not installed
-    plain = peftkern.get_peft_model(base, peftkern.LoraConfig(target_modules=["1"]))
+    plain = peftkern.get_peft_model(again.unload(), peftkern.LoraConfig(target_modules=["1"]))
     assert type(plain) is peftkern.PeftModel and Recorder.asked == ["peft"], Recorder.asked
 """
 

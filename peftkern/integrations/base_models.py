@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from typing import Any
 
 from torch import nn
 
+from peftkern.integrations.extras import require
 from peftkern.utils.adapter_files import PathLike
 
 _ALLOWED = ("diffusers", "lerobot", "megatron-core", "transformers")
@@ -24,14 +24,13 @@ def base_model_class(
             the library must be, or lie in, one of `import_allowlist`.
 
     Raises:
+        ImportError: The library is not installed; the message says how to install it.
         ValueError: Neither tells the class, the library is not on the list, or it has no such class.
     """
     if auto_mapping is None:
         if auto_class is None:
             raise ValueError("AutoPeftModel: the adapter names a task, or no auto_mapping; use the class for its task")
-        import transformers
-
-        return getattr(transformers, auto_class)
+        return getattr(require("transformers", "loading a base model"), auto_class)
     library, name = auto_mapping.get("parent_library"), auto_mapping.get("base_model_class")
     allowed = tuple(_ALLOWED if import_allowlist is None else import_allowlist)
     if not isinstance(library, str) or not isinstance(name, str):
@@ -41,7 +40,7 @@ def base_model_class(
             f"auto_mapping: wants to import {library!r}, which is not one of {sorted(allowed)}; if you trust it, pass "
             f"import_allowlist=[{library!r}]"
         )
-    found = getattr(importlib.import_module(library), name, None)
+    found = getattr(require(library, "loading the adapter's base model"), name, None)
     if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
         raise ValueError(f"auto_mapping: {library!r} has no model class {name!r}")
     return found

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from peftkern.integrations.extras import require
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit
 
 
@@ -97,10 +98,10 @@ def build_without_weights(
         options: `attn_implementation`, `trust_remote_code`.
 
     Raises:
+        ImportError: transformers is not installed.
         ValueError: No class is given, and the configuration names none that transformers has.
     """
-    import transformers
-
+    transformers: Any = require("transformers", "load_quantized")
     trust = bool(options.get("trust_remote_code", False))
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust, **hub_kwargs)
     if model_class is None:

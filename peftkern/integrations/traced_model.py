@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkern.integrations.extras import require
 from peftkern.utils.live_bytes import LiveBytes
 
 _CAUSAL = "peftkern_causal"
@@ -288,7 +289,7 @@ def _set_checkpointing(model: Any, on: bool) -> None:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without transformers' advice on how to run a model, which nobody here is about to run."""
-    from transformers.utils import logging
+    logging: Any = require("transformers.utils", "an estimate").logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()

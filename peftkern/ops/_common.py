@@ -10,10 +10,18 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from peftkern.ops.plan import Plan
-from peftkern.weights import Weight4bit
+from peftkern.weights import Weight, Weight4bit
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+def two_dtypes(operation: str, x: torch.Tensor, weight: Weight) -> TypeError:
+    """The error for an x and a weight of two dtypes; which of them is the wrong one only the caller knows."""
+    return TypeError(
+        f"{operation}: expected x and weight in one dtype, got x in {x.dtype} and weight in {weight.dtype}: cast x, or "
+        "run under torch.autocast"
+    )
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
@@ -176,7 +184,7 @@ def check_adapters(
     if 0 in (N, K, R):
         raise ValueError(f"{operation}: out_features, in_features and r: expected at least 1, got {N}, {K}, {R}")
     if weight.dtype != x.dtype and not (mixed and weight.dtype in FLOATS):
-        raise TypeError(f"{operation}: weight: expected x's dtype {x.dtype}, got {weight.dtype}")
+        raise two_dtypes(operation, x, weight)
     for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
         # Under autocast adapters may have any float dtype; without it, x's or fp32 masters.
         if t.dtype != x.dtype and t.dtype != torch.float32 and not (mixed and t.dtype in FLOATS):

@@ -62,11 +62,24 @@ class AdapterBatch:
         n = self.ids.shape[0]
         M = x.numel() // x.shape[-1]
         if n != M and (x.dim() < 2 or x.shape[0] != n):
+            self.refuse_names(x)
             raise ValueError(
                 f"{operation}: adapter_ids: expected an id for each of x's {M} rows, or for each entry of its first "
                 f"dimension, got {n} ids for x {list(x.shape)}"
             )
         return M
+
+    def refuse_names(self, x: torch.Tensor) -> None:
+        """Say that this batch does not fit a layer's input, in the words of a caller who gave names, if he did.
+
+        Raises:
+            ValueError: he did.
+        """
+        if self.named:
+            raise ValueError(
+                f"adapter_names: expected one name for each of the batch's {x.shape[0]} rows, got {self.ids.shape[0]} "
+                f"(a layer's input is {list(x.shape)})"
+            )
 
     def groups(self, M: int, layout: Layout) -> list[Group]:
         """The products that the plain path computes for M rows; ids that are not on the host are read."""

@@ -31,6 +31,7 @@ from peftkern.ops._common import (
     needs_operator,
     none_if_empty,
     refuse_double_backward,
+    two_dtypes,
 )
 from peftkern.ops.lora_linear import PLAIN_PATHS
 from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
@@ -190,7 +191,7 @@ def _check(
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"{operation}: x: expected shape [..., {K}] to fit weight {[N, K]}, got {list(x.shape)}")
     if dense and weight.dtype != x.dtype and not (mixed and weight.dtype in FLOATS):
-        raise TypeError(f"{operation}: weight: expected x's dtype {x.dtype}, got {weight.dtype}")
+        raise two_dtypes(operation, x, weight)
     name = "scale" if ids is None else "scales"
     C, meaning = (K, "in_features") if is_feedforward else (N, "out_features")
     for what, t, size in ((name, scale, C), ("bias", bias, N)):

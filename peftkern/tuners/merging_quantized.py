@@ -10,13 +10,15 @@ When a whole model is unloaded, such layers take the dtype of the rest (`peftker
 
 The quantized layer is kept beside it (an eighth to a quarter of the dense one) and comes back when adapters are taken
 out again, to the bit. On request the sum is quantized anew, with the settings of the old weight, and a warning says
-what that cost.
+what that cost: one for each layer, or one for all layers of a model (`one_warning_for_all`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -46,6 +48,26 @@ class MergingLayer(Protocol):
 
 # The name under which a merged layer keeps its quantized base: no submodule, so it is in no state dict.
 _KEPT = "_quantized_base"
+# Likewise, what quantizing anew cost it.
+_LOSS = "_requantizing_loss"
+
+
+class Loss(NamedTuple):
+    """What quantizing a merged weight anew cost; Frobenius norms."""
+
+    error: float  # of what it moved the weight by
+    change: float  # of what the adapters changed
+    norm: float  # of the weight
+
+    def __str__(self) -> str:
+        return (
+            f"moved it by {self.error:.3g} (norm of the difference; the weight's is {self.norm:.3g}), where the "
+            f"adapters changed it by {self.change:.3g}"
+        )
+
+
+class RequantizedWarning(UserWarning):
+    """A merged weight was quantized anew; the text says what was lost."""
 
 
 def is_merged_into_dense(layer: Any) -> bool:
@@ -102,6 +124,7 @@ def merge_quantized(layer: MergingLayer, names: list[str], safe_merge: bool, req
 def unmerge_quantized(layer: MergingLayer) -> None:
     """Puts the quantized base back, on the device where its stand-in was."""
     base = layer.__dict__.pop(_KEPT)
+    layer.__dict__.pop(_LOSS, None)
     layer.base_layer = base.to(layer.get_base_layer().weight.device)
     layer.merged_adapters.clear()
 
@@ -136,11 +159,31 @@ def _requantized(
         made = Linear8bit.from_weight(again, bias, compute_dtype=getattr(base, "compute_dtype", None))
     error = (dequantize(again, torch.float32) - total).norm().item()
     change = (total - dequantize(weight, torch.float32)).norm().item()
+    loss = layer.__dict__[_LOSS] = Loss(error, change, total.norm().item())
     warnings.warn(
-        f"requantizing a merged {layer.out_features} x {layer.in_features} weight moved it by {error:.3g} (norm of the "
-        f"difference; the weight's is {total.norm().item():.3g}), where the adapters changed it by {change:.3g}: "
+        f"requantizing a merged {layer.out_features} x {layer.in_features} weight {loss}: "
         f"{'more' if error > change else 'less'} was lost than was merged. Merge into a dense layer to keep it all "
         "(requantize=False)",
+        RequantizedWarning,
         stacklevel=5,
     )
     return made
+
+
+@contextlib.contextmanager
+def one_warning_for_all(layers: Mapping[str, Any]) -> Iterator[None]:
+    """Within the block these layers, by name, are merged; what requantizing them cost is told afterwards, and once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RequantizedWarning)
+        yield
+    losses = {name: layer.__dict__[_LOSS] for name, layer in layers.items() if _LOSS in layer.__dict__}
+    if not losses:
+        return
+    worst = max(losses, key=lambda name: losses[name].error / max(losses[name].change, 1e-30))
+    more = sum(loss.error > loss.change for loss in losses.values())
+    warnings.warn(
+        f"merged layers requantized: {len(losses)}; more was lost than was merged in {more} of them. The worst is "
+        f"{worst!r}: requantizing {losses[worst]}. Merge into dense layers to keep it all (requantize=False)",
+        RequantizedWarning,
+        stacklevel=4,
+    )

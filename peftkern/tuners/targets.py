@@ -162,11 +162,16 @@ def match_targets(
 
     Raises:
         ValueError: None matched, or no default is known.
+
+    Warns:
+        UserWarning: Names that were given and match nothing: entries of target_modules and exclude_modules, keys of
+            rank_pattern and alpha_pattern.
     """
     layers = {k: m for k, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
     inside = set(layers)
     names = [k for k, _ in model.named_modules() if k and not lies_under(k, inside)]
-    if config.target_modules is None:
+    asked = config.target_modules
+    if asked is None:
         config.target_modules = _default_targets(model, defaults)
     if is_all_linear(config.target_modules):
         linear = {k for k, m in layers.items() if is_tuned(m) and "Linear" in type(m).__name__}
@@ -191,15 +196,38 @@ def match_targets(
         unlimited = dataclasses.replace(config, exclude_modules=None, modules_to_save=None)
         excluded = [k for k in names if is_excluded(config, k) and check_target_module_exists(unlimited, k)]
         raise ValueError(no_match_message(config, names, excluded))
+    # The names of a state dict, or of a default (a saved configuration spells it out), are nobody's slip.
+    given = asked is not None and not isinstance(asked, str) and state_dict is None
+    if given and set(asked) != set(defaults.get(_model_type(model) or "", ())):
+        missed = _without_a_match(asked, names)
+        if missed:
+            near = _near_names(missed, names)
+            hint = f" (near names: {', '.join(near)})" if near else ""
+            warnings.warn(f"target_modules={missed!r} matched no module{hint}: no adapter there", stacklevel=4)
     _warn_of_unused_patterns(config, matched, names)
     return matched
 
 
+def _without_a_match(entries: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Those of `entries`, names and dotted tails of names, that none of `names` answers to."""
+    tails: set[str] = set()
+    for name in names:
+        parts = name.split(".")
+        tails |= {".".join(parts[i:]) for i in range(len(parts))}
+    return sorted(set(entries) - tails)
+
+
+def _model_type(model: nn.Module) -> str | None:
+    """`model_type` of the model's configuration, an object or a dict."""
+    config = getattr(model, "config", None)
+    found = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    return found if isinstance(found, str) else None
+
+
 def _default_targets(model: nn.Module, defaults: Mapping[str, list[str] | str]) -> set[str] | str:
     """The architecture's default `target_modules`."""
-    config = getattr(model, "config", None)
-    model_type = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
-    default = defaults.get(model_type) if isinstance(model_type, str) else None
+    model_type = _model_type(model)
+    default = None if model_type is None else defaults.get(model_type)
     if default is None:
         of = "a model without a model_type" if model_type is None else f"model_type {model_type!r}"
         raise ValueError(f"target_modules must be given: no default is known for {of}")
@@ -208,8 +236,13 @@ def _default_targets(model: nn.Module, defaults: Mapping[str, list[str] | str]) 
 
 def _warn_of_unused_patterns(config: Any, matched: list[str], names: list[str]) -> None:
     """Warns of what the configuration names and nothing answers to, and of patterns whose meaning a file would lose."""
-    if getattr(config, "exclude_modules", None) and not any(is_excluded(config, key) for key in names):
-        warnings.warn(f"exclude_modules={cut(repr(config.exclude_modules))} matched no module", stacklevel=5)
+    excluded = getattr(config, "exclude_modules", None) or ()
+    if isinstance(excluded, str):
+        missed: Any = "" if any(re.fullmatch(excluded, key) for key in names) else excluded
+    else:
+        missed = _without_a_match(excluded, names)
+    if missed:
+        warnings.warn(f"exclude_modules={cut(repr(missed))} matched no module", stacklevel=5)
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field, None) or {}
         used = {get_pattern_key(patterns, key) for key in matched}
@@ -363,9 +396,21 @@ def no_match_message(config: Any, names: list[str], excluded: list[str]) -> str:
         indices = {index for index in (_layer_index(config, key) for key in found) if index is not None}
         if found:
             return message + f". Modules of these names are in {_listed(indices)}"
-    tails = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()} - {""})
     asked = [name[-200:] for name in ([targets] if isinstance(targets, str) else sorted(targets)[:50])]
-    near = [n for a in asked for n in difflib.get_close_matches(re.split(r"\\?\.", a)[-1], tails, n=3)]
+    near = _near_names(asked, names)
     if near:
-        return message + f". Near names: {', '.join(dict.fromkeys(near))}"
+        return message + f". Near names: {', '.join(near)}"
+    tails = _last_parts(names)
     return message + f". Names in the model end in: {', '.join(tails[:20])}{', ...' if len(tails) > 20 else ''}"
+
+
+def _last_parts(names: Iterable[str]) -> list[str]:
+    """What the names end in after their last dot, numbers aside."""
+    return sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()} - {""})
+
+
+def _near_names(asked: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The names in the model that are spelled almost like those asked for, without repeats."""
+    tails = _last_parts(names)
+    near = [n for a in asked for n in difflib.get_close_matches(re.split(r"\\?\.", a)[-1], tails, n=3)]
+    return list(dict.fromkeys(near))

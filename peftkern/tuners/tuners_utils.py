@@ -18,7 +18,7 @@ from torch import nn
 
 from peftkern.config import PeftConfig
 from peftkern.tuners.merged_models import settle_merged
-from peftkern.tuners.merging_quantized import is_merged_into_dense
+from peftkern.tuners.merging_quantized import is_merged_into_dense, one_warning_for_all
 from peftkern.tuners.mixed import BASE, MixedRows, check_names
 from peftkern.tuners.targets import check_target_module_exists, match_targets, warn_of_tied_targets
 from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, check_adapters_to_merge, is_tuned
@@ -286,6 +286,10 @@ class BaseTuner(nn.Module, ABC):
     def _layers(self) -> list[Any]:
         return [m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls) and is_tuned(m)]
 
+    def _named_layers(self) -> dict[str, Any]:
+        named = self.model.named_modules()
+        return {name: m for name, m in named if isinstance(m, self.tuner_layer_cls) and is_tuned(m)}
+
     def enable_adapter_layers(self) -> None:
         """Lets the active adapters take part in forward again."""
         self._enable_adapter_layers(True)
@@ -367,7 +371,8 @@ class BaseTuner(nn.Module, ABC):
         Args:
             adapter_names: Which.
             safe_merge: Check first that every merged weight is finite; if one is not, none is changed.
-            options: What else the method's layers take in `merge`; LoRA's `requantize`, for one.
+            options: What else the method's layers take in `merge`; LoRA's `requantize`, for one, of which one warning
+                says what it cost and which layer it cost most.
 
         Raises:
             TypeError, ValueError: A layer cannot be merged; see its `merge`. None has been changed then.
@@ -376,8 +381,10 @@ class BaseTuner(nn.Module, ABC):
             raise TypeError(f"adapter_names must be a list of adapter names, got the str {adapter_names!r}")
         self._check_names(adapter_names or [])
         self.check_mergeable(adapter_names, safe_merge)
-        for layer in self._layers():
-            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, **options)
+        layers = self._named_layers()
+        with one_warning_for_all(layers):
+            for layer in layers.values():
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, **options)
 
     def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raises for a layer that could not be merged, before any is."""
@@ -402,8 +409,13 @@ class BaseTuner(nn.Module, ABC):
         """
         self._check_names(adapter_names or [])
         self.check_mergeable(adapter_names, safe_merge)
-        for layer in self._layers():
-            if set(layer.active_adapters if adapter_names is None else adapter_names) - set(layer.merged_adapters):
+        layers = {
+            name: layer
+            for name, layer in self._named_layers().items()
+            if set(layer.active_adapters if adapter_names is None else adapter_names) - set(layer.merged_adapters)
+        }
+        with one_warning_for_all(layers):
+            for layer in layers.values():
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, **options)
         model = self._unload()
         _mark_untied(model)

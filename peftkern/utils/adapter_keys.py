@@ -27,15 +27,17 @@ _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Names in the file -> names in `model.state_dict()`, for every tensor of the adapter, biases and embeddings aside.
 
-    Covers each adapted layer's own parameters and the copies of `modules_to_save`.
+    Covers each adapted layer's own parameters and the copies of `modules_to_save`. Layers of `peftkern.nn` are part of
+    the base, but where they are all that is adapted (`layer_files`, which says so by `stands_alone`).
     """
     found: dict[str, str] = {}
+    alone = getattr(model, "stands_alone", False)
     for name, module in _named_modules(model):
         dot = f"{name}." if name else ""
         if isinstance(module, ModulesToSaveWrapper):
             load_map = module.adapter_state_dict_load_map(adapter_name)
             found.update({f"{dot}{saved}": f"{dot}{held}" for saved, held in load_map.items()})
-        elif is_tuned(module):
+        elif is_tuned(module) or (alone and isinstance(module, BaseTunerLayer)):
             for child_name, child in module.named_children():  # type: ignore[attr-defined]
                 if child_name == "base_layer" or not isinstance(child, nn.ModuleDict | nn.ParameterDict):
                     continue

@@ -147,17 +147,20 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mixed = batch_in_force(self)
         if mixed is not None:
-            return self._forward_mixed(mixed.rows_of(), len(mixed.batch), *args, **kwargs)
+            return self._forward_mixed(mixed.rows_of(), mixed.batch, *args, **kwargs)
         return self.active_module()(*args, **kwargs)
 
-    def _forward_mixed(self, rows_of: dict[str, list[int]], n: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _forward_mixed(self, rows_of: dict[str, Any], batch: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The rows of each adapter through its copy, all others through the original.
 
         Raises:
             ValueError: the input's first dimension is not the batch.
             TypeError: the module returns something else than a tensor.
         """
+        n = len(batch)
         if not isinstance(x, torch.Tensor) or x.dim() == 0 or x.shape[0] != n:
+            if isinstance(x, torch.Tensor) and x.dim() > 0:
+                batch.refuse_names(x)
             shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
             raise ValueError(f"adapter_names: modules_to_save: expected an input of {n} rows, got {shape}")
         groups = {name: rows for name, rows in rows_of.items() if name in self.modules_to_save}

@@ -70,6 +70,16 @@ def get_peft_model_state_dict(
     return {saved: _full(state[held]) for held, saved in wanted.items() if held in state}
 
 
+def config_to_save(config: PeftConfig, base: nn.Module) -> dict[str, Any]:
+    """The content of `adapter_config.json` for an adapter of the model `base`."""
+    content = config.to_json_dict() | {"inference_mode": True}
+    if content["base_model_name_or_path"] is None:
+        content["base_model_name_or_path"] = base.__dict__.get("name_or_path") or None
+    if config.task_type is None:
+        content["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    return content
+
+
 def _full(tensor: torch.Tensor) -> torch.Tensor:
     """All of a sharded tensor; a copy of one that is part of a pool, whose memory other adapters share: it would change
     when another takes the place, and torch.save would write the whole pool."""

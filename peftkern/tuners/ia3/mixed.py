@@ -19,7 +19,7 @@ import torch
 from peftkern.ops._ia3_linear_torch import slots_of
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.tuners.fusing import base_alone
-from peftkern.tuners.mixed import LayerRows, MixedRows, check_first_axis
+from peftkern.tuners.mixed import LayerRows, MixedRows, refuse_flattened
 
 
 class MixedVectors(MixedRows):
@@ -95,7 +95,7 @@ def linear_forward(
     layer: Any, mixed: LayerVectors, x: torch.Tensor, args: tuple[Any, ...], kwargs: Any
 ) -> torch.Tensor:
     """Forward of a linear layer for a batch of many adapters."""
-    check_first_axis(mixed.batch, x)
+    refuse_flattened(mixed.batch, x)
     M = mixed.batch.check_rows(x, "adapter_names")
     if not mixed.here:
         return base_alone(layer, x, *args, **kwargs)
@@ -111,6 +111,8 @@ def conv_forward(layer: Any, mixed: LayerVectors, x: torch.Tensor, args: Any, kw
     """Forward of a convolution for a batch of many adapters: x [batch, channels, ...]."""
     n, axes = len(mixed.batch), layer._kernel_dim
     if x.dim() != axes or x.shape[0] != n:
+        if x.dim() == axes:
+            mixed.batch.refuse_names(x)
         raise ValueError(
             f"adapter_names: expected an input with {axes} axes whose first is the batch, {n} rows, got {list(x.shape)}"
         )

@@ -17,7 +17,7 @@ from peftkern.adapter_pool import LayerAdapters
 from peftkern.ops import multi_lora_linear
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.tuners.fusing import bare_weight, base_alone, compute_dtype
-from peftkern.tuners.mixed import LayerRows, MixedRows, check_first_axis
+from peftkern.tuners.mixed import LayerRows, MixedRows, refuse_flattened
 
 
 class MixedAdapters(MixedRows):
@@ -190,7 +190,7 @@ def _is_simple(layer: Any, names: list[str]) -> bool:
 
 def linear_forward(layer: Any, mixed: LayerBatch, x: torch.Tensor, args: tuple[Any, ...], kwargs: Any) -> torch.Tensor:
     """Forward of a linear layer for a batch of many adapters."""
-    check_first_axis(mixed.batch, x)
+    refuse_flattened(mixed.batch, x)
     if layer._shared_input is not None and not args and not kwargs:
         y = layer._shared_input.forward(layer, x, mixed)
         if y is not None:
@@ -239,6 +239,7 @@ def add_parts(layer: Any, y: torch.Tensor, x: torch.Tensor, mixed: LayerBatch) -
     flat = x.shape[0] != n
     features = 1 if x.is_floating_point() else 0  # an embedding's input has none
     if flat and x.numel() != n * (x.shape[-1] if features else 1):
+        mixed.batch.refuse_names(x)
         raise ValueError(
             f"adapter_names: expected an input whose first dimension is the batch, {n} rows, got {list(x.shape)}"
         )

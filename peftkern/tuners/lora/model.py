@@ -18,6 +18,12 @@ from peftkern.tuners.tuners_utils import BaseTuner
 from peftkern.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 
+def rank_and_alpha(config: Any, key: str) -> tuple[int, int | float]:
+    """The rank and `lora_alpha` that `config` gives the module named `key`: its patterns', or its own."""
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
+    return r, config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha)
+
+
 class LoraModel(BaseTuner):
     """A model with LoRA adapters (Hu et al. 2021, arXiv:2106.09685) in its linear layers and embeddings.
 
@@ -46,8 +52,7 @@ class LoraModel(BaseTuner):
         check_is_called(config, self.model, key)
 
     def create_layer(self, config: Any, adapter_name: str, key: str, target: nn.Module) -> BaseTunerLayer:
-        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
-        lora_alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha)
+        r, lora_alpha = rank_and_alpha(config, key)
         if isinstance(target, LoraLayer):
             target.update_layer(adapter_name, r, lora_alpha, config)
             return target
