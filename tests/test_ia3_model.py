@@ -257,6 +257,26 @@ def test_what_is_saved_can_be_read_again(targets, tmp_path):
     torch.testing.assert_close(theirs(ids()).logits, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("only_last", [False, True])
+def test_many_full_names_keep_their_sides(only_last, tmp_path):
+    """Catches feed-forward layers that scale their output: a long list of full names is shortened, and theirs were
+    then looked for among the short ones."""
+    base = tiny_llama(num_hidden_layers=4)
+    projections = ("self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
+    targets = [f"model.layers.{i}.{name}" for i in range(4) for name in projections]
+    down = [name for name in targets if name.endswith("down_proj") and (not only_last or ".3." in name)]
+    options = {"target_modules": targets, "feedforward_modules": down}
+    model = get_peft_model(copy.deepcopy(base), IA3Config(**options))
+    scaled = [n for n, m in model.base_model.model.named_modules() if getattr(m, "is_feedforward", False)]
+    assert scaled == down
+    perturb(model)
+    y = model(ids()).logits
+    model.save_pretrained(tmp_path)
+    for library in (peftkern, peft):
+        again = library.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+        torch.testing.assert_close(again(ids()).logits, y, rtol=1e-4, atol=1e-5)
+
+
 FILES = {name: CASES[name] for name in ("defaults", "targets", "regex", "whole")} | {
     "task": {"task_type": "CAUSAL_LM"},
 }

@@ -14,7 +14,7 @@ from peftkern.tuners.ia3.layer import IA3Layer, Linear
 from peftkern.tuners.ia3.merging import check_mergeable, checked_merge
 from peftkern.tuners.ia3.mixed import MixedVectors
 from peftkern.tuners.mixed import MixedRows
-from peftkern.tuners.targets import check_is_called, fit_fan_in_fan_out, is_linear
+from peftkern.tuners.targets import check_is_called, ends_with_name, fit_fan_in_fan_out, is_linear
 from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.tuners.tuners_utils import BaseTuner
 from peftkern.utils.constants import (
@@ -57,9 +57,13 @@ class IA3Model(BaseTuner):
                     f"{model_type!r}"
                 )
             named = set(named)
-        if isinstance(named, set) and isinstance(targets, set) and not named <= targets:
-            named = {target for target in targets if target.endswith(tuple(named))}
         config.feedforward_modules = named
+        if isinstance(named, set) and isinstance(targets, set) and not named <= targets:
+            config.feedforward_modules = {target for target in targets if target.endswith(tuple(named))}
+            keys = [key for key, _ in self.model.named_modules() if ends_with_name(key, targets)]
+            if any(is_feedforward(config, key) != key.endswith(tuple(named)) for key in keys):
+                # Longer names than the targets' (which `match_targets` may have shortened): an expression may be any.
+                config.feedforward_modules = f".*(?:{'|'.join(map(re.escape, sorted(named)))})"
 
     def check_target(self, config: Any, key: str, target: nn.Module) -> None:
         layer: Any = target
