@@ -55,14 +55,16 @@ class Explanation:
         if not self.rows:
             return "no adapted layers"
         head = ("layer", "kind", "in", "out", "r", "dtype", "path", "why")
+        numbers = {reason: str(i) for i, reason in enumerate(dict.fromkeys(r.reason for r in self.rows), 1)}
         table = [head] + [
-            (r.name, r.kind, str(r.in_features), str(r.out_features), str(r.r), r.dtype, r.path, r.reason)
+            (r.name, r.kind, *map(str, (r.in_features, r.out_features, r.r or "-")), r.dtype, r.path, numbers[r.reason])
             for r in self.rows
         ]
         widths = [max(len(row[i]) for row in table) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
         what = f"{self.tokens} tokens a call" + (", an adapter for each row of the batch" if self.mixed else "")
-        return "\n".join([f"for {what}:", lines[0], "-" * len(lines[0]), *lines[1:]])
+        why = [f"{number}  {reason}" for reason, number in numbers.items()]
+        return "\n".join([f"for {what}:", lines[0], "-" * len(lines[0]), *lines[1:], "why:", *why])
 
 
 def explain(model: nn.Module, tokens: int = 2048, mixed: bool = False) -> Explanation:

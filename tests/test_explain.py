@@ -34,6 +34,9 @@ def test_a_row_for_each_adapted_layer(model):
     assert all(row.reason for row in explained.rows)
     text = str(explained)
     assert "64 tokens" in text and "up" in text and "torch" in text
+    # Each reason once, below the table, by the number that stands in the rows.
+    assert text.count(explained.rows[0].reason) == 1
+    assert text.splitlines()[-1] == f"1  {explained.rows[0].reason}" and text.splitlines()[3].endswith("torch  1")
     assert explained.summary().startswith("3 layers: torch")
 
 
