@@ -40,7 +40,7 @@ demo: ## fine-tune a small language model on real text, save it, load it again, 
 	$(call run,demo,examples/quickstart.py $(ARGS))
 
 test: ## the whole test suite, in a process for each core; kernels run in Triton's interpreter where there is no GPU
-	$(call run,test,-m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS))
+	$(call run,test,-m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS))
 
 bench: ## measure peftkern beside its peers on this machine
 	$(call run,bench,-m bench.run $(ARGS))
