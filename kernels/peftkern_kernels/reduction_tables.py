@@ -118,7 +118,9 @@ def shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool,
         return Tile(rows, 128, 64, 4, 4, MEASURED)
     if M > 64 and R > 32 and roomy:
         rows = 128
-    return Tile(rows, 64, rank_block(R, 128), 8 if rows == 128 else 4, 4 if roomy else 3)
+    # A mask beside 128 ranks of fp32 factors is too much for sm_120's registers.
+    most = 64 if arch == 120 and dropout else 128
+    return Tile(rows, 64, rank_block(R, most), 8 if rows == 128 else 4, 4 if roomy else 3)
 
 
 def weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, dropout: bool) -> Tile:
