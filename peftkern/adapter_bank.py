@@ -21,6 +21,7 @@ from peftkern.peft_model_base import PeftModel
 from peftkern.tuners.lora import LoraConfig, LoraModel
 from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.mixed import MixedAdapters
+from peftkern.tuners.lora.model import highest_rank
 from peftkern.tuners.mixed import BASE
 from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import AdapterFileError, shorten
@@ -154,7 +155,7 @@ class AdapterBank:
         if isinstance(slots, int) and 1 <= slots < len(adapters):
             raise BankFullError(f"slots: expected at least {len(adapters)} for {sorted(adapters)}, got {slots}")
         read = _read_all(adapters, progress, hub)
-        highest = max(max([c.r, *c.rank_pattern.values()]) for c, _ in read.values())
+        highest = max(highest_rank(config) for config, _ in read.values())
         targets = sorted(set().union(*(_targets_of(tensors) for _, tensors in read.values())))
         with restored_on_error(model):
             bank = cls(model, slots, highest if max_rank is None else max_rank, target_modules=targets)
@@ -416,7 +417,7 @@ class AdapterBank:
         called = called or name
         if not isinstance(config, LoraConfig):
             raise ValueError(f"adapter {called!r}: expected a LoRA configuration, got {type(config).__name__}")
-        highest = max([config.r, *config.rank_pattern.values()])
+        highest = highest_rank(config)
         if highest > self.max_rank:
             raise ValueError(f"adapter {called!r}: its rank is {highest}, the bank has room for {self.max_rank}")
         if config.bias != "none":
@@ -476,7 +477,7 @@ def _read(name: str, folder: PathLike, hub: dict[str, Any]) -> tuple[LoraConfig,
     try:
         config: Any = load_config(folder, **hub)
     except NotImplementedError as error:
-        raise NotImplementedError(f"adapter {name!r}: {os.fspath(folder)}: {error}") from error
+        raise NotImplementedError(f"adapter {name!r}: {error}") from error  # which names the file
     if not isinstance(config, LoraConfig):
         raise ValueError(f"adapter {name!r}: {os.fspath(folder)} holds a {config.peft_type} adapter, expected LoRA")
     tensors = load_peft_weights(folder, **hub)

@@ -24,7 +24,13 @@ from peftkern.utils.quantization_settings import (
     exact_skips,
     is_skipped,
 )
-from peftkern.utils.quantized_files import QuantizedFileError, quantized_keys, quantized_prefixes, read_quantized
+from peftkern.utils.quantized_files import (
+    QuantizedFileError,
+    check_stores,
+    quantized_keys,
+    quantized_prefixes,
+    read_quantized,
+)
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit, weight_of
 from peftkern.weights import DENSE_DTYPES, Weight4bit
 
@@ -128,12 +134,11 @@ def _check_layers(model: nn.Module, names: list[str], settings: QuantizationSett
                 f"model: {name}.weight: expected float32, float16 or bfloat16 and at least one element, "
                 f"got {weight.dtype} {list(weight.shape)}"
             )
-        size = -(-weight.numel() // 2)
-        if settings.bits == 4 and size % settings.quant_storage.itemsize:
-            raise ValueError(
-                f"model: {name}: quant_storage: {size} packed bytes are no whole number of "
-                f"{settings.quant_storage} values"
-            )
+        if settings.bits == 4:
+            try:
+                check_stores(-(-weight.numel() // 2), settings.quant_storage)
+            except ValueError as error:
+                raise ValueError(f"model: {name}: {error}") from error
 
 
 def _quantize_layer(

@@ -113,6 +113,10 @@ def light_options(arch: int) -> dict[str, int]:
     return compile_options(arch) if arch == 80 or 100 <= arch < 120 else {}
 
 
+# Projections of one x that a launch takes (projections.py): here, for the plan asks where there is no triton.
+MOST_PROJECTIONS = 4
+
+
 def cdiv(a: int, b: int) -> int:
     """Ceiling of a / b for positive integers."""
     return -(-a // b)

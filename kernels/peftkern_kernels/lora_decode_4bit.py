@@ -19,10 +19,10 @@ import triton.language as tl
 from .dropout import Dropout
 from .format_4bit import NO_FUSION, Packed4bit, load_codes
 from .gemm_tile_4bit import decode_tile, start_scales, step_scales
-from .launch import Call, cdiv, compile_options, is_aligned, nbytes
+from .launch import MOST_PROJECTIONS, Call, cdiv, compile_options, is_aligned, nbytes
 from .lora_decode import low_rank_program, shrink_arguments
 from .lora_decode_finish import MAX_ROWS, Planes, Projection, check_group, finish_call
-from .projections import MOST_PROJECTIONS, block_of_projection, blocks_of, numbered, of_projection
+from .projections import block_of_projection, blocks_of, numbered, of_projection
 from .tables_4bit import choose_decode_4bit
 
 

@@ -16,9 +16,9 @@ import triton.language as tl
 
 from .dropout import Dropout
 from .gemm_tables import rank_block
-from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
+from .launch import MOST_PROJECTIONS, Call, cdiv, compile_options, nbytes, scratch, strides
 from .lora_expand import triton_dtype
-from .projections import MOST_PROJECTIONS, block_of_projection, numbered, of_projection
+from .projections import block_of_projection, numbered, of_projection
 
 MAX_ROWS = 16
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from .adapters import Adapters
+from .launch import MOST_PROJECTIONS
 from .multi_tile import check_rows
-from .projections import MOST_PROJECTIONS, numbered
+from .projections import numbered
 from .routing import Routing
 
 

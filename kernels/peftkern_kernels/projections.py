@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-MOST_PROJECTIONS = 4
+from .launch import MOST_PROJECTIONS
 
 
 @triton.jit

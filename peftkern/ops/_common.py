@@ -212,6 +212,15 @@ def rank_columns(lora_As: Sequence[torch.Tensor]) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False))
 
 
+def stored_apart(weights: Sequence[Any], biases: Sequence[torch.Tensor | None], addresses: bool = True) -> str:
+    """Why weights and biases of several projections cannot be one launch's, in words; "" for nothing."""
+    if len({storage(weight, addresses) for weight in weights}) > 1:
+        return "their weights are stored differently"
+    if len({None if bias is None else bias.stride(0) for bias in biases}) > 1:
+        return "some have a bias and some have not, or they lie differently"
+    return ""
+
+
 def storage(weight: Any, addresses: bool = True) -> Any:
     """How a weight is stored, but for its size: what one launch over several has to know once. Of its address only if
     asked for `addresses`."""

@@ -8,7 +8,7 @@ import torch
 
 from peftkern.backend import device_info
 from peftkern.ops import _lora_linear_shared_torch as plain
-from peftkern.ops._common import storage
+from peftkern.ops._common import stored_apart
 from peftkern.ops._projection_group import Group
 from peftkern.weights import Weight
 
@@ -76,12 +76,8 @@ def launched_apart(
 
     Without `addresses` tensors need have none (torch.compile's, fake ones), and what depends on them is not told.
     """
-    if len({storage(weight, addresses) for weight in weights}) > 1:
-        return "their weights are stored differently"
     # Of B's rows only the last stride: ranks may differ.
     factors = {(A.dtype, A.stride(), B.dtype, B.stride(1)) for A, B in zip(lora_As, lora_Bs, strict=True)}
     if len(factors) > 1:
         return "their adapters differ in dtype or strides"
-    if len({None if bias is None else bias.stride(0) for bias in biases}) > 1:
-        return "some have a bias and some have not, or they lie differently"
-    return ""
+    return stored_apart(weights, biases, addresses)

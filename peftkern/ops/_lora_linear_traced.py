@@ -104,7 +104,7 @@ def _prepared(
     weight, lora_A, lora_B, _, bias, _ = operands
     cast = autocast_dtype(x)
     rows = x.to(dtype if cast is None else cast)
-    fitting = (weight, *_cast((lora_A, lora_B, bias), dtype, weight))
+    fitting = (weight, *fitting_dtypes((lora_A, lora_B, bias), dtype, weight))
     check_operands(rows, *fitting, mixed=cast is not None)
     return rows, fitting, rows.dtype if isinstance(weight, torch.Tensor) else x.dtype
 
@@ -150,7 +150,7 @@ def _first(
     tracer, state = _tracer(), _traced_state(x)
     if tracer is None or state is None:
         return _alone(x, weights[0], lora_As[0], lora_Bs[0], biases[0], scalings[0], path_alone, *options)
-    As, Bs, used_biases = (_cast(given, dtype, weights[0]) for given in (lora_As, lora_Bs, biases))
+    As, Bs, used_biases = (fitting_dtypes(given, dtype, weights[0]) for given in (lora_As, lora_Bs, biases))
     used_biases = [b if b is None or b.dtype == dtype else b.to(dtype) for b in used_biases]
     seed = draw_seed(x.device) if dropout_p else None
     found = call_operator(x.to(dtype), weights, As, Bs, scalings, used_biases, dropout_p, seed, path)
@@ -206,13 +206,13 @@ def _alone(
     if isinstance(weight, torch.Tensor):
         y, _, _ = dense_operator(rows, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
         return y.to(out_dtype)
-    lora_A, lora_B, bias = _cast((lora_A, lora_B, bias), dtype, weight)
+    lora_A, lora_B, bias = fitting_dtypes((lora_A, lora_B, bias), dtype, weight)
     tensors, numbers = flatten(weight)
     y, _, _ = quantized_operator(rows, tensors, lora_A, lora_B, bias, seed, numbers, scaling, dropout_p, path)
     return y.to(out_dtype)
 
 
-def _cast(given: Sequence[Any], dtype: torch.dtype, weight: Any) -> list[Any]:
+def fitting_dtypes(given: Sequence[Any], dtype: torch.dtype, weight: Any) -> list[Any]:
     """What a quantized layer's products take of these: fp32, or `dtype`. Of a dense one themselves."""
     if isinstance(weight, torch.Tensor):
         return list(given)

@@ -61,13 +61,23 @@ class AdapterBatch:
         """
         n = self.ids.shape[0]
         M = x.numel() // x.shape[-1]
-        if n != M and (x.dim() < 2 or x.shape[0] != n):
-            self.refuse_names(x)
+        if n == M or (x.dim() >= 2 and x.shape[0] == n):
+            return M
+        got = f"got {n} ids for x {list(x.shape)}"
+        # OPT's fc1 and fc2 see [batch * tokens, K] in the order of the batch, experts see theirs in any order; the
+        # shape is the same. So nothing is guessed.
+        if self.named and x.dim() == 2 and n and M % n == 0:
             raise ValueError(
-                f"{operation}: adapter_ids: expected an id for each of x's {M} rows, or for each entry of its first "
-                f"dimension, got {n} ids for x {list(x.shape)}"
+                f"adapter_names: expected an input whose first dimension is the batch, {got}: the model flattens its "
+                "tokens before this layer (OPT's fc1 and fc2, experts) and may order them anew, so that it cannot be "
+                "told whose each row is. Keep such layers out of target_modules, run each adapter's rows by "
+                "themselves, or, if the order is kept, tell each token's slot (AdapterBank.batch)"
             )
-        return M
+        self.refuse_names(x)
+        raise ValueError(
+            f"{operation}: adapter_ids: expected an id for each of x's {M} rows, or for each entry of its first "
+            f"dimension, {got}"
+        )
 
     def refuse_names(self, x: torch.Tensor) -> None:
         """Say that this batch does not fit a layer's input, in the words of a caller who gave names, if he did.

@@ -30,7 +30,7 @@ from peftkern.ops._common import (
     rank_columns,
     refuse_double_backward,
 )
-from peftkern.ops._lora_linear_shared_call import backward_shared, forward_shared, launched_apart
+from peftkern.ops._lora_linear_shared_call import Optional, backward_shared, forward_shared, launched_apart
 from peftkern.ops._lora_linear_shared_operator import call_operator
 from peftkern.ops._projection_group import Group
 from peftkern.ops.lora_linear import lora_linear
@@ -39,8 +39,6 @@ from peftkern.ops.lora_linear_quantized import _check as check_quantized
 from peftkern.ops.lora_linear_quantized import plan_for as plan_for_quantized
 from peftkern.ops.plan import APART, DECODE_PATHS, Plan, plan_shared
 from peftkern.weights import Weight
-
-Optional = torch.Tensor | None
 
 
 def lora_linear_shared(

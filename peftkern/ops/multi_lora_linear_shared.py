@@ -20,7 +20,7 @@ from peftkern.ops._common import (
     dropout_seed,
     needs_operator,
     refuse_double_backward,
-    storage,
+    stored_apart,
 )
 from peftkern.ops._multi_lora_linear_call import Call, backward_shared, forward_shared, is_plain
 from peftkern.ops.adapter_route import AdapterBatch
@@ -158,11 +158,7 @@ def _launched_apart(weights: Sequence[Any], pools: Sequence[Any], biases: Sequen
     """What one launch cannot have two of; "" for nothing."""
     if len({pool.pool_a.stride(0) for pool in pools}) > 1:
         return "their pools' rows lie differently"
-    if len({None if bias is None else bias.stride(0) for bias in biases}) > 1:
-        return "some have a bias and some have not, or they lie differently"
-    if len({storage(weight) for weight in weights}) > 1:
-        return "their weights are stored differently"
-    return ""
+    return stored_apart(weights, biases)
 
 
 class _MultiLoraLinearShared(torch.autograd.Function):

@@ -33,6 +33,7 @@ import torch
 
 from peftkern.backend import DeviceInfo
 from peftkern_kernels.gemm_tables_4bit import fused_4bit_fits
+from peftkern_kernels.launch import MOST_PROJECTIONS
 
 DECODE_TOKENS = 16
 # Multiply-adds up to which a scalar loop over 16-bit numbers beats the casts around fp32 products: about 100 us of
@@ -122,7 +123,6 @@ APART = "apart"  # as a path: each projection is a call of its own
 # save: on two cores about 100 us a group, forward and backward, against 3 ns an element at 512 x 512.
 JOINED_ELEMENTS = 2**15
 DECODE_PATHS = ("decode", "decode_4bit")
-MOST_PROJECTIONS = 4  # projections that one launch of the kernels takes
 
 
 def plan_shared(plans: Sequence[Plan], elements: int | None, unlike: str = "") -> Plan:

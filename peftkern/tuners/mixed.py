@@ -32,26 +32,6 @@ def check_names(names: Any) -> list[str]:
     return list(names)
 
 
-def refuse_flattened(batch: AdapterBatch, x: torch.Tensor) -> None:
-    """Raises where a layer is given a batch's tokens in one axis, which does not tell whose each is.
-
-    OPT's fc1 and fc2 see [batch * tokens, K] in the order of the batch, experts see theirs in any order; the shape is
-    the same. So nothing is guessed. Other shapes that do not fit are `AdapterBatch.check_rows`'s to refuse.
-
-    Raises:
-        ValueError: x is [batch * tokens, K] with more than one token a row.
-    """
-    n = len(batch)
-    if x.dim() != 2 or not n or x.shape[0] == n or x.shape[0] % n:
-        return
-    raise ValueError(
-        f"adapter_names: expected an input whose first dimension is the batch, got {n} ids for x {list(x.shape)}: the "
-        "model flattens its tokens before this layer (OPT's fc1 and fc2, experts) and may order them anew, so that it "
-        "cannot be told whose each row is. Keep such layers out of target_modules, run each adapter's rows by "
-        "themselves, or, if the order is kept, tell each token's slot (AdapterBank.batch)"
-    )
-
-
 class LayerRows:
     """A batch as one layer sees it.
 

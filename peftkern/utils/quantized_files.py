@@ -142,12 +142,17 @@ def stored_as(packed: torch.Tensor, quant_storage: torch.dtype) -> torch.Tensor:
     Raises:
         ValueError: a dtype that cannot store them, or whose size does not divide them.
     """
+    check_stores(packed.numel(), quant_storage)
+    return packed.reshape(-1).view(quant_storage).unsqueeze(1)
+
+
+def check_stores(size: int, quant_storage: torch.dtype) -> None:
+    """Raise ValueError, as `stored_as` says, unless `size` packed bytes can be seen as `quant_storage`."""
     if quant_storage not in QUANT_STORAGES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in QUANT_STORAGES)
         raise ValueError(f"quant_storage: expected one of {known}, got {quant_storage}")
-    if packed.numel() % quant_storage.itemsize:
-        raise ValueError(f"quant_storage: {packed.numel()} packed bytes are no whole number of {quant_storage} values")
-    return packed.reshape(-1).view(quant_storage).unsqueeze(1)
+    if size % quant_storage.itemsize:
+        raise ValueError(f"quant_storage: {size} packed bytes are no whole number of {quant_storage} values")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

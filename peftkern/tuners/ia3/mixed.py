@@ -19,7 +19,7 @@ import torch
 from peftkern.ops._ia3_linear_torch import slots_of
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.tuners.fusing import base_alone
-from peftkern.tuners.mixed import LayerRows, MixedRows, refuse_flattened
+from peftkern.tuners.mixed import LayerRows, MixedRows
 
 
 class MixedVectors(MixedRows):
@@ -95,7 +95,6 @@ def linear_forward(
     layer: Any, mixed: LayerVectors, x: torch.Tensor, args: tuple[Any, ...], kwargs: Any
 ) -> torch.Tensor:
     """Forward of a linear layer for a batch of many adapters."""
-    refuse_flattened(mixed.batch, x)
     M = mixed.batch.check_rows(x, "adapter_names")
     if not mixed.here:
         return base_alone(layer, x, *args, **kwargs)

@@ -17,7 +17,7 @@ from peftkern.adapter_pool import LayerAdapters
 from peftkern.ops import multi_lora_linear
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.tuners.fusing import bare_weight, base_alone, compute_dtype
-from peftkern.tuners.mixed import LayerRows, MixedRows, refuse_flattened
+from peftkern.tuners.mixed import LayerRows, MixedRows
 
 
 class MixedAdapters(MixedRows):
@@ -190,7 +190,6 @@ def _is_simple(layer: Any, names: list[str]) -> bool:
 
 def linear_forward(layer: Any, mixed: LayerBatch, x: torch.Tensor, args: tuple[Any, ...], kwargs: Any) -> torch.Tensor:
     """Forward of a linear layer for a batch of many adapters."""
-    refuse_flattened(mixed.batch, x)
     if layer._shared_input is not None and not args and not kwargs:
         y = layer._shared_input.forward(layer, x, mixed)
         if y is not None:
@@ -202,6 +201,7 @@ def linear_forward(layer: Any, mixed: LayerBatch, x: torch.Tensor, args: tuple[A
         return base_alone(layer, x, *args, **kwargs)
     pool, p = mixed.pool, mixed.dropout_p
     if args or kwargs or not mixed.fused or pool is None or p is None:
+        mixed.batch.check_rows(x, "adapter_names")
         return add_parts(layer, layer.base_layer(x, *args, **kwargs), x, mixed)
     mixed.settle()
     weight = layer._weight_by_rows()

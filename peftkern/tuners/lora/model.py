@@ -18,6 +18,11 @@ from peftkern.tuners.tuners_utils import BaseTuner
 from peftkern.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 
+def highest_rank(config: Any) -> int:
+    """The largest rank that `config` gives any module."""
+    return max([config.r, *config.rank_pattern.values()])
+
+
 def rank_and_alpha(config: Any, key: str) -> tuple[int, int | float]:
     """The rank and `lora_alpha` that `config` gives the module named `key`: its patterns', or its own."""
     r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
@@ -76,7 +81,7 @@ class LoraModel(BaseTuner):
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
         mixed = self.__dict__.get("_mixed_adapters")
-        highest = max([config.r, *config.rank_pattern.values()])
+        highest = highest_rank(config)
         if isinstance(mixed, MixedAdapters) and mixed.is_fixed and highest > mixed.max_rank:
             name = next(name for name, held in self.peft_config.items() if held is config)
             raise ValueError(f"adapter {name!r}: its rank is {highest}, the bank has room for {mixed.max_rank}")

@@ -22,7 +22,7 @@ from torch.nn.modules import module as torch_module
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear_shared, multi_lora_linear_shared
 from peftkern.ops._common import adapters_fit, autocast_dtype, calls_are_changed
-from peftkern.ops._lora_linear_traced import traced_first, traced_next
+from peftkern.ops._lora_linear_traced import fitting_dtypes, traced_first, traced_next
 from peftkern.ops.lora_linear_shared import launched_apart, shared_plan_for
 from peftkern.ops.lora_linear_shared import run as lora_linear_shared_on
 from peftkern.ops.multi_lora_linear_shared import shared_plan_for as shared_plan_for_many
@@ -111,11 +111,7 @@ class SharedInput:
         dtype = self._dtype(x, weights)
         if len(set(ps)) > 1 or dtype is None:
             return None
-        if not isinstance(weights[0], torch.Tensor):  # as the layer by itself does
-            fits = (dtype, torch.float32)
-            As, Bs, biases = (
-                tuple(t if t is None or t.dtype in fits else t.to(dtype) for t in given) for given in (As, Bs, biases)
-            )
+        As, Bs, biases = (tuple(fitting_dtypes(given, dtype, weights[0])) for given in (As, Bs, biases))
         keys = [_key(operands) for operands in each[1:]]
         if None in keys:
             return None
@@ -128,7 +124,7 @@ class SharedInput:
             ys = lora_linear_shared_on(rows, weights, As, Bs, scalings, biases, ps[0], None, path)
         else:  # a quantized weight, autocast, or something to be refused
             ys = lora_linear_shared(rows, weights, As, Bs, scalings, biases, dropout_p=ps[0])
-        if not isinstance(weights[0], torch.Tensor):  # likewise: x's dtype, also under autocast
+        if not isinstance(weights[0], torch.Tensor):  # as the layer by itself: x's dtype, also under autocast
             ys = tuple(y.to(x.dtype) for y in ys)
         return ys, keys
 
