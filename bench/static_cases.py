@@ -184,5 +184,9 @@ def all_cases() -> list[Case]:
         for case, path, dtype, dropout in product(headline, ("triton", "cublas"), (HALF, torch.float32), (False, True))
     ]
     forced += [replace(case, path="triton") for case in (*sizes[:4], *awkward)]
+    forced += [
+        replace(case, path="fused", masters=masters, bias=masters, **variant)
+        for case, masters, variant in product(headline, (False, True), ({}, {"K": 4104}, {"dtype": torch.float16}))
+    ]
     linear = dict.fromkeys([*headline, *llama, *variants, *awkward, *options, *forced])
     return [*linear, *embedding_cases(), *all_cases_4bit(), *all_cases_ia3(), *all_cases_multi(), *all_cases_shared()]

@@ -483,7 +483,7 @@ def test_the_grid_covers_what_it_must():
     for name in ("masters", "dropout", "bias", "conv1d", "aligned", "dx"):
         assert {getattr(case, name) for case in linear} == {False, True}, name
     paths = {case.plan(90) if case.path == "auto" else case.path for case in linear}
-    assert paths == {"triton", "cublas", "mixed", "decode"}
+    assert paths == {"triton", "cublas", "mixed", "fused", "decode"}
 
 
 def test_the_grid_over_4bit_weights_covers_what_it_must():

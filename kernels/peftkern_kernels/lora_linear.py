@@ -137,7 +137,8 @@ def base_plus_expand_calls(
     if M == 0:
         return []
     mixed = isinstance(b, MixedFactor)
-    can_stay = dropout is None and not mixed and is_aligned(out) and out.dtype == x.dtype and stays_with(x, b)
+    can_stay = dropout is None and is_aligned(out) and out.dtype == x.dtype
+    can_stay = can_stay and not isinstance(b, MixedFactor) and stays_with(x, b)
     sizes: dict[str, Any] = {"M": M, "N": N, "K": K, "weight_is_kn": not is_aligned(weight), "persistent": can_stay}
     sizes["out_aligned"] = vectorizes(out)
     sizes["crowded"] = dropout is not None and mixed  # a dropout mask of many adapters has a key for each row

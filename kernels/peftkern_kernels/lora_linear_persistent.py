@@ -11,7 +11,6 @@ need an accumulator beside the tile's.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -22,6 +21,34 @@ from .gemm_tile import tile_of_program
 from .launch import Call, cdiv, is_aligned, nbytes, strides
 from .lora_expand import triton_dtype
 from .lora_linear_tma import descriptor
+from .reduction_tables import vectorizes
+
+
+@triton.jit
+def finish_tile(
+    acc, s_ptr, b_ptr, bias_ptr, out_desc, row, column, M, N, R, stride_sm, stride_sr, stride_bn, stride_br,
+    stride_bias, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    RANK_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add expand and bias to the sums of the tile at (row, column), and store it."""
+    rows = (tl.cast(row, tl.int64) + tl.arange(0, BLOCK_M)) % M
+    columns = (tl.cast(column, tl.int64) + tl.arange(0, BLOCK_N)) % N
+    # Unrolled: a loop that has another in it is no longer pipelined, which costs a fifth of the speed.
+    for r in tl.static_range(RANK_STEPS):
+        offs_r = r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+        mask_r = offs_r < R
+        s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
+        b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r[:, None] * stride_br
+        s = tl.load(s_ptrs, mask=mask_r[None, :], other=0.0).to(DTYPE)  # [BLOCK_M, BLOCK_R]
+        b = tl.load(b_ptrs, mask=mask_r[:, None], other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
+        acc = tl.dot(s, b, acc, input_precision=PRECISION)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + columns * stride_bias).to(tl.float32)[None, :]
+    # In two halves, which need half the shared memory: room for a third stage of loads.
+    halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+    left, right = tl.split(halves)
+    out_desc.store([row, column], left.to(DTYPE))
+    out_desc.store([row, column + BLOCK_N // 2], right.to(DTYPE))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -54,24 +81,10 @@ def _lora_linear_persistent_kernel(
             w = w_desc.load([column, step * BLOCK_K]).T
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         if step == steps - 1:
-            rows = (tl.cast(row, tl.int64) + tl.arange(0, BLOCK_M)) % M
-            columns = (tl.cast(column, tl.int64) + tl.arange(0, BLOCK_N)) % N
-            # Unrolled: a loop that has another in it is no longer pipelined, which costs a fifth of the speed.
-            for r in tl.static_range(RANK_STEPS):
-                offs_r = r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-                mask_r = offs_r < R
-                s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
-                b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r[:, None] * stride_br
-                s = tl.load(s_ptrs, mask=mask_r[None, :], other=0.0).to(DTYPE)  # [BLOCK_M, BLOCK_R]
-                b = tl.load(b_ptrs, mask=mask_r[:, None], other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
-                acc = tl.dot(s, b, acc, input_precision=PRECISION)
-            if bias_ptr is not None:
-                acc += tl.load(bias_ptr + columns * stride_bias).to(tl.float32)[None, :]
-            # In two halves, which need half the shared memory: room for a third stage of loads.
-            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-            left, right = tl.split(halves)
-            out_desc.store([row, column], left.to(DTYPE))
-            out_desc.store([row, column + BLOCK_N // 2], right.to(DTYPE))
+            finish_tile(
+                acc, s_ptr, b_ptr, bias_ptr, out_desc, row, column, M, N, R, stride_sm, stride_sr, stride_bn, stride_br,
+                stride_bias, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION,
+            )  # fmt: skip
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
 
@@ -86,9 +99,16 @@ def multiprocessors(device: torch.device, arch: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def stays_with(x: torch.Tensor, b: Any) -> bool:
+def rank_step(x: torch.Tensor, b: torch.Tensor) -> int:
+    """The step of `finish_tile` along the rank: 16 to 64, or to 32 where `b` [N, R] takes more registers on its way, in
+    fp32 or loaded element by element."""
+    narrow = b.dtype.itemsize > x.dtype.itemsize or not (vectorizes(b) or vectorizes(b.t()))
+    return rank_block(b.shape[1], x.dtype, narrow=narrow)
+
+
+def stays_with(x: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether a factor [N, R] beside x is thin enough: from three steps of the rank on, unrolled, the kernel spills."""
-    return b.shape[1] <= 2 * rank_block(b.shape[1], x.dtype, narrow=b.dtype.itemsize > x.dtype.itemsize)
+    return b.shape[1] <= 2 * rank_step(x, b)
 
 
 def persistent_calls(
@@ -114,7 +134,7 @@ def persistent_calls(
     weight_block = (tile.block_k, tile.block_n) if weight_is_kn else (tile.block_n, tile.block_k)
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     processors = multiprocessors(x.device, arch)
-    block_r = rank_block(R, x.dtype, narrow=b.dtype.itemsize > x.dtype.itemsize)
+    block_r = rank_step(x, b)
     return [
         Call(
             name="base + expand",

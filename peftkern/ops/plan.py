@@ -10,6 +10,8 @@ Paths of `lora_linear`:
     "triton"  shrink; base GEMM with the expand in its accumulator.
     "cublas"  shrink and expand as Triton kernels, the base GEMM by cuBLAS into the expand's output.
     "mixed"   "triton", but for dX where dropout masks its low-rank part: that as "cublas".
+    "fused"   "mixed", but where nothing is dropped S and y come from one GEMM, and dS and dX from another
+              (lora_linear_fused.py). No plan takes it yet: it has not been timed.
     "decode"  at most 16 tokens: two launches with K split over programs, for up to four projections of one x.
 and over a quantized weight:
     "fused_4bit"  "triton", the weight decoded inside the GEMM: forward and backward.
@@ -233,7 +235,7 @@ def plan_multi_lora_linear(
             return Plan(dense.path, reason)
         return Plan(f"dequantize:{dense.path}", f"{reason}; the weight is written out dense for each product")
     path, reason = dense.path, f"{dense.reason}; rows grouped by adapter"
-    if path == "mixed":
+    if path in ("mixed", "fused"):
         path, reason = "cublas", f"rows grouped by adapter, the base by cuBLAS on top ({HOPPER_MANY})"
     if M <= MULTI_DECODE_TOKENS:
         path, reason = "decode", f"{M} tokens: the adapters, and the base of at most {DECODE_TOKENS}, in two launches"
