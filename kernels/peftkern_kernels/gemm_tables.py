@@ -124,6 +124,8 @@ _FP32 = {
     "small": Tile(64, 32, 32, 4, 2),
     "tiny": Tile(16, 64, 32, 4, 2),
 }
+# Exact products beside single-element loads take more registers there under Triton 3.6.
+_FP32_RDNA = {**_FP32, **dict.fromkeys(("large", "medium", "small"), Tile(32, 32, 32, 4, 2))}
 _INTERPRETER = {
     "large": Tile(64, 64, 64, 4, 1),
     "medium": Tile(64, 64, 64, 4, 1),
@@ -135,9 +137,9 @@ _INTERPRETER = {
 def _rows(arch: int, bits: int, aligned: bool) -> dict[str, Tile]:
     if arch == 0:
         return _INTERPRETER
-    if bits != 16:
-        return _FP32
     family = _family(arch)
+    if bits != 16:
+        return _FP32_RDNA if family == "rdna" else _FP32
     if not aligned:
         if family == "consumer":
             return _UNALIGNED_CONSUMER

@@ -35,7 +35,7 @@ _TRANSPOSED: dict[str, tuple[Tile, Tile, Tile]] = {
     "ampere": (Tile(32, 256, 32, 4, 3), *(Tile(64, 256, 16, 4, 4, block_r=32),) * 2),
     "consumer": (Tile(32, 256, 32, 4, 3), Tile(64, 256, 32, 8, 3), Tile(64, 256, 32, 8, 3)),
     "cdna": (Tile(32, 256, 16, 4, 2), Tile(64, 256, 32, 4, 2), Tile(64, 256, 32, 4, 2)),
-    "rdna": (Tile(32, 256, 16, 4, 2), Tile(64, 128, 32, 4, 2), Tile(64, 128, 32, 4, 2)),
+    "rdna": (Tile(32, 256, 16, 4, 2), *(Tile(64, 128, 32, 4, 2, block_r=32),) * 2),
 }
 # With a dropout mask beside the accumulators when the expand is in the same launch: half the result in registers.
 _TRANSPOSED_DROPOUT: dict[str, Tile] = {

@@ -100,8 +100,8 @@ def shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool,
     if arch >= 900:  # AMD: 64 KiB of LDS, two stages; unaligned tiles take a scalar register pair for each load's mask
         if dtype == torch.float32 or not aligned:
             return Tile(min(rows, 32), 32, rank_block(R, 64 if aligned else 32), 4, 2 if aligned else 1)
-        if arch == 1100:  # dropout's words take the registers of half the rows
-            return Tile(min(rows, 32) if dropout else rows, 64, rank_block(R, 64), 4, 2)
+        if arch == 1100:  # dropout's words, or more than 32 ranks of fp32 factors, take the registers of half the rows
+            return Tile(min(rows, 32) if dropout or R > 32 else rows, 64, rank_block(R, 64), 4, 2)
         return Tile(rows, 64, rank_block(R, 128), 4, 2)
     if dtype == torch.float32:
         if not aligned:
