@@ -19,29 +19,31 @@ from torch.utils.hooks import RemovableHandle
 
 from peftkern.ops.adapter_route import AdapterBatch, FlatBatch, ScatteredBatch
 
-_EXPERT = ("shared_expert",)
-_EXPERTS = ("shared_experts",)
-_GATED = ("shared_expert", "shared_expert_gate")
-# Forward of a module that takes [batch, tokens, K] first and flattens it: the children that it calls with the plain
-# flattening, or with that of what it made of each token. Read in transformers 5.23; tests run each of them.
-_READ = {
-    "afmoe": ("AfmoeSparseMoeBlock", _EXPERTS),
-    "cohere2_moe": ("Cohere2MoeSparseMoeBlock", _EXPERTS),
-    "ernie4_5_moe": ("Ernie4_5_MoeSparseMoeBlock", _EXPERTS),
-    "flint": ("FlintSparseMoeBlock", _EXPERT),
-    "hy_v3": ("HYV3MoE", _EXPERTS),
-    "laguna": ("LagunaSparseMoeBlock", _EXPERTS),
-    "llama4": ("Llama4TextMoe", _EXPERT),
-    "minimax_m3_vl": ("MiniMaxM3VLSparseMoeBlock", _EXPERTS),
-    "nemotron_h": ("NemotronHMoE", ("fc1_latent_proj", "fc2_latent_proj")),
-    "opt": ("OPTDecoderLayer", ("fc1", "fc2")),
-    "qwen2_moe": ("Qwen2MoeSparseMoeBlock", _GATED),
-    "qwen3_5_moe": ("Qwen3_5MoeSparseMoeBlock", _GATED),
-    "qwen3_next": ("Qwen3NextSparseMoeBlock", _GATED),
-    "step3p7": ("Step3p7SparseMoeBlock", _EXPERTS),
-}
+# (folder of transformers.models, class that takes [batch, tokens, K] first and flattens it, children that it calls with
+# the plain flattening of that, or of what it made of each token). Read in transformers 5.23; tests run each of them.
+_READ = (
+    ("afmoe", "AfmoeSparseMoeBlock", "shared_experts"),
+    ("afmoe", "AfmoeTokenChoiceRouter", "gate"),
+    ("cohere2_moe", "Cohere2MoeSparseMoeBlock", "shared_experts"),
+    ("dbrx", "DbrxRouter", "layer"),
+    ("ernie4_5_moe", "Ernie4_5_MoeSparseMoeBlock", "shared_experts"),
+    ("flint", "FlintSparseMoeBlock", "shared_expert"),
+    ("gemma4", "Gemma4TextDecoderLayer", "router"),
+    ("hunyuan_v1_moe", "HunYuanMoEV1Moe", "gate"),
+    ("hy_v3", "HYV3MoE", "shared_experts"),
+    ("laguna", "LagunaSparseMoeBlock", "shared_experts"),
+    ("llama4", "Llama4TextMoe", "shared_expert"),
+    ("minimax_m3_vl", "MiniMaxM3VLSparseMoeBlock", "shared_experts"),
+    ("muse_spark", "MuseSparkMoE", "pre_expert_proj", "post_expert_proj"),
+    ("nemotron_h", "NemotronHMoE", "fc1_latent_proj", "fc2_latent_proj"),
+    ("opt", "OPTDecoderLayer", "fc1", "fc2"),
+    ("qwen2_moe", "Qwen2MoeSparseMoeBlock", "shared_expert", "shared_expert_gate"),
+    ("qwen3_5_moe", "Qwen3_5MoeSparseMoeBlock", "shared_expert", "shared_expert_gate"),
+    ("qwen3_next", "Qwen3NextSparseMoeBlock", "shared_expert", "shared_expert_gate"),
+    ("step3p7", "Step3p7SparseMoeBlock", "shared_experts"),
+)
 FLATTENING = MappingProxyType(
-    {f"transformers.models.{name}.modeling_{name}:{cls}.forward": children for name, (cls, children) in _READ.items()}
+    {f"transformers.models.{name}.modeling_{name}:{cls}.forward": children for name, cls, *children in _READ}
 )
 # A level of a module's name below which it sees tokens that a router picked, and the experts that see all of them.
 _PICKED = "experts"
