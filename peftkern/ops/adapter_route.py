@@ -213,8 +213,8 @@ class ScatteredBatch(AdapterBatch):
             return super().check_rows(x, operation)
         what = "adapter_names" if self.named else f"{operation}: adapter_ids"
         raise ValueError(
-            f"{what}: an expert is given the tokens that were routed to it (here {list(x.shape)}), so that it cannot be "
-            "told whose each row is: keep experts out of target_modules, or run each adapter's rows by themselves"
+            f"{what}: an expert is given the tokens that were routed to it (here {list(x.shape)}), so that it cannot "
+            "be told whose each row is: keep experts out of target_modules, or run each adapter's rows by themselves"
         )
 
 

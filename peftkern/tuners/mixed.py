@@ -176,13 +176,11 @@ class MixedRows:
         before = [layer.__dict__.get("_mixed") for layer in self._layers]
         inside = set() if encoder is None or encoder_batch is None else set(encoder.modules())
         views = self._order.views(batch)
-        encoder_views = {} if encoder_batch is None else self._order.views(encoder_batch)
+        if encoder_batch is not None:
+            encoder_views = self._order.views(encoder_batch)
+            views |= {layer: encoder_views.get(layer, encoder_batch) for layer in self._layers if layer in inside}
         for layer in self._layers:
-            if encoder_batch is not None and layer in inside:
-                rows = encoder_views.get(layer, encoder_batch)
-            else:
-                rows = views.get(layer, batch)
-            layer._mixed = self.rows_for(layer, rows, names)
+            layer._mixed = self.rows_for(layer, views.get(layer, batch), names)
         handles = list(self._order.watch())
         try:
             for layer in self._tuned:

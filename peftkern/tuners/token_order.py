@@ -9,7 +9,7 @@ dimension, by a hook on the module that flattens, for as long as the batch is in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -57,16 +57,22 @@ class TokenOrder:
         layers: those that take adapters.
     """
 
-    def __init__(self, model: nn.Module, layers: list[Any]) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[Any]) -> None:
+        self._model, self._layers = model, layers
+        self._look()
+
+    def _look(self) -> None:
         # How such a layer sees a batch; a layer without an entry sees it as it is.
-        self._sees: dict[nn.Module, type[FlatBatch] | type[ScatteredBatch]] = {}
+        self._sees: dict[Any, type[FlatBatch] | type[ScatteredBatch]] = {}
         # A module that flattens, and one of its layers, which knows the batch.
         self._doors: dict[nn.Module, Any] = {}
-        modules, wanted = dict(model.named_modules(remove_duplicate=False)), set(layers)
-        doors: dict[nn.Module, list[nn.Module | None]] = {}  # of each place of a layer, which may have several
+        # What the modules run that this rests on.
+        self._runs: dict[nn.Module, str] = {}
+        modules, wanted = dict(self._model.named_modules(remove_duplicate=False)), set(self._layers)
+        doors: dict[Any, list[nn.Module | None]] = {}  # of each place of a layer, which may have several
         for name, layer in modules.items():
             if layer in wanted:
-                doors.setdefault(layer, []).append(_door(modules, name))
+                doors.setdefault(layer, []).append(self._door(modules, name))
                 if _PICKED in name.split("."):
                     self._sees[layer] = ScatteredBatch
         for layer, found in doors.items():
@@ -74,8 +80,31 @@ class TokenOrder:
                 self._sees[layer] = FlatBatch
                 self._doors.update((door, layer) for door in found if door is not None)
 
-    def views(self, batch: AdapterBatch) -> dict[nn.Module, AdapterBatch]:
+    def _door(self, modules: dict[str, nn.Module], name: str) -> nn.Module | None:
+        """The module known to give the layer of this name the plain flattening of its own input, if there is one.
+
+        All that is in between must be of the same file of transformers, unchanged, for it might order tokens anew.
+        """
+        parent, _, child = name.rpartition(".")
+        between: list[nn.Module] = []
+        while parent:
+            module = modules[parent]
+            runs = _forward_of(module)
+            if child in FLATTENING.get(runs, ()):
+                chain = {each: _forward_of(each) for each in (*between, module)}
+                if any(other.partition(":")[0] != runs.partition(":")[0] for other in chain.values()):
+                    return None
+                self._runs |= chain
+                return module
+            between.append(module)
+            parent, _, child = parent.rpartition(".")
+        return None
+
+    def views(self, batch: AdapterBatch) -> dict[Any, AdapterBatch]:
         """The batch as each layer sees it that does not see it as it is."""
+        # A forward may be exchanged at any time.
+        if any(_forward_of(module) != runs for module, runs in self._runs.items()):
+            self._look()
         made = {kind: kind(batch) for kind in dict.fromkeys(self._sees.values())}
         return {layer: made[kind] for layer, kind in self._sees.items()}
 
@@ -102,23 +131,6 @@ class _Watch:
                 f"{type(x).__name__}: its layers cannot tell whose each token is"
             )
         AdapterBatch.check_rows(mixed.batch, x, "adapter_names")
-
-
-def _door(modules: dict[str, nn.Module], name: str) -> nn.Module | None:
-    """The module known to give the layer of this name the plain flattening of its own input, if there is one.
-
-    All that is in between must be of the same file of transformers, unchanged, for it might order tokens anew.
-    """
-    parent, _, child = name.rpartition(".")
-    between: list[str] = []
-    while parent:
-        runs = _forward_of(modules[parent])
-        if child in FLATTENING.get(runs, ()):
-            file = runs.partition(":")[0]
-            return modules[parent] if all(each.partition(":")[0] == file for each in between) else None
-        between.append(runs)
-        parent, _, child = parent.rpartition(".")
-    return None
 
 
 def _forward_of(module: nn.Module) -> str:
