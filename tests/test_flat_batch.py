@@ -350,13 +350,15 @@ def nllb_experts():
     return shaken(Around(module.NllbMoeSparseMLP(config, ffn_dim=24)))
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3"])
+@pytest.mark.parametrize("method", ["lora", "ia3", "whole"])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_experts_are_refused(method, tokens):
     """Would catch an expert that by chance gets as many tokens as there are names, or a multiple, in another order."""
     config = LoraConfig(r=2, target_modules=["fc1"])
     if method == "ia3":
         config = IA3Config(target_modules=["fc1"], feedforward_modules=[])
+    elif method == "whole":
+        config = LoraConfig(r=2, target_modules=["fc2"], modules_to_save=["fc1"])
     model, seen = adapted(nllb_experts(), config, config), []
     x = torch.randn(4, tokens, 16, generator=torch.Generator().manual_seed(3))
     for expert in model.get_base_model().block.experts.values():
