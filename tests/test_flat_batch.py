@@ -474,13 +474,10 @@ def test_models_without_such_layers_pay_nothing():
         assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.skipif(not transformers.__version__.startswith("5.23."), reason="the table was read in transformers 5.23")
 def test_the_table_names_what_is_there():
-    """Would catch an entry that no longer names anything of the transformers that is installed, and so does nothing."""
-    missing = []
+    """Would catch an entry that is misspelt, and so does nothing."""
     for key in FLATTENING:
         path, _, forward = key.partition(":")
-        cls = getattr(importlib.import_module(path), forward.split(".")[0], None)
-        if cls is None or f"{cls.forward.__module__}:{cls.forward.__qualname__}" != key:
-            missing.append(key)
-    if transformers.__version__.split(".")[:2] == ["5", "23"]:
-        assert not missing
+        found = getattr(importlib.import_module(path), forward.split(".")[0]).forward
+        assert f"{found.__module__}:{found.__qualname__}" == key
