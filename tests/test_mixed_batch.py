@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 import peftkern
-from peftkern import IA3Config, LoraConfig
-from tiny_models import VOCAB, ids, mlp, randomize, tiny_llama
+from tiny_models import ids, mlp, randomize, tiny_llama
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -244,33 +243,6 @@ def test_the_tuner_takes_the_names_too():
     ours, x = llamas()[0], ids(4)
     want = ours(input_ids=x, adapter_names=NAMES).logits
     assert torch.equal(ours.base_model(input_ids=x, adapter_names=NAMES).logits, want)
-
-
-def test_flattened_tokens_are_refused_with_the_reason():
-    """Would catch rows guessed for a layer that sees all tokens in one axis, and an error that speaks of x's rows."""
-    fields = dict(hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=VOCAB)
-    config = transformers.OPTConfig(**fields, word_embed_proj_dim=32, max_position_embeddings=32)
-    model, x = transformers.OPTForCausalLM(config).eval(), ids(4)
-    for config in (LoraConfig(target_modules=["fc1"]), IA3Config(target_modules=["fc1"], feedforward_modules=[])):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made = peftkern.get_peft_model(copy.deepcopy(model), config, adapter_name="one")
-        with pytest.raises(
-            ValueError, match=r"adapter_names: .*got 4 ids for x \[48, 32\]: the model flattens its tokens"
-        ):
-            made(input_ids=x, adapter_names=["one"] * 4)
-        with pytest.raises(ValueError, match="adapter_names: expected one name for each .* got 5"):
-            made(input_ids=x, adapter_names=["one"] * 5)
-    bank = peftkern.AdapterBank(model, target_modules=["fc1", "q_proj"])
-    bank.add("one")
-    randomize(bank.model)
-    bank.model.set_adapter("one")
-    want = model(input_ids=x).logits
-    bank.model.base_model.set_adapter([])
-    with bank.batch(bank.ids(["one", "__base__", "one", "one"]).repeat_interleave(x.shape[1])):
-        got = model(input_ids=x).logits
-    torch.testing.assert_close(got[[0, 2, 3]], want[[0, 2, 3]], rtol=1e-4, atol=1e-5)
-    assert torch.equal(got[1], model(input_ids=x).logits[1]) and not torch.equal(got[0], model(input_ids=x).logits[0])
 
 
 def test_too_few_names_are_counted_as_the_caller_knows_them():

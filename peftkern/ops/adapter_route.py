@@ -23,6 +23,7 @@ class AdapterBatch:
 
     Attributes:
         named: whether `host` was given: then torch.compile takes what occurs as a constant.
+        is_flat: whether it is a `FlatBatch`.
 
     What is made while a CUDA graph is captured is the graph's: not computed before its replays, and made by each of
     them anew. So a batch that is captured but was not made in the same capture keeps nothing of it, nor gives it what
@@ -31,6 +32,8 @@ class AdapterBatch:
     Raises:
         TypeError, ValueError: `ids` is no such tensor.
     """
+
+    is_flat: bool = False
 
     def __init__(self, ids: torch.Tensor, slots: int, host: Sequence[int] | None = None) -> None:
         if not isinstance(ids, torch.Tensor):
@@ -64,14 +67,14 @@ class AdapterBatch:
         if n == M or (x.dim() >= 2 and x.shape[0] == n):
             return M
         got = f"got {n} ids for x {list(x.shape)}"
-        # OPT's fc1 and fc2 see [batch * tokens, K] in the order of the batch, experts see theirs in any order; the
-        # shape is the same. So nothing is guessed.
+        # A layer that is given the batch's tokens in their order has a `FlatBatch`. In another one they may be in any.
         if self.named and x.dim() == 2 and n and M % n == 0:
             raise ValueError(
                 f"adapter_names: expected an input whose first dimension is the batch, {got}: the model flattens its "
-                "tokens before this layer (OPT's fc1 and fc2, experts) and may order them anew, so that it cannot be "
-                "told whose each row is. Keep such layers out of target_modules, run each adapter's rows by "
-                "themselves, or, if the order is kept, tell each token's slot (AdapterBank.batch)"
+                "tokens before this layer and may order them anew, so that it cannot be told whose each row is (layers "
+                "that are known to keep the order, as OPT's fc1 and fc2, are served). Keep such layers out of "
+                "target_modules, run each adapter's rows by themselves, or, if the order is kept, tell each token's "
+                "slot (AdapterBank.batch)"
             )
         self.refuse_names(x)
         raise ValueError(
@@ -90,6 +93,22 @@ class AdapterBatch:
                 f"adapter_names: expected one name for each of the batch's {x.shape[0]} rows, got {self.ids.shape[0]} "
                 f"(a layer's input is {list(x.shape)})"
             )
+
+    def entries(self, x: torch.Tensor, features: int = 1) -> torch.Tensor | None:
+        """x, of which the last `features` dimensions are one row's, with one first dimension for the ids, a view where
+        it can be; None where x has neither that nor a row for each id. For an x that `check_rows` let pass."""
+        n = self.ids.shape[0]
+        if x.shape[0] == n:
+            return x
+        row = x.shape[x.dim() - features :]
+        each = self._rows_of_an_id(x, x.dim() - features)
+        if each:
+            return x.reshape(n, each, *row)
+        return x.reshape(n, *row) if x.shape[: x.dim() - features].numel() == n else None
+
+    def _rows_of_an_id(self, x: torch.Tensor, axes: int = 1) -> int:
+        """How many rows of an x with so many axes of rows each id stands for, if these lie in one axis; 0 elsewhere."""
+        return 0
 
     def groups(self, M: int, layout: Layout) -> list[Group]:
         """The products that the plain path computes for M rows; ids that are not on the host are read."""
@@ -155,6 +174,48 @@ class AdapterBatch:
     def _elsewhere(self) -> bool:
         """Whether this is inside a capture and the batch was made outside of one, or the other way round."""
         return is_capturing(self.ids) is not self._captured
+
+
+class FlatBatch(AdapterBatch):
+    """A batch as a layer sees it whose input is the plain flattening of the batch's tokens.
+
+    x [n * T, K] is then [n, T, K] with its first two dimensions taken together: row m is a token of entry m // T. That
+    x has n entries at all, and not a number that n divides, must have been seen where they still had a dimension.
+
+    Args:
+        batch: the batch that other layers see. What is worked out for it is shared.
+    """
+
+    is_flat: bool = True
+
+    def __init__(self, batch: AdapterBatch) -> None:
+        self.__dict__.update(batch.__dict__)
+
+    def check_rows(self, x: torch.Tensor, operation: str = "multi_lora_linear") -> int:
+        return x.shape[0] if self._rows_of_an_id(x, x.dim() - 1) else super().check_rows(x, operation)
+
+    def _rows_of_an_id(self, x: torch.Tensor, axes: int = 1) -> int:
+        n = self.ids.shape[0]
+        return x.shape[0] // n if axes == 1 and n and x.shape[0] % n == 0 else 0
+
+
+class ScatteredBatch(AdapterBatch):
+    """A batch as a layer sees it that is given some of its tokens, in an order that is not known: an expert.
+
+    Such a layer may by chance get as many rows as there are ids, which `AdapterBatch` would take for the batch's.
+    """
+
+    def __init__(self, batch: AdapterBatch) -> None:
+        self.__dict__.update(batch.__dict__)
+
+    def check_rows(self, x: torch.Tensor, operation: str = "multi_lora_linear") -> int:
+        if x.dim() > 2:
+            return super().check_rows(x, operation)
+        what = "adapter_names" if self.named else f"{operation}: adapter_ids"
+        raise ValueError(
+            f"{what}: an expert is given the tokens that were routed to it (here {list(x.shape)}), so that it cannot "
+            "be told whose each row is: keep experts out of target_modules, or run each adapter's rows by themselves"
+        )
 
 
 def is_capturing(t: torch.Tensor) -> bool:

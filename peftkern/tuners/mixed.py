@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from peftkern.ops.adapter_route import AdapterBatch
+from peftkern.tuners.token_order import TokenOrder
 from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.other import ModulesToSaveWrapper
 
@@ -124,6 +125,7 @@ class MixedRows:
         found: list[Any] = [module for module in self._model.modules() if isinstance(module, kinds)]
         self._layers = [module for module in found if isinstance(module, ModulesToSaveWrapper) or is_tuned(module)]
         self._tuned: list[Any] = [layer for layer in self._layers if isinstance(layer, self._layer_class)]
+        self._order = TokenOrder(self._model, self._layers)
 
     def sync(self) -> None:
         """Bring what is kept here of the layers' adapters up to date."""
@@ -161,7 +163,8 @@ class MixedRows:
             encoder, encoder_batch: a module, and the rows of the layers in it, where they are others.
 
         Raises:
-            ValueError: adapters are merged or disabled, so that none could be taken.
+            ValueError: adapters are merged or disabled, so that none could be taken. In the block, a layer's input
+                that has not as many rows as the batch, or rows of which it is not known whose they are.
         """
         self.sync()
         for layer in self._layers:
@@ -172,14 +175,20 @@ class MixedRows:
         names = tuple(self.names)
         before = [layer.__dict__.get("_mixed") for layer in self._layers]
         inside = set() if encoder is None or encoder_batch is None else set(encoder.modules())
+        views = self._order.views(batch)
+        if encoder_batch is not None:
+            encoder_views = self._order.views(encoder_batch)
+            views |= {layer: encoder_views.get(layer, encoder_batch) for layer in self._layers if layer in inside}
         for layer in self._layers:
-            rows = encoder_batch if encoder_batch is not None and layer in inside else batch
-            layer._mixed = self.rows_for(layer, rows, names)
+            layer._mixed = self.rows_for(layer, views.get(layer, batch), names)
+        handles = list(self._order.watch())
         try:
             for layer in self._tuned:
                 layer._mixed.decide(layer)
             yield
         finally:
+            for handle in handles:
+                handle.remove()
             recorded = torch.is_grad_enabled()
             for layer, old in zip(self._layers, before, strict=True):
                 layer._mixed_before = layer._mixed if recorded else None

@@ -224,7 +224,7 @@ def _shared_dropout(layer: Any, names: list[str]) -> float | None:
 
 def _add_biases(layer: Any, y: torch.Tensor, mixed: LayerBatch) -> torch.Tensor:
     """`y` plus scaling times the bias of each row's lora_B."""
-    total = y if len(mixed.batch) == y.shape[0] else y.reshape(-1, y.shape[-1])
+    total = mixed.batch.entries(y)
     for name, rows in mixed.rows_of().items():
         if name in mixed.biased:
             index = torch.tensor(rows, device=y.device)
@@ -235,16 +235,14 @@ def _add_biases(layer: Any, y: torch.Tensor, mixed: LayerBatch) -> torch.Tensor:
 
 def add_parts(layer: Any, y: torch.Tensor, x: torch.Tensor, mixed: LayerBatch) -> torch.Tensor:
     """`y` plus each adapter's part for its rows, by calling the adapter's modules; in y's dtype."""
-    n = len(mixed.batch)
-    flat = x.shape[0] != n
     features = 1 if x.is_floating_point() else 0  # an embedding's input has none
-    if flat and x.numel() != n * (x.shape[-1] if features else 1):
+    rows_x, total = mixed.batch.entries(x, features), mixed.batch.entries(y)
+    if rows_x is None or total is None:
         mixed.batch.refuse_names(x)
         raise ValueError(
-            f"adapter_names: expected an input whose first dimension is the batch, {n} rows, got {list(x.shape)}"
+            f"adapter_names: expected an input whose first dimension is the batch, {len(mixed.batch)} rows, got "
+            f"{list(x.shape)}"
         )
-    rows_x = x.reshape(n, *x.shape[-1:][:features]) if flat else x
-    total = y.reshape(n, y.shape[-1]) if flat else y
     for name, rows in mixed.rows_of().items():
         if name not in layer.scaling:
             continue
