@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from peftkern.integrations.extras import require
+from peftkern.utils.linear_layers import is_conv1d, is_quantizable, rows_of
 from peftkern.utils.live_bytes import LiveBytes
 
 _CAUSAL = "peftkern_causal"
@@ -94,10 +95,10 @@ class TracedModel:
                 f"config: cannot build a causal language model of {type(config).__name__} ({error})"
             ) from error
         self.dtype, self.r = dtype, r
-        self.linears = {name: m for name, m in model.named_modules() if _is_linear(m)}
         self.head = model.get_output_embeddings()
         self.embedding = model.get_input_embeddings()
-        transposed = not any(isinstance(m, nn.Linear) for m in self.linears.values() if m is not self.head)
+        self.linears = [m for m in model.modules() if is_quantizable(m) and m is not self.head]
+        transposed = any(is_conv1d(m) for m in self.linears)
         self.model: Any = inject_adapter_in_model(
             LoraConfig(r=r, target_modules=target, fan_in_fan_out=transposed), model, low_cpu_mem_usage=True
         )
@@ -114,8 +115,9 @@ class TracedModel:
 
     @property
     def quantized(self) -> list[tuple[int, int]]:
-        """[N, K] of each linear layer that is quantized: all but the lm_head."""
-        return [_sizes(m) for m in self.linears.values() if m is not self.head]
+        """[N, K] of each linear layer that is quantized, by transformers' rule (`quantize_model`): not the lm_head."""
+        sizes = [tuple(rows_of(m).shape) for m in self.linears]
+        return [(N, K) for N, K in sizes]
 
     @property
     def edges(self) -> int:
@@ -127,8 +129,7 @@ class TracedModel:
     def rest(self) -> int:
         """Bytes of the other frozen parameters, and of buffers."""
         every = {p for p in self.model.parameters() if not p.requires_grad} | set(self.model.buffers())
-        weights = sum(m.weight.nbytes for m in self.linears.values() if m is not self.head)
-        return sum(t.nbytes for t in every) - weights - self.edges
+        return sum(t.nbytes for t in every) - sum(rows_of(m).nbytes for m in self.linears) - self.edges
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  a traced model is made for one table, and goes with it
     def activations(self, batch: int, seq: int, checkpointing: bool) -> Activations:
@@ -191,16 +192,6 @@ class TracedModel:
                 f"memory: {error}"
             ) from error
         return Activations(kept, 0, highest - kept, loss)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _sizes(module: Any) -> tuple[int, int]:
-    """[N, K] of a linear layer; transformers' Conv1D holds its transpose."""
-    rows, columns = module.weight.shape
-    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
 
 
 @contextlib.contextmanager
