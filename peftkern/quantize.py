@@ -407,9 +407,9 @@ def _load_dense(model: Any, checkpoint: Checkpoint, keys: list[str], places: _Pl
         members = [key for of_pattern in group.keys.values() for key in of_pattern]
         try:
             made = group.tensors(model, checkpoint.__getitem__)
-        except (ValueError, RuntimeError) as error:
-            if isinstance(error, QuantizedFileError):
-                raise
+        except QuantizedFileError:
+            raise
+        except ValueError as error:
             raise QuantizedFileError(checkpoint.file_of(members[0]), str(error), members[0]) from error
         for name in list(made):
             put(name, functools.partial(made.pop, name), members[0])

@@ -41,6 +41,11 @@ def dense(tmp_path_factory) -> Path:
     return saved_gpt2(tmp_path_factory.mktemp("gpt2"))
 
 
+def assert_near(got: torch.Tensor, want: torch.Tensor, part: float) -> None:
+    """Within `part` of the largest."""
+    assert (got - want).abs().max() <= part * want.abs().max()
+
+
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if weight_of(m) is not None}
 
@@ -62,9 +67,8 @@ def test_quantize_model_makes_what_transformers_and_bitsandbytes_make(dense, nam
     assert layers["transformer.h.0.attn.c_attn"].out_features == 192
     assert mine.lm_head.weight is mine.transformer.wte.weight
     assert mine.config.quantization_config.llm_int8_skip_modules == ["lm_head"]
-    a, b = mine(ids()).logits, other.train()(ids()).logits
-    tolerance = 0.02 if name != "int8" else 0.05  # bitsandbytes' int8 forward rounds activations to 8 bits
-    assert (a - b).abs().max() <= tolerance * b.abs().max()
+    # bitsandbytes' int8 forward rounds activations to 8 bits
+    assert_near(mine(ids()).logits, other.train()(ids()).logits, 0.02 if name != "int8" else 0.05)
 
 
 def test_bits_are_those_of_the_turned_weight_in_odd_sizes():
@@ -130,8 +134,7 @@ def test_checkpoints_go_both_ways(dense, tmp_path, name):
     loaded = load_quantized(tmp_path / "theirs")
     same_tensors(state, loaded.state_dict())
     assert {m.source_cls for m in quantized_layers(loaded).values()} == {Conv1D}
-    a, b = loaded(ids()).logits, other.train()(ids()).logits
-    assert (a - b).abs().max() <= (0.02 if name != "int8" else 0.05) * b.abs().max()
+    assert_near(loaded(ids()).logits, other.train()(ids()).logits, 0.02 if name != "int8" else 0.05)
 
     model = ours(dense, name)
     save_quantized(model, tmp_path / "a")
@@ -283,7 +286,7 @@ def test_merging_makes_a_conv1d_that_transformers_reads(dense, tmp_path, name, m
     before = model(ids()).logits
     model.merge_adapter(safe_merge=True)
     assert all(isinstance(layer.base_layer, Conv1D) for layer in layers.values())
-    torch.testing.assert_close(model(ids()).logits, before, rtol=5e-2, atol=5e-2)
+    assert_near(model(ids()).logits, before, 0.02)
     model.unmerge_adapter()
     assert torch.equal(model(ids()).logits, before)
 
@@ -293,7 +296,7 @@ def test_merging_makes_a_conv1d_that_transformers_reads(dense, tmp_path, name, m
         assert type(layer) is Conv1D and layer.weight.is_contiguous() and (layer.nx, layer.nf) == layer.weight.shape
         stored = weight.to(torch.bfloat16 if name == "nf4" or whose == "ours" else torch.float16)
         assert torch.equal(layer.weight, stored.T.to(torch.bfloat16))
-    torch.testing.assert_close(merged(ids()).logits, before, rtol=5e-2, atol=5e-2)
+    assert_near(merged(ids()).logits, before, 0.02)
     assert sorted(quantized_layers(merged)) == [
         f"transformer.h.{i}.mlp.{n}" for i in range(2) for n in ("c_fc", "c_proj")
     ]
@@ -315,7 +318,7 @@ def test_a_model_merged_whole_is_saved_as_the_gpt2_that_it_is(dense, tmp_path):
     merged.save_pretrained(tmp_path)
     again = read(tmp_path)
     same_tensors(merged.state_dict(), again.state_dict())
-    torch.testing.assert_close(again(ids()).logits, logits, rtol=5e-2, atol=5e-2)
+    assert_near(again(ids()).logits, logits, 0.02)
 
 
 @pytest.mark.parametrize("name", ["storage", "int8"])
@@ -339,13 +342,14 @@ def test_requantizing_keeps_what_the_layer_stands_for(dense, tmp_path, name):
 
 @pytest.mark.parametrize("method", ["Lora", "IA3"])
 @pytest.mark.parametrize("name", ["nf4", "int8"])
-def test_a_mixed_batch_is_its_rows_alone(dense, name, method):
+def test_a_mixed_batch_is_its_rows_alone(name, method):
     """Catches rows of a batch with adapter_names that take each other's adapter, or the wrong side of a vector."""
-    model = adapted(peftkern, ours(dense, name), method).eval()
+    base = quantize_model(tiny_gpt2(), CONFIGS[name] | {"bnb_4bit_compute_dtype": torch.float32})
+    model = adapted(peftkern, base, method).eval()
     model.add_adapter("second", getattr(peftkern, f"{method}Config")(task_type="CAUSAL_LM", **second(method)))
     randomize(model, (".second",), seed=3)
-    names = ["second", "default", "__base__", "second"]
-    tokens = ids(batch=4)
+    names = ["second", "default", "__base__"]
+    tokens = ids(batch=1).expand(3, -1)
     with torch.no_grad():
         mixed = model(input_ids=tokens, adapter_names=names).logits
         for row, who in enumerate(names):
@@ -355,7 +359,9 @@ def test_a_mixed_batch_is_its_rows_alone(dense, name, method):
             else:
                 model.set_adapter(who)
                 alone = model(input_ids=tokens[row : row + 1]).logits
-            torch.testing.assert_close(mixed[row], alone[0], rtol=3e-2, atol=3e-2)
+            assert_near(mixed[row], alone[0], 1e-4)
+            others = torch.cat([mixed[:row], mixed[row + 1 :]])
+            assert all((other - alone[0]).abs().max() > 1e-2 * alone.abs().max() for other in others)
     rows = peftkern.explain(model, 4, mixed=True).rows
     assert len(rows) == (2 if method == "Lora" else 4)
     assert all(row.path.startswith("dequantize:") for row in rows)

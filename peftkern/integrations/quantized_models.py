@@ -167,17 +167,20 @@ class Conversion:
         """The tensors by their names in the model; `read` gives that of a name in the checkpoint.
 
         Raises:
-            ValueError, RuntimeError: A number is missing among the names, or the tensors do not fit together.
+            ValueError: A number is missing among the names, or the tensors do not fit together.
         """
         for pattern, keys in self.keys.items():
             numbers = [re.findall(r"\d+", key) for key in keys]
             # Of the numbers in the names, the layer's and the expert's, one counts.
-            counts = [column for column in zip(*numbers, strict=True) if len(set(column)) > 1]
-            if len(keys) > 1 and [tuple(map(int, c)) for c in counts] != [tuple(range(len(keys)))]:
+            counts = [column for column in zip(*numbers, strict=False) if len(set(column)) > 1]
+            if len(keys) > 1 and counts != [tuple(map(str, range(len(keys))))]:
                 raise ValueError(f"expected the numbers 0 to {len(keys) - 1} in the names that go into {self.name!r}")
             for key in keys:
                 self.converter.add_tensor(self.name, key, pattern, functools.partial(read, key))
-        made = self.converter.convert(self.name, model=model, config=model.config)
+        try:
+            made = self.converter.convert(self.name, model=model, config=model.config)
+        except RuntimeError as error:  # of torch.stack and torch.cat
+            raise ValueError(f"what goes into {self.name!r} does not fit together: {error}") from error
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
