@@ -179,7 +179,7 @@ class Conversion:
                 self.converter.add_tensor(self.name, key, pattern, functools.partial(read, key))
         try:
             made = self.converter.convert(self.name, model=model, config=model.config)
-        except RuntimeError as error:  # of torch.stack and torch.cat
+        except (RuntimeError, ValueError) as error:  # of torch.stack, torch.cat and transformers
             raise ValueError(f"what goes into {self.name!r} does not fit together: {error}") from error
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 

@@ -169,9 +169,10 @@ class TracedModel:
                 hidden = base(input_ids=ids, use_cache=False)[0]
                 highest = live.peak
                 kept = live.restart()
-                hidden.backward(torch.empty_like(hidden))
+                shape, end = hidden.shape, _End.apply(hidden)
+                hidden = None  # nobody holds it, nor its gradient, when the last layer's turn comes
+                end.backward()
                 highest = max(highest, live.peak)
-                shape, hidden = hidden.shape, None
                 before = live.restart()
                 # Tokens enter as they leave the last layer; the logits are held until backward is done, as by
                 # `outputs = model(...)`.
@@ -192,6 +193,20 @@ class TracedModel:
                 f"memory: {error}"
             ) from error
         return Activations(kept, 0, highest - kept, loss)
+
+
+class _End(torch.autograd.Function):
+    """Stands for the loss of hidden states: it keeps nothing of them, and makes their gradient in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
+        ctx.like = hidden.shape, hidden.dtype
+        return hidden.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        shape, dtype = ctx.like
+        return torch.empty(shape, dtype=dtype)
 
 
 @contextlib.contextmanager
