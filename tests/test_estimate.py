@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from torch import nn
 
 import peftkern
 from peftkern.estimate import DTYPES, GB, Estimate, Part, Settings, estimate_memory, main
+from peftkern.estimate import _linears as linears_part
+from peftkern.integrations.traced_model import TracedModel
 from peftkern.utils.live_bytes import LiveBytes
 
 transformers = pytest.importorskip("transformers")
@@ -344,24 +347,19 @@ def test_other_architectures(family):
 
 
 def test_only_what_is_quantized_is_counted_in_4_bits():
-    """Would catch: stacked experts, or layers of a class of their own, counted in 4 bits, which transformers and
-    `quantize_model` leave dense; a division by the number of weights where there are none."""
+    """Would catch: stacked experts counted in 4 bits, which transformers and `quantize_model` leave dense; a division by
+    the number of weights where nothing is quantized."""
     size = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
-    mixtral = transformers.MixtralConfig(**size, intermediate_size=96, num_key_value_heads=2, num_local_experts=4)
-    model = transformers.MixtralForCausalLM(mixtral).to(torch.bfloat16)
+    config = transformers.MixtralConfig(**size, intermediate_size=96, num_key_value_heads=2, num_local_experts=4)
+    model = transformers.MixtralForCausalLM(config).to(torch.bfloat16)
     with pytest.warns(UserWarning, match="stacked experts"):
         peftkern.quantize_model(model, {"load_in_4bit": True, "bnb_4bit_use_double_quant": True})
-    made = estimate_memory(mixtral, seq=32)
-    dense = ("embedding and lm_head", "norms, buffers, other weights")
-    assert made.part("norms, buffers, other weights") > 2 * 2 * 4 * 3 * 64 * 96
-    counted = made.part("4-bit linear layers") + sum(made.part(name) for name in dense)
-    assert counted == pytest.approx(held_bytes(tensors_of(model)), rel=0.005)
-
-    falcon = transformers.FalconConfig(**size)
-    made = estimate_memory(falcon, seq=32, quant="nf4")
-    assert made.part("linear layers") == made.part("4-bit linear layers") == 0 and "none of a class" in str(made)
-    every = transformers.FalconForCausalLM(falcon).to(torch.bfloat16)
-    assert sum(made.part(name) for name in dense) == held_bytes([*every.parameters(), *every.buffers()])
+    traced = TracedModel(config, 16, "all-linear", torch.bfloat16, torch.float32)
+    name, size_4bit, *_ = linears_part(traced, Settings())
+    assert name == "4-bit linear layers" and len(traced.quantized) == 8
+    assert size_4bit + traced.edges + traced.rest == pytest.approx(held_bytes(tensors_of(model)), rel=1e-3)
+    none = linears_part(SimpleNamespace(quantized=[]), Settings())
+    assert none[:2] == ("linear layers", 0) and "none of a class that is quantized" in none[3]
 
 
 def test_attention_without_a_mask_is_linear_in_the_sequence():
