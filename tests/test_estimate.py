@@ -326,9 +326,13 @@ def test_only_the_larger_of_layer_and_loss_counts():
     assert "(0.00)" in [line for line in str(made).splitlines() if line.strip().startswith("b ")][0]
 
 
-@pytest.mark.parametrize("family", ["GPT2Config", "Qwen3Config", "Gemma2Config", "MistralConfig", "OPTConfig"])
+FAMILIES = ["GPT2Config", "Qwen3Config", "Gemma2Config", "MistralConfig", "OPTConfig", "MixtralConfig"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_other_architectures(family):
-    """Would catch: a table for Llamas only (Conv1D, windows, layers of two kinds, other names)."""
+    """Would catch: a table for Llamas only (Conv1D, windows, layers of two kinds, other names, stacked experts, whose
+    product wants strides that an expanded zero does not have)."""
     fields = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, vocab_size=300)
     fields |= dict(num_key_value_heads=2, head_dim=16, pad_token_id=0)
     if family == "OPTConfig":
@@ -347,8 +351,8 @@ def test_other_architectures(family):
 
 
 def test_only_what_is_quantized_is_counted_in_4_bits():
-    """Would catch: stacked experts counted in 4 bits, which transformers and `quantize_model` leave dense; a division by
-    the number of weights where nothing is quantized."""
+    """Would catch: stacked experts counted in 4 bits, which transformers and `quantize_model` leave dense; a division
+    by the number of weights where nothing is quantized."""
     size = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
     config = transformers.MixtralConfig(**size, intermediate_size=96, num_key_value_heads=2, num_local_experts=4)
     model = transformers.MixtralForCausalLM(config).to(torch.bfloat16)

@@ -106,7 +106,7 @@ class TracedModel:
         for parameter in self.adapters.values():
             parameter.data = parameter.data.to(adapter_dtype)
         self._fake = _fake_mode()
-        _give_fake_tensors(self.model)
+        _give_fake_tensors(self.model, self._fake)
         self.adapters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         with self._fake:
             for parameter in self.adapters.values():
@@ -237,9 +237,9 @@ def _fake_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _give_fake_tensors(model: nn.Module) -> None:
-    """Put fake tensors of the CPU in place of meta ones, in an open FakeTensorMode. (A forward may ask a meta tensor
-    for values, which fails; of a fake one transformers knows not to ask.)"""
+def _give_fake_tensors(model: nn.Module, fake: Any) -> None:
+    """Put tensors of the CPU without memory in place of meta ones, for a FakeTensorMode. (A forward may ask a meta
+    tensor for values, which fails; of a fake one transformers knows not to ask.)"""
     made: dict[int, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -248,6 +248,9 @@ def _give_fake_tensors(model: nn.Module) -> None:
                     continue
                 if id(t) not in made:
                     empty = torch.zeros((), dtype=t.dtype).expand(t.shape)
+                    if t.dim() > 2:  # stacked experts, whose product wants the strides of a tensor with memory
+                        with fake:
+                            empty = torch.empty(t.shape, dtype=t.dtype)
                     made[id(t)] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
                 tensors[name] = made[id(t)]
 
