@@ -186,11 +186,12 @@ def estimate_memory(model: Any, *, vram: float | None = None, **settings: Any) -
         model: a transformers configuration, a hub id (its configuration is read), a folder or a config.json.
         vram: the GPU's memory in GiB (a "24 GB" card has 24 GiB), or None.
         settings: fields of `Settings`: r (rank), seq (tokens of a sequence), batch (sequences of a step), quant ("nf4",
-            "fp4", "int8" or "none") of all linear layers but the lm_head and double_quant (of a model that bitsandbytes
-            quantized by default what its configuration says), target (target_modules: a name, several with commas, or
-            "all-linear"), checkpointing, optim ("adamw", "adamw8bit", "paged" for 8 bits in memory that moves to the
-            host), chunked_loss (`use_chunked_loss`), adapter_dtype and dtype ("fp32", "bf16", "fp16"), blocksize of the
-            4-bit formats.
+            "fp4", "int8" or "none") of the linear layers that `quantize_model` takes (`nn.Linear` and Conv1D; no
+            subclass, no stacked experts) but the lm_head, and double_quant (of a model that bitsandbytes quantized by
+            default what its configuration says), target (target_modules: a name, several with commas, or "all-linear"),
+            checkpointing, optim ("adamw", "adamw8bit", "paged" for 8 bits in memory that moves to the host),
+            chunked_loss (`use_chunked_loss`), adapter_dtype and dtype ("fp32", "bf16", "fp16"), blocksize of the 4-bit
+            formats.
 
     Returns:
         An `Estimate`, which prints as a table.
@@ -289,6 +290,8 @@ def _estimate(traced: TracedModel, s: Settings, activations: Activations) -> Est
 def _linears(traced: TracedModel, s: Settings) -> tuple[str, int, str, str]:
     sizes = traced.quantized
     count = sum(n * k for n, k in sizes)
+    if not count:
+        return "linear layers", 0, "always", "none of a class that is quantized; they stand with the other weights"
     if s.quant == "none":
         return "linear layers", count * DTYPES[s.dtype].itemsize, "always", f"{count:,} weights in {s.dtype}"
     if s.quant == "int8":

@@ -20,6 +20,7 @@ from peftkern.tuners.merging_quantized import is_merged_into_dense
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.adapter_files import PathLike
 from peftkern.utils.checkpoint_files import WEIGHTS, Checkpoint
+from peftkern.utils.linear_layers import source_conv1d
 from peftkern.utils.quantized_files import QuantizedFileError
 from peftkern.utils.quantized_modules import weight_of
 from peftkern.weights import Weight4bit
@@ -137,8 +138,7 @@ def _checked_tasks(base: Any, layers: dict[str, Any], checkpoint: Checkpoint) ->
     for name, layer in layers.items():
         key = _key_of(f"{name}.weight", prefix, checkpoint, known)
         weight: Any = weight_of(layer.get_base_layer())
-        # transformers turns a Conv1D's weight before it quantizes it, and keeps the class that was there.
-        transposed = getattr(getattr(layer.get_base_layer(), "source_cls", None), "__name__", "") == "Conv1D"
+        transposed = source_conv1d(layer.get_base_layer()) is not None  # turned before it was quantized
         expected = list(weight.shape)[:: -1 if transposed else 1]
         dtype, shape = _stored(checkpoint, key)
         if dtype not in _FLOATS:

@@ -22,6 +22,7 @@ from peftkern.tuners.lora.layer import Linear
 from peftkern.tuners.lora.shared_input import share_input
 from peftkern.tuners.targets import is_linear
 from peftkern.tuners.tuner_layer import BaseTunerLayer
+from peftkern.utils.linear_layers import is_quantizable
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit
 from peftkern.weights import QUANT_TYPES
 
@@ -57,9 +58,9 @@ def _quantized(linear: nn.Module, quantization: str | None) -> nn.Module:
         return linear
     if quantization not in (*QUANT_TYPES, "int8"):
         raise ValueError(f"quantization: expected one of {', '.join(QUANT_TYPES)}, int8 or None, got {quantization!r}")
-    if type(linear) is not nn.Linear:
+    if not is_quantizable(linear):
         raise TypeError(
-            f"quantization={quantization!r}: expected an nn.Linear to quantize, got {type(linear).__name__}"
+            f"quantization={quantization!r}: expected an nn.Linear or a Conv1D to quantize, got {type(linear).__name__}"
         )
     if quantization == "int8":
         return Linear8bit.from_linear(linear)

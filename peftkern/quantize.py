@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import re
@@ -12,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkern.tuners.targets import is_conv1d
 from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.adapter_files import PathLike
 from peftkern.utils.checkpoint_files import Checkpoint, read_model_config, replacing_checkpoint
+from peftkern.utils.linear_layers import is_conv1d, is_quantizable, rows_of
 from peftkern.utils.quantization_settings import (
     QuantizationSettings,
     check_patterns,
@@ -49,10 +50,14 @@ def quantize_model(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> nn.Module:
-    """Replace the `nn.Linear` modules of `model` by `Linear4bit` or `Linear8bit`, in place.
+    """Replace the linear layers of `model` by `Linear4bit` or `Linear8bit`, in place.
 
     One layer at a time: a dense weight is freed as soon as it is quantized, so that there are never two copies of the
-    model. What an `nn.Linear` subclass, a Conv1D or stacked experts hold stays dense, with a warning.
+    model. Which layers those are is transformers' rule (5.23): modules whose class is exactly `nn.Linear`, and its
+    Conv1D (GPT-2), whose weight is turned to [out_features, in_features] first. Dense stay, as there and with a warning
+    here: subclasses of `nn.Linear` (Falcon's layers, `nn.MultiheadAttention`'s out_proj) and the experts of a mixture
+    that are stacked in parameters of three dimensions (Mixtral, Qwen3-MoE). Dense stay without one: embeddings, norms,
+    convolutions, routers that are no linear layers, and what `skip_modules` names.
 
     Args:
         model: Any module; a transformers model is also marked as quantized, as `from_pretrained` does, so that Trainer
@@ -111,12 +116,13 @@ def _layers_to_quantize(model: nn.Module, skips: list[str]) -> list[list[str]]:
             users.setdefault(id(parameter), set()).add(id(module))
     groups: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        # A subclass may use its weight in ways that a layer of ours would not (attention's out_proj does).
-        if type(module) is nn.Linear and name and len(users.get(id(module.weight), ())) < 2:
+        if name and is_quantizable(module) and len(users.get(id(module.weight), ())) < 2:
             groups.setdefault(id(module), []).append(name)
     chosen = [group for group in groups.values() if not any(is_skipped(name, skips) for name in group)]
     if not chosen:
-        raise ValueError(f"model: no nn.Linear to quantize in {type(model).__name__}, with {skips} left alone")
+        raise ValueError(
+            f"model: no nn.Linear or Conv1D to quantize in {type(model).__name__}, with {skips} left alone"
+        )
     return chosen
 
 
@@ -178,12 +184,13 @@ def _with_progress(groups: list[list[str]], progress: bool) -> Iterator[list[str
 
 def _note_left_dense(model: nn.Module, skips: list[str]) -> None:
     """Warn of large weights of a kind that is not quantized."""
-    conv1d = [name for name, module in model.named_modules() if is_conv1d(module)]
     stacked = [name for name, p in model.named_parameters() if p.dim() > 2 and "expert" in name]
-    left: dict[str, list[str]] = {"Conv1D layers": conv1d, "stacked experts": stacked}
+    left: dict[str, list[str]] = {"stacked experts": stacked}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and type(module) is not nn.Linear and not is_skipped(name, skips):
-            left.setdefault(f"{type(module).__name__} layers (a subclass of nn.Linear)", []).append(name)
+        linear = isinstance(module, nn.Linear) or is_conv1d(module)
+        if linear and not is_quantizable(module) and not is_skipped(name, skips):
+            of = "nn.Linear" if isinstance(module, nn.Linear) else "Conv1D"
+            left.setdefault(f"{type(module).__name__} layers (a subclass of {of})", []).append(name)
     for kind, names in left.items():
         if names:
             warnings.warn(f"quantize_model: {kind} stay dense: {shorten(names, 3)}", stacklevel=3)
@@ -238,7 +245,7 @@ def save_quantized(model: Any, folder: PathLike, *, max_shard_size: int | str = 
         raise ValueError("model: its config has no quantization_config: quantize it by peftkern.quantize_model")
     with replacing_checkpoint(folder) as staging:
         # Under the model's own names: transformers 5.23 cannot go back to those of an older checkpoint where quantized
-        # tensors were read from one, and `load_quantized` knows no others.
+        # tensors were read from one.
         model.save_pretrained(staging, max_shard_size=max_shard_size, save_original_format=False)
 
 
@@ -356,14 +363,13 @@ def _load_quantized_layer(
     key = prefix + "weight"
     file = checkpoint.file_of(key)
     layer: Any = None if name is None else model.get_submodule(name)
-    if type(layer) is not nn.Linear and not (layer is not None and is_conv1d(layer)):
+    if layer is None or not is_quantizable(layer):
         found = f"has no {prefix.removesuffix('.')!r}" if layer is None else f"has a {type(layer).__name__} there"
         raise QuantizedFileError(
             file, f"a quantized weight for a linear layer, but {type(model).__name__} {found}", key
         )
     weight = read_quantized(checkpoint, prefix, file=file, dtype=layer.weight.dtype)
-    # Conv1D holds its weight as [in, out]; quantized it is stored as [out, in], and is a linear layer from there on.
-    expected = tuple(layer.weight.shape) if type(layer) is nn.Linear else tuple(layer.weight.shape)[::-1]
+    expected = tuple(rows_of(layer).shape)
     if tuple(weight.shape) != expected:
         reason = f"its shape is {list(weight.shape)}, {type(model).__name__} expects {list(expected)}"
         raise QuantizedFileError(file, reason, key)
@@ -373,36 +379,63 @@ def _load_quantized_layer(
         made = Linear4bit.from_weight(weight, layer.bias, compute_dtype=settings.compute_dtype, quant_storage=storage)
     else:
         made = Linear8bit.from_weight(weight, layer.bias)
+    made.source_cls = type(layer)
     made.requires_grad_(False)
     model.set_submodule(str(name), made)
 
 
 def _load_dense(model: Any, checkpoint: Checkpoint, keys: list[str], places: _Places) -> tuple[set[str], list[str]]:
     """Put the other tensors into the model; return the names that got one, and the keys that have no place."""
+    from peftkern.integrations.quantized_models import conversions
+
     in_fp32 = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
     if model.dtype == torch.float16:  # transformers keeps these wide for float16's range alone
         in_fp32 |= {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
     loaded, unexpected = set(), []
-    for key in keys:
-        name = places.tensor(key)
+
+    def put(called: str, read: Callable[[], torch.Tensor], key: str) -> None:
+        """Put what `read` gives, which comes from `key`, where the model has what is `called` so."""
+        name = places.tensor(called)
         if name is None:
             unexpected.append(key)
-            continue
-        target, value = places.tensors[name], checkpoint[key]
-        if value.shape != target.shape or value.is_floating_point() != target.is_floating_point():
-            reason = f"it is {value.dtype} {list(value.shape)}, expected {target.dtype} {list(target.shape)}"
-            raise QuantizedFileError(checkpoint.file_of(key), reason, key)
-        wide = value.is_floating_point() and not in_fp32.isdisjoint(name.split("."))
-        value = value.to(torch.float32 if wide else target.dtype)
-        module_name, _, attribute = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        if isinstance(target, nn.Parameter):
-            trains = target.requires_grad and value.is_floating_point()
-            module._parameters[attribute] = nn.Parameter(value, requires_grad=trains)
-        else:
-            module._buffers[attribute] = value
+            return
+        _put_dense(model, name, places.tensors[name], read(), in_fp32, (checkpoint.file_of(key), key))
         loaded.add(name)
+
+    converted: set[str] = set()
+    for group in conversions(model, keys, lambda name: places.tensor(name) is not None):
+        members = [key for of_pattern in group.keys.values() for key in of_pattern]
+        try:
+            made = group.tensors(model, checkpoint.__getitem__)
+        except QuantizedFileError:
+            raise
+        except ValueError as error:
+            raise QuantizedFileError(checkpoint.file_of(members[0]), str(error), members[0]) from error
+        for name in list(made):
+            put(name, functools.partial(made.pop, name), members[0])
+        converted.update(members)
+    for key in keys:
+        if key not in converted:
+            put(key, functools.partial(checkpoint.__getitem__, key), key)
     return loaded, unexpected
+
+
+def _put_dense(
+    model: Any, name: str, target: torch.Tensor, value: torch.Tensor, in_fp32: set[str], source: tuple[str, str]
+) -> None:
+    """Put `value`, read from the file and under the key of `source`, in the place of the tensor `target`."""
+    if value.shape != target.shape or value.is_floating_point() != target.is_floating_point():
+        reason = f"it is {value.dtype} {list(value.shape)}, expected {target.dtype} {list(target.shape)}"
+        raise QuantizedFileError(source[0], reason, source[1])
+    wide = value.is_floating_point() and not in_fp32.isdisjoint(name.split("."))
+    value = value.to(torch.float32 if wide else target.dtype).contiguous()
+    module_name, _, attribute = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if isinstance(target, nn.Parameter):
+        trains = target.requires_grad and value.is_floating_point()
+        module._parameters[attribute] = nn.Parameter(value, requires_grad=trains)
+    else:
+        module._buffers[attribute] = value
 
 
 def _check_complete(model: Any, source: str, loaded: set[str], unexpected: list[str]) -> None:

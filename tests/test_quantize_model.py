@@ -19,7 +19,7 @@ from torch import nn
 import peftkern
 from peftkern import QuantizedFileError, load_quantized, quantize_model, save_quantized
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit, weight_of
-from quantized_models import BITS4, BITS8, CONFIGS, NESTED, ours, read, saved_llama, theirs
+from quantized_models import BITS4, BITS8, CONFIGS, NESTED, NOT_ON_CPU, ours, read, same_tensors, saved_llama, theirs
 from tiny_models import ids, mlp, tiny_llama
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,20 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 def dense(tmp_path_factory) -> Path:
     """The folder of a tiny dense Llama in bfloat16."""
     return saved_llama(tmp_path_factory.mktemp("dense"))
-
-
-def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], but: tuple[str, ...] = ()) -> None:
-    """Equal names, dtypes, shapes and bits, save for names with one of the endings `but`."""
-    assert sorted(a) == sorted(b)
-    for key in a:
-        if not key.endswith(but or ("\0",)):
-            assert (a[key].dtype, a[key].shape) == (b[key].dtype, b[key].shape), key
-            raw = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a[key], b[key])]
-            assert torch.equal(*raw), key
-
-
-# bitsandbytes' CPU library searches the 8-bit map of scales otherwise than its `default` backend.
-NOT_ON_CPU = ("weight.absmax",)
 
 
 # --- quantizing ------------------------------------------------------------------------------------------------------
@@ -147,19 +133,6 @@ def test_subclasses_that_stay_dense_are_told_once_by_class():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quantize_model(model, BITS4, skip_modules=["query_key_value", "dense", "4h", "to_h", "lm_head"])
-
-
-def test_conv1d_stays_dense_and_is_told(tmp_path):
-    """Catches GPT-2 quantized in silence to nothing, and a file that transformers reads as if its Conv1D were int4."""
-    config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=128, n_positions=32)
-    model = transformers.GPT2LMHeadModel(config)
-    with pytest.raises(ValueError, match="no nn.Linear to quantize"):
-        quantize_model(model, BITS4)
-    model.transformer.h[0].mlp.extra = nn.Linear(64, 64)
-    with pytest.warns(UserWarning, match="Conv1D layers stay dense: 'transformer.h.0.attn.c_attn'"):
-        quantize_model(model, BITS4)
-    skips = model.config.quantization_config.llm_int8_skip_modules
-    assert "transformer.h.0.attn.c_attn" in skips and "lm_head" in skips
 
 
 @pytest.mark.parametrize(

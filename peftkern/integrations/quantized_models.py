@@ -5,8 +5,12 @@ Imported lazily. bitsandbytes need not be installed.
 
 from __future__ import annotations
 
+import copy
+import functools
+import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -133,7 +137,7 @@ def name_in_model(model: Any) -> Callable[[str], str]:
         from transformers.core_model_loading import WeightRenaming
     except ImportError:  # a transformers without such a table
         return str
-    # What is left out puts several tensors into one (stacked experts), which quantized ones cannot be.
+    # What is left out makes other tensors of them: see `conversions`.
     renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
 
     def renamed(key: str) -> str:
@@ -142,6 +146,75 @@ def name_in_model(model: Any) -> Callable[[str], str]:
         return key
 
     return renamed
+
+
+@dataclass
+class Conversion:
+    """Tensors of a checkpoint that become other tensors in a model, by transformers' own operations: the experts of a
+    mixture, for one, which are matrices of their own in the file and stacked in the model.
+
+    Attributes:
+        name: The (first) name in the model.
+        converter: transformers' `WeightConverter`.
+        keys: Its pattern -> the names in the checkpoint that match, in the order of their numbers.
+    """
+
+    name: str
+    converter: Any
+    keys: dict[str, list[str]] = field(default_factory=dict)
+
+    def tensors(self, model: Any, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors by their names in the model; `read` gives that of a name in the checkpoint.
+
+        Raises:
+            ValueError: A number is missing among the names, or the tensors do not fit together.
+        """
+        for pattern, keys in self.keys.items():
+            numbers = [re.findall(r"\d+", key) for key in keys]
+            # Of the numbers in the names, the layer's and the expert's, one counts.
+            counts = [column for column in zip(*numbers, strict=False) if len(set(column)) > 1]
+            if len(keys) > 1 and counts != [tuple(map(str, range(len(keys))))]:
+                raise ValueError(f"expected the numbers 0 to {len(keys) - 1} in the names that go into {self.name!r}")
+            for key in keys:
+                self.converter.add_tensor(self.name, key, pattern, functools.partial(read, key))
+        try:
+            made = self.converter.convert(self.name, model=model, config=model.config)
+        except (RuntimeError, ValueError) as error:  # of torch.stack, torch.cat and transformers
+            raise ValueError(f"what goes into {self.name!r} does not fit together: {error}") from error
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def conversions(model: Any, keys: Iterable[str], has_place: Callable[[str], bool]) -> list[Conversion]:
+    """How tensors of a checkpoint become others in `model`, by transformers' own table; no two have a key in common.
+
+    Args:
+        model: A transformers model.
+        keys: Names in the checkpoint, of dense tensors.
+        has_place: Whether the model has a tensor of this name; where not, a conversion is left out.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:  # a transformers without such a table
+        return []
+    converters = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightConverter)]
+    renamed = name_in_model(model)
+    found: dict[str, Conversion] = {}
+    for key in sorted(keys, key=_by_numbers) if converters else ():
+        known = renamed(key)
+        for converter in converters:
+            name, pattern = converter.rename_source_key(known)
+            if pattern is not None:
+                if has_place(name):
+                    group = found.setdefault(name, Conversion(name, copy.deepcopy(converter)))
+                    group.keys.setdefault(pattern, []).append(key)
+                break
+    return list(found.values())
+
+
+def _by_numbers(key: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10, whatever stands in a name."""
+    return [(len(part), part) if re.fullmatch("[0-9]+", part) else (-1, part) for part in key.split(".")]
 
 
 def load_generation_config(model: Any, source: str, hub_kwargs: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from peftkern.integrations.extras import require
+from peftkern.utils.linear_layers import is_conv1d, is_quantizable, rows_of
 from peftkern.utils.live_bytes import LiveBytes
 
 _CAUSAL = "peftkern_causal"
@@ -94,10 +95,10 @@ class TracedModel:
                 f"config: cannot build a causal language model of {type(config).__name__} ({error})"
             ) from error
         self.dtype, self.r = dtype, r
-        self.linears = {name: m for name, m in model.named_modules() if _is_linear(m)}
         self.head = model.get_output_embeddings()
         self.embedding = model.get_input_embeddings()
-        transposed = not any(isinstance(m, nn.Linear) for m in self.linears.values() if m is not self.head)
+        self.linears = [m for m in model.modules() if is_quantizable(m) and m is not self.head]
+        transposed = any(is_conv1d(m) for m in self.linears)
         self.model: Any = inject_adapter_in_model(
             LoraConfig(r=r, target_modules=target, fan_in_fan_out=transposed), model, low_cpu_mem_usage=True
         )
@@ -105,7 +106,7 @@ class TracedModel:
         for parameter in self.adapters.values():
             parameter.data = parameter.data.to(adapter_dtype)
         self._fake = _fake_mode()
-        _give_fake_tensors(self.model)
+        _give_fake_tensors(self.model, self._fake)
         self.adapters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         with self._fake:
             for parameter in self.adapters.values():
@@ -114,8 +115,9 @@ class TracedModel:
 
     @property
     def quantized(self) -> list[tuple[int, int]]:
-        """[N, K] of each linear layer that is quantized: all but the lm_head."""
-        return [_sizes(m) for m in self.linears.values() if m is not self.head]
+        """[N, K] of each linear layer that is quantized, by transformers' rule (`quantize_model`): not the lm_head."""
+        sizes = [tuple(rows_of(m).shape) for m in self.linears]
+        return [(N, K) for N, K in sizes]
 
     @property
     def edges(self) -> int:
@@ -127,8 +129,7 @@ class TracedModel:
     def rest(self) -> int:
         """Bytes of the other frozen parameters, and of buffers."""
         every = {p for p in self.model.parameters() if not p.requires_grad} | set(self.model.buffers())
-        weights = sum(m.weight.nbytes for m in self.linears.values() if m is not self.head)
-        return sum(t.nbytes for t in every) - weights - self.edges
+        return sum(t.nbytes for t in every) - sum(rows_of(m).nbytes for m in self.linears) - self.edges
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  a traced model is made for one table, and goes with it
     def activations(self, batch: int, seq: int, checkpointing: bool) -> Activations:
@@ -168,9 +169,10 @@ class TracedModel:
                 hidden = base(input_ids=ids, use_cache=False)[0]
                 highest = live.peak
                 kept = live.restart()
-                hidden.backward(torch.empty_like(hidden))
+                shape, end = hidden.shape, _End.apply(hidden)
+                hidden = None  # nobody holds it, nor its gradient, when the last layer's turn comes
+                end.backward()
                 highest = max(highest, live.peak)
-                shape, hidden = hidden.shape, None
                 before = live.restart()
                 # Tokens enter as they leave the last layer; the logits are held until backward is done, as by
                 # `outputs = model(...)`.
@@ -193,14 +195,18 @@ class TracedModel:
         return Activations(kept, 0, highest - kept, loss)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+class _End(torch.autograd.Function):
+    """Stands for the loss of hidden states: it keeps nothing of them, and makes their gradient in backward."""
 
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
+        ctx.like = hidden.shape, hidden.dtype
+        return hidden.new_empty(())
 
-def _sizes(module: Any) -> tuple[int, int]:
-    """[N, K] of a linear layer; transformers' Conv1D holds its transpose."""
-    rows, columns = module.weight.shape
-    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        shape, dtype = ctx.like
+        return torch.empty(shape, dtype=dtype)
 
 
 @contextlib.contextmanager
@@ -231,9 +237,9 @@ def _fake_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _give_fake_tensors(model: nn.Module) -> None:
-    """Put fake tensors of the CPU in place of meta ones, in an open FakeTensorMode. (A forward may ask a meta tensor
-    for values, which fails; of a fake one transformers knows not to ask.)"""
+def _give_fake_tensors(model: nn.Module, fake: Any) -> None:
+    """Put tensors of the CPU without memory in place of meta ones, for a FakeTensorMode. (A forward may ask a meta
+    tensor for values, which fails; of a fake one transformers knows not to ask.)"""
     made: dict[int, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -242,6 +248,9 @@ def _give_fake_tensors(model: nn.Module) -> None:
                     continue
                 if id(t) not in made:
                     empty = torch.zeros((), dtype=t.dtype).expand(t.shape)
+                    if t.dim() > 2:  # stacked experts, whose product wants the strides of a tensor with memory
+                        with fake:
+                            empty = torch.empty(t.shape, dtype=t.dtype)
                     made[id(t)] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
                 tensors[name] = made[id(t)]
 

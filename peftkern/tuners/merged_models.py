@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from peftkern.tuners.targets import is_conv1d
 from peftkern.utils.kbit import to_own_dtype
+from peftkern.utils.linear_layers import is_conv1d
 from peftkern.utils.quantization_settings import exact_skips
 from peftkern.utils.quantized_modules import weight_of
 

@@ -6,6 +6,9 @@ makes a dense layer, in the dtype that the weight was quantized from, and puts i
     W = round(dequantize(W_q) + sum of scaling * B A)        LoRA; in float32, rounded once
     W = round(dequantize(W_q) * l)                           IA3
 
+The layer is of the class that was quantized: an `nn.Linear`, or transformers' Conv1D with its weight turned back, so
+that a merged GPT-2 is saved in the layout that its class reads.
+
 When a whole model is unloaded, such layers take the dtype of the rest (`peftkern.tuners.merged_models`).
 
 The quantized layer is kept beside it (an eighth to a quarter of the dense one) and comes back when adapters are taken
@@ -24,6 +27,7 @@ import torch
 from torch import nn
 
 from peftkern.ops import dequantize, quantize_4bit, quantize_8bit
+from peftkern.utils.linear_layers import dense_linear, source_conv1d
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit, weight_of
 from peftkern.weights import Weight4bit, Weight8bit
 
@@ -115,7 +119,7 @@ def merge_quantized(layer: MergingLayer, names: list[str], safe_merge: bool, req
     for what, t in (("weight", total), ("bias", bias)):
         if safe_merge and t is not None and not t.isfinite().all():
             raise ValueError(f"merging {names} would make the {what} not finite: nothing was merged here")
-    merged = _requantized(layer, weight, total, bias, base) if requantize else _dense_layer(weight, total, bias)
+    merged = _requantized(layer, weight, total, bias, base) if requantize else _dense_layer(weight, total, bias, base)
     merged.train(base.training)
     layer.__dict__[_KEPT] = base
     layer.base_layer = merged
@@ -136,13 +140,11 @@ def _merged_bias(layer: MergingLayer, base: Any, names: list[str]) -> torch.Tens
     return bias
 
 
-def _dense_layer(weight: Weight4bit | Weight8bit, total: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    N, K = total.shape
-    made = nn.Linear(K, N, bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(total.to(weight.dtype), requires_grad=False)
-    if bias is not None:
-        made.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
-    return made
+def _dense_layer(
+    weight: Weight4bit | Weight8bit, total: torch.Tensor, bias: torch.Tensor | None, base: nn.Module
+) -> nn.Module:
+    dtype = weight.dtype
+    return dense_linear(total.to(dtype), None if bias is None else bias.to(dtype), source_conv1d(base))
 
 
 def _requantized(
@@ -157,6 +159,7 @@ def _requantized(
     else:
         again = quantize_8bit(total.to(weight.dtype))
         made = Linear8bit.from_weight(again, bias, compute_dtype=getattr(base, "compute_dtype", None))
+    made.source_cls = getattr(base, "source_cls", None)
     error = (dequantize(again, torch.float32) - total).norm().item()
     change = (total - dequantize(weight, torch.float32)).norm().item()
     loss = layer.__dict__[_LOSS] = Loss(error, change, total.norm().item())

@@ -24,28 +24,15 @@ from peftkern.utils.constants import (
     MIN_TARGET_MODULES_FOR_OPTIMIZATION,
     SEQ_CLS_HEAD_NAMES,
 )
+from peftkern.utils.linear_layers import conv1d_class, is_conv1d
 from peftkern.utils.other import AuxiliaryTrainingWrapper
 from peftkern.utils.peft_types import TaskType
-from peftkern.utils.quantized_modules import Linear4bit, Linear8bit
-
-
-def conv1d_class(module: nn.Module) -> type[nn.Module] | None:
-    """transformers' Conv1D if `module` is one, else None: a linear layer with its weight stored transposed.
-
-    Known by its name, so that transformers need not be imported.
-    """
-    classes = type(module).__mro__
-    return next((c for c in classes if c.__name__ == "Conv1D" and c.__module__.startswith("transformers.")), None)
+from peftkern.utils.quantized_modules import Linear4bit, Linear8bit, holds_quantized
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is a linear layer: `nn.Linear` (bitsandbytes' are), Conv1D, or one of peftkern's quantized."""
     return isinstance(module, (nn.Linear, Linear4bit, Linear8bit)) or is_conv1d(module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D."""
-    return conv1d_class(module) is not None
 
 
 def linear_sizes(layer: nn.Module, method: str) -> tuple[int, int]:
@@ -64,7 +51,11 @@ def linear_sizes(layer: nn.Module, method: str) -> tuple[int, int]:
 
 
 def fit_fan_in_fan_out(config: Any, target: nn.Module) -> None:
-    """Corrects `config.fan_in_fan_out` for a linear layer, which knows it, so that the configuration's file says it."""
+    """Corrects `config.fan_in_fan_out` for a dense linear layer, which knows it, so that the configuration's file says
+    it. A quantized weight is [out_features, in_features] whatever it was before: over one the configuration is left as
+    it was given, as in PEFT."""
+    if holds_quantized(target):
+        return
     if config.fan_in_fan_out != is_conv1d(target):
         warnings.warn(
             f"fan_in_fan_out={config.fan_in_fan_out} does not fit a {type(target).__name__}: set to "

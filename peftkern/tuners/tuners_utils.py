@@ -403,6 +403,9 @@ class BaseTuner(nn.Module, ABC):
     ) -> nn.Module:
         """The base model with the adapters (default: the active ones) in its weights and every trace of them removed.
 
+        A quantized layer with adapters becomes a dense one of the class that was quantized (`nn.Linear` or Conv1D), in
+        the dtype that the rest of the model has; PEFT's stays quantized, as with LoRA's `requantize=True`.
+
         Args:
             progressbar: Accepted for PEFT's callers; nothing is shown.
             safe_merge, adapter_names, options: See `merge_adapter`.

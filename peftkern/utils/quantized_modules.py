@@ -16,6 +16,7 @@ from torch import nn
 from peftkern.ops import quantize_4bit, quantize_8bit
 from peftkern.ops.linear_quantized import linear_quantized
 from peftkern.utils.bitsandbytes_weights import kept_by, of_linear4bit, of_linear8bit, parameter_of
+from peftkern.utils.linear_layers import rows_of
 from peftkern.utils.quantized_files import (
     QuantizedFileError,
     is_quantized,
@@ -32,6 +33,10 @@ Quantized = Weight4bit | Weight8bit
 class _QuantizedLinear(nn.Module):
     """What both layers share.
 
+    Attributes:
+        source_cls: The class of the dense layer whose place it takes, under transformers' name for it; None where
+            nobody knows.
+
     The statistics are plain attributes: they move with the module as buffers would, but keep their dtype whatever it
     is cast to, and DDP does not broadcast them in every forward.
     """
@@ -42,6 +47,7 @@ class _QuantizedLinear(nn.Module):
     compute_dtype: torch.dtype | None
     weight: nn.Parameter
     bias: nn.Parameter | None
+    source_cls: type[nn.Module] | None = None
 
     def quantized_weight(self) -> Quantized:
         """The weight, by reference.
@@ -240,7 +246,7 @@ class Linear4bit(_QuantizedLinear):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         quant_type: str = "nf4",
         blocksize: int = 64,
         double_quant: bool = True,
@@ -249,13 +255,14 @@ class Linear4bit(_QuantizedLinear):
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | None = None,
     ) -> Linear4bit:
-        """`linear` with its weight quantized, on `device` (linear's if None); it shares the bias, if not moved."""
-        weight = quantize_4bit(
-            linear.weight.detach().to(device or linear.weight.device), quant_type, blocksize, double_quant
-        )
-        return cls.from_weight(
-            weight, _on(linear.bias, weight.device), compute_dtype=compute_dtype, quant_storage=quant_storage
-        )
+        """`linear` (an `nn.Linear`, or a Conv1D, whose weight is turned first) with its weight quantized, on `device`
+        (linear's if None); it shares the bias, if not moved."""
+        dense = rows_of(linear)
+        weight = quantize_4bit(dense.to(device or dense.device), quant_type, blocksize, double_quant)
+        bias = _on(linear.bias, weight.device)  # type: ignore[arg-type]
+        made = cls.from_weight(weight, bias, compute_dtype=compute_dtype, quant_storage=quant_storage)
+        made.source_cls = type(linear)
+        return made
 
     def _take(self, weight: Weight4bit, *, keep_parameter: bool) -> None:
         self._take_data(stored_as(weight.packed, self.quant_storage), keep_parameter)
@@ -354,20 +361,25 @@ class Linear8bit(_QuantizedLinear):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         *,
         compute_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Linear8bit:
-        """`linear` with its weight quantized, on `device` (linear's if None); it shares the bias, if not moved.
+        """`linear` (an `nn.Linear`, or a Conv1D, whose weight is turned first) with its weight quantized, on `device`
+        (linear's if None); it shares the bias, if not moved.
 
         The weight is rounded to float16 first where that holds it, as `Linear8bitLt` does, so that the bits are its.
         """
-        dense = linear.weight.detach().to(device or linear.weight.device)
+        dense = rows_of(linear)
+        dense = dense.to(device or dense.device)
         half = dense.to(torch.float16)
         weight = quantize_8bit(half if bool(half.isfinite().all()) else dense)
         weight = Weight8bit(weight.data, weight.scale, dense.dtype)
-        return cls.from_weight(weight, _on(linear.bias, weight.device), compute_dtype=compute_dtype)
+        bias = _on(linear.bias, weight.device)  # type: ignore[arg-type]
+        made = cls.from_weight(weight, bias, compute_dtype=compute_dtype)
+        made.source_cls = type(linear)
+        return made
 
     def _take(self, weight: Weight8bit, *, keep_parameter: bool) -> None:
         self._take_data(weight.data, keep_parameter)
@@ -419,6 +431,16 @@ def _copied(weight: Quantized, device: torch.device) -> Quantized:
 
 
 # --- the weight of a module ------------------------------------------------------------------------------------------
+
+
+def holds_quantized(module: nn.Module) -> bool:
+    """Whether `weight_of` knows the layer, be its weight quantized yet or not: nothing is read."""
+    attributes = module.__dict__
+    return (
+        isinstance(module, _QuantizedLinear)
+        or ("quant_state" in attributes and "compute_dtype" in attributes)
+        or ("state" in attributes and hasattr(attributes["state"], "has_fp16_weights"))
+    )
 
 
 def weight_of(module: nn.Module) -> Quantized | None:

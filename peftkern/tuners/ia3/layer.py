@@ -33,8 +33,9 @@ from peftkern.tuners.fusing import (
 from peftkern.tuners.ia3.config import IA3Config
 from peftkern.tuners.ia3.merging import merge_adapters, unmerge_adapters
 from peftkern.tuners.ia3.mixed import linear_forward
-from peftkern.tuners.targets import conv1d_class, linear_sizes
+from peftkern.tuners.targets import linear_sizes
 from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, refuse_adapter_names
+from peftkern.utils.linear_layers import conv1d_class
 from peftkern.utils.other import batch_in_force
 from peftkern.weights import Weight
 

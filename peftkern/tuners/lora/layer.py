@@ -38,8 +38,9 @@ from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.loftq import initialize_loftq
 from peftkern.tuners.lora.merging import delta_weight, merge_adapters, unmerge_adapters
 from peftkern.tuners.lora.mixed import linear_forward
-from peftkern.tuners.targets import conv1d_class, linear_sizes
+from peftkern.tuners.targets import linear_sizes
 from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, refuse_adapter_names
+from peftkern.utils.linear_layers import conv1d_class
 from peftkern.utils.other import batch_in_force
 from peftkern.weights import Weight
 
