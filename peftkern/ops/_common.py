@@ -13,6 +13,7 @@ from peftkern.ops.plan import Plan
 from peftkern.weights import Weight, Weight4bit
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_unsafe_view = torch.ops.aten._unsafe_view.default  # at hand: looking it up takes as long as the call
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
@@ -99,6 +100,12 @@ def apply_directly(function: type[torch.autograd.Function], *arguments: Any) -> 
 def ask(plan: Any, *arguments: Any) -> Plan:
     """A plan, from its cache unless torch.compile is tracing: sizes may be symbols then, which no cache can hold."""
     return plan.__wrapped__(*arguments) if torch.compiler.is_compiling() else plan(*arguments)
+
+
+def unflattened(y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """y [M, N] as [*shape, N]: its memory, and to autograd no view, as what `nn.Linear` returns is none. torch refuses to
+    change in place a view that was made inside an autograd function, and models do so (OLMo's clip_qkv)."""
+    return _unsafe_view(y, (*shape, y.shape[1]))
 
 
 def none_if_empty(t: torch.Tensor) -> torch.Tensor | None:

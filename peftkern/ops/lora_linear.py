@@ -27,6 +27,7 @@ from peftkern.ops._common import (
     none_if_empty,
     number,
     refuse_double_backward,
+    unflattened,
 )
 from peftkern.ops._lora_linear_torch import multiplies_masters
 from peftkern.ops.plan import Plan, plan_lora_linear
@@ -147,7 +148,7 @@ def _forward(
 
         dropout, arch = kernels.dropout(seed, dropout_p), device_info(x.device).arch
         y, s = kernels.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout, path, arch)
-    return (y if flat else y.view(*x.shape[:-1], y.shape[1])), s, mask
+    return (y if flat else unflattened(y, x.shape[:-1])), s, mask
 
 
 def _backward(

@@ -25,6 +25,7 @@ from peftkern.ops._common import (
     needs_operator,
     none_if_empty,
     refuse_double_backward,
+    unflattened,
 )
 from peftkern.ops.lora_linear import PLAIN_PATHS
 from peftkern.ops.lora_linear import _backward as dense_backward
@@ -180,7 +181,7 @@ def _fused_forward(
         bias = bias.to(x.dtype)
     dropout, arch = kernels.dropout(seed, dropout_p), device_info(x.device).arch
     y, s = kernels.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout, path, arch)
-    return y.view(*x.shape[:-1], y.shape[1]), s, None
+    return unflattened(y, x.shape[:-1]), s, None
 
 
 def _fused_backward(
