@@ -66,7 +66,9 @@ def _product(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None) -> t
         adapter = (nothing.view(0, K), nothing.view(N, 0))
         y, _ = kernels.forward(rows, weight, *adapter, 1.0, bias, None, "decode_4bit", arch)
         return unflattened(y, x.shape[:-1])
-    return linear(x, dequantize(weight, x.dtype), bias)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = linear(rows, dequantize(weight, x.dtype), bias)
+    return y if x.dim() == 2 else unflattened(y, x.shape[:-1])
 
 
 def _check(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None) -> None:
