@@ -1,5 +1,5 @@
-"""Models that change a layer's output in place, as they may with `nn.Linear`: OLMo clips q, k and v, DeBERTa and wav2vec2
-add or write into views of projections."""
+"""Models that change a layer's output in place, as they may with `nn.Linear`: OLMo clips q, k and v, DeBERTa and
+wav2vec2 write into projections or views of them."""
 
 from __future__ import annotations
 

@@ -103,8 +103,8 @@ def ask(plan: Any, *arguments: Any) -> Plan:
 
 
 def unflattened(y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """y [M, N] as [*shape, N]: its memory, and to autograd no view, as what `nn.Linear` returns is none. torch refuses to
-    change in place a view that was made inside an autograd function, and models do so (OLMo's clip_qkv)."""
+    """y [M, N] as [*shape, N]: its memory, but no view to autograd, as `nn.Linear`'s output is none. torch refuses to
+    change a view in place that was made inside an autograd function, and models do that (OLMo's clip_qkv)."""
     return _unsafe_view(y, (*shape, y.shape[1]))
 
 

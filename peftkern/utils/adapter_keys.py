@@ -16,7 +16,7 @@ from torch import nn
 
 from peftkern.tuners.tuner_layer import BaseTunerLayer, is_tuned
 from peftkern.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peftkern.utils.other import ModulesToSaveWrapper
+from peftkern.utils.other import ModulesToSaveWrapper, embeddings_of
 
 PREFIX = "base_model.model."
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
@@ -72,10 +72,8 @@ def embedding_keys(model: nn.Module, targeted: bool) -> list[str]:
     With `targeted` embeddings the names are those of the wrapped layers (`....base_layer.weight`), and an embedding
     that is not adapted is left out. Empty for a model without `get_input_embeddings`.
     """
-    if not hasattr(model, "get_input_embeddings"):
-        return []
     found = []
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+    for layer in embeddings_of(model):
         wanted = getattr(layer, "base_layer", None) if targeted else layer
         if targeted and not isinstance(wanted, nn.Linear | nn.Embedding):
             continue
