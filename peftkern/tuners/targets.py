@@ -288,6 +288,9 @@ def output_head_names(model: nn.Module, task_type: str | None) -> set[str]:
 def all_linear_names(model: nn.Module, task_type: str | None, inside: set[str], linear_like: set[str]) -> set[str]:
     """What the shorthand "all-linear" stands for in `model`.
 
+    PEFT also puts adapters on the out_proj of an `nn.MultiheadAttention` (SigLIP's pooling head), which computes
+    nothing with them; here they are left out.
+
     Args:
         model: The model.
         task_type: The configuration's task, which tells a classification head.
@@ -295,6 +298,7 @@ def all_linear_names(model: nn.Module, task_type: str | None, inside: set[str], 
         linear_like: Those of them that stand in the place of a linear layer.
     """
     names = {name for name, module in model.named_modules() if is_linear(module) and not lies_under(name, inside)}
+    names = {name for name in names if not _is_read_by_attention(model, name)}
     return (names | linear_like) - output_head_names(model, task_type)
 
 
@@ -345,9 +349,14 @@ def check_mamba_target(config: Any, model: nn.Module, target_name: str) -> None:
         )
 
 
+def _is_read_by_attention(model: nn.Module, key: str) -> bool:
+    """Whether `key` is the out_proj of an `nn.MultiheadAttention`, which reads its weight and never calls it."""
+    return isinstance(model.get_submodule(key.rpartition(".")[0]), nn.MultiheadAttention)
+
+
 def check_is_called(config: Any, model: nn.Module, key: str) -> None:
     """Raises ValueError for a layer `key` whose weight the model reads without calling it: adapting it does nothing."""
-    if isinstance(model.get_submodule(key.rpartition(".")[0]), nn.MultiheadAttention):
+    if _is_read_by_attention(model, key):
         raise ValueError(
             f"target_modules names {key!r}, whose weight nn.MultiheadAttention reads without calling the layer: an "
             "adapter there would do nothing (keep it out with exclude_modules)"
