@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from peftkern.tuners.tuner_layer import BaseTunerLayer, is_tuned
-from peftkern.utils.adapter_error import cut, shown
+from peftkern.utils.adapter_error import cut, shorten, shown
 from peftkern.utils.constants import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     MAMBA_MODEL_TYPES,
@@ -28,6 +28,7 @@ from peftkern.utils.linear_layers import conv1d_class, is_conv1d
 from peftkern.utils.other import AuxiliaryTrainingWrapper
 from peftkern.utils.peft_types import TaskType
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit, holds_quantized
+from peftkern.utils.read_layers import is_uncalled
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -267,6 +268,17 @@ def warn_of_tied_targets(model: nn.Module, config: Any, keys: Iterable[str]) -> 
                 "only if it is targeted itself, and merging changes the weight for all of them",
                 stacklevel=4,
             )
+
+
+def warn_of_uncalled_targets(model: nn.Module, keys: Iterable[str]) -> None:
+    """Warns where an adapter goes on a layer that the model does not call: there are such files, so it is no error."""
+    dead = [key for key in keys if is_uncalled(model, key)]
+    if dead:
+        warnings.warn(
+            f"the adapters of {shorten(dead, 3)} have no effect and will not learn: the model reads the weights of "
+            "these layers without calling them (keep them out with exclude_modules)",
+            stacklevel=4,
+        )
 
 
 def output_head_names(model: nn.Module, task_type: str | None) -> set[str]:
