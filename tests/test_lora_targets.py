@@ -348,3 +348,14 @@ def test_pattern_and_suffix_rules():
     assert not check_target_module_exists(config, "a.proj.b")
     assert get_pattern_key(["proj", r"a\..*"], "a.q_proj") == r"a\..*"
     assert get_pattern_key(["proj"], "q_proj") == "q_proj"
+
+
+def test_stacked_experts_are_no_linear_layers():
+    """Catches a mixture whose experts, most of it, stay frozen under "all-linear" without a word."""
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    config = transformers.MixtralConfig(num_local_experts=2, num_key_value_heads=1, **sizes)
+    with pytest.warns(UserWarning, match="stacked experts stay frozen.*layers.0.mlp.experts.gate_up_proj"):
+        LoraModel(transformers.MixtralForCausalLM(config), LoraConfig(target_modules="all-linear"), "default")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LoraModel(mlp(), LoraConfig(target_modules="all-linear"), "default")

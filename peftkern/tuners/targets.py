@@ -168,6 +168,7 @@ def match_targets(
     if is_all_linear(config.target_modules):
         linear = {k for k, m in layers.items() if is_tuned(m) and "Linear" in type(m).__name__}
         config.target_modules = all_linear_names(model, config.task_type, inside, linear)
+        _warn_of_stacked_experts(model)
     targets = config.target_modules
     if not isinstance(targets, str) and len(targets) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
         short = shortest_suffixes(set(targets), [k for k in names if not ends_with_name(k, targets)])
@@ -198,6 +199,17 @@ def match_targets(
             warnings.warn(f"target_modules={missed!r} matched no module{hint}: no adapter there", stacklevel=4)
     _warn_of_unused_patterns(config, matched, names)
     return matched
+
+
+def _warn_of_stacked_experts(model: nn.Module) -> None:
+    """Warns that "all-linear" does not mean the experts of a mixture that are stacked in one parameter."""
+    stacked = [name for name, p in model.named_parameters() if p.dim() > 2 and "experts" in name.split(".")]
+    if stacked:
+        warnings.warn(
+            f'target_modules="all-linear": the stacked experts stay frozen, for they are no linear layers: '
+            f"{shorten(stacked, 2)} (PEFT adapts those of some models by target_parameters, which is not built here)",
+            stacklevel=5,
+        )
 
 
 def _without_a_match(entries: Iterable[str], names: Iterable[str]) -> list[str]:
