@@ -27,8 +27,18 @@ _UNCALLED = (
 # The same, of children that it calls, with x cast to the dtype of their weight, which is uint8 once it is quantized.
 # T5 and others that do so keep these layers in float32 (`_keep_in_fp32_modules`).
 _CAST_TO = (
+    *((name, f"{cls}Indexer", "weights_proj") for name, cls in (("axk2", "AXK2"), ("deepseek_v32", "DeepseekV32"))),
+    *((name, f"{cls}Indexer", "weights_proj") for name, cls in (("glm_moe_dsa", "GlmMoeDsa"), ("hy_v4", "HYV4"))),
+    ("blip_2", "Blip2ForImageTextRetrieval", "itm_head", "text_projection", "vision_projection"),
+    ("blip_2", "Blip2TextModelWithProjection", "text_projection"),
+    ("blip_2", "Blip2VisionModelWithProjection", "vision_projection"),
+    ("dots3_note", "Dots3NoteTextIndexer", "weights_proj"),
+    ("glm5_next", "Glm5NextTextIndexer", "weights_proj"),
+    ("granite_speech5", "GraniteSpeech5Encoder", "input_linear"),
     ("kosmos2_5", "Kosmos2_5VisionMlp", "wo"),
     ("longt5", "LongT5DenseActDense", "wo"),
+    ("mistral_large4", "MistralLarge4TextIndexer", "weights_proj"),
+    ("neomme", "NeoMMEMultiVectorHead", "proj"),
     ("nllb_moe", "NllbMoeDenseActDense", "fc2"),
     ("pix2struct", "Pix2StructTextDenseGatedActDense", "wo"),
     ("pix2struct", "Pix2StructVisionMlp", "wo"),
