@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import linear, pad
 
 from peftkern.backend import device_info
-from peftkern.ops._common import FLOATS, autocast_dtype, needs_operator, none_if_empty, refuse_double_backward
+from peftkern.ops._common import FLOATS, autocast_dtype, needs_operator, refuse_double_backward
 
 # Of float32 logits in a block; their 16-bit form adds half. Each block reads the weight (1 GB for a 128k vocabulary),
 # and with fewer than about 200 rows its products take less time than that.
@@ -278,7 +278,9 @@ def _operator_autograd(
     refuse_double_backward("linear_cross_entropy")
     if factor is None:
         return (None,) * 7
-    return (*(_times(none_if_empty(g), factor) for g in ctx.saved_tensors), None, None, None, None)
+    asked = zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+    grads = (_times(g if need else None, factor) for g, need in asked)  # an empty one is right for no tokens
+    return (*grads, None, None, None, None)
 
 
 _operator.register_autograd(_operator_autograd, setup_context=_setup_context)

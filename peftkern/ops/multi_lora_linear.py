@@ -288,7 +288,14 @@ def _operator_backward(
     found = [dy.new_empty(0) if g is None else g for g in firsts]
     if not learns:
         grads = [dy.new_empty(0) for _ in params]
-    return found + [g.contiguous() if g._base is None else g.clone() for g in grads]
+    return found + [_alone(g) for g in grads]
+
+
+def _alone(t: torch.Tensor) -> torch.Tensor:
+    """t in contiguous memory that nothing else lies in, as an operator's results must. (Where backward runs under a
+    dispatch mode a view does not know its base.)"""
+    shares = t.untyped_storage().nbytes() != t.nbytes
+    return t.clone(memory_format=torch.contiguous_format) if shares else t.contiguous()
 
 
 @_operator_backward.register_fake
