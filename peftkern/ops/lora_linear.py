@@ -27,6 +27,7 @@ from peftkern.ops._common import (
     none_if_empty,
     number,
     refuse_double_backward,
+    without_autocast,
 )
 from peftkern.ops._lora_linear_torch import multiplies_masters
 from peftkern.ops.plan import Plan, plan_lora_linear
@@ -117,6 +118,7 @@ def plan_for(x: torch.Tensor, weight: torch.Tensor, rank: int, backend: str) -> 
     return ask(plan_lora_linear, x.numel() // K, N, K, rank, x.dtype, device_info(x.device), aligned, backend)
 
 
+@without_autocast
 def _forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -150,6 +152,7 @@ def _forward(
     return (y if flat else y.view(*x.shape[:-1], y.shape[1])), s, mask
 
 
+@without_autocast
 def _backward(
     dy: torch.Tensor,
     x: torch.Tensor | None,
@@ -234,6 +237,7 @@ class _Products(torch.autograd.Function):
         return y
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_linear")
         x, weight, lora_A, lora_B, s = ctx.saved_tensors

@@ -25,6 +25,7 @@ from peftkern.ops._common import (
     needs_operator,
     none_if_empty,
     refuse_double_backward,
+    without_autocast,
 )
 from peftkern.ops.lora_linear import PLAIN_PATHS
 from peftkern.ops.lora_linear import _backward as dense_backward
@@ -134,6 +135,7 @@ def _write_dense(weight: Quantized, dense_path: str, out: torch.Tensor) -> None:
         dequantize_8bit(weight, out=out)
 
 
+@without_autocast
 def _forward(
     x: torch.Tensor,
     weight: Quantized,
@@ -209,6 +211,7 @@ def _fused_backward(
     return None if dx is None else dx.view(*dy.shape[:-1], K), da, db, dbias
 
 
+@without_autocast
 def _backward(
     dy: torch.Tensor,
     x: torch.Tensor | None,
