@@ -15,6 +15,7 @@ from peftkern.weights import Weight, Weight4bit
 
 P = ParamSpec("P")
 T = TypeVar("T")
+PLAIN_PATHS = ("torch", "torch_fp32")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 
@@ -139,6 +140,21 @@ def refuse_double_backward(operation: str) -> None:
     """Raise where gradients of gradients are asked for: what was saved (S) has no history to differentiate."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{operation}: double backward (create_graph=True) is not supported")
+
+
+def kept_s(s: torch.Tensor | None, path: str) -> torch.Tensor | None:
+    """S [M, R] as it is kept for backward: as [1, M, R] where plain PyTorch made it.
+
+    Kernels scale S otherwise and draw another dropout mask, and a forward that checkpointing computes again may take
+    another path: `use_backend` holds for one thread, and on a GPU backward runs in another. torch.utils.checkpoint
+    compares shapes, and so refuses what would be wrong gradients.
+    """
+    return s if s is None or path.rpartition(":")[2] not in PLAIN_PATHS else s.unsqueeze(0)
+
+
+def taken_s(s: torch.Tensor | None) -> torch.Tensor | None:
+    """What `kept_s` was given."""
+    return s if s is None or s.dim() == 2 else s.squeeze(0)
 
 
 def adapters_fit(

@@ -16,9 +16,11 @@ from peftkern.ops._common import (
     adapters_for,
     ask,
     autocast_dtype,
+    kept_s,
     needs_operator,
     number,
     refuse_double_backward,
+    taken_s,
     without_autocast,
 )
 from peftkern.ops.plan import plan_lora_embedding
@@ -190,14 +192,15 @@ class _LoraEmbedding(torch.autograd.Function):
     def forward(ctx: Any, input, weight, lora_A, lora_B, scaling, padding_idx, path):
         y, s = _forward(input, weight, lora_A, lora_B, scaling, padding_idx, path)
         needs = ctx.needs_input_grad[1:4]
-        ctx.save_for_backward(input, weight, lora_A, lora_B, s if needs[2] else None)
+        ctx.save_for_backward(input, weight, lora_A, lora_B, kept_s(s, path) if needs[2] else None)
         ctx.numbers = (scaling, padding_idx, path, needs)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_embedding")
-        return (None, *_backward(dy, *ctx.saved_tensors, *ctx.numbers), None, None, None)
+        *tensors, s = ctx.saved_tensors
+        return (None, *_backward(dy, *tensors, taken_s(s), *ctx.numbers), None, None, None)
 
 
 # -- the operator -------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from peftkern.backend import backend_in_force, device_info
 from peftkern.ops import _lora_linear_fp32, _lora_linear_torch
 from peftkern.ops._common import (
+    PLAIN_PATHS,
     adapters_fit,
     apply_directly,
     ask,
@@ -23,17 +24,18 @@ from peftkern.ops._common import (
     check_adapters,
     dropout_in_force,
     dropout_seed,
+    kept_s,
     needs_operator,
     none_if_empty,
     number,
     refuse_double_backward,
+    taken_s,
     without_autocast,
 )
 from peftkern.ops._lora_linear_torch import multiplies_masters
 from peftkern.ops.plan import Plan, plan_lora_linear
 from peftkern.weights import Weight
 
-PLAIN_PATHS = ("torch", "torch_fp32")
 Needs = tuple[bool, bool, bool, bool, bool]  # x, weight, lora_A, lora_B, bias
 
 
@@ -211,7 +213,7 @@ class _LoraLinear(torch.autograd.Function):
             weight,
             lora_A,
             lora_B,
-            s if needs_b else None,
+            kept_s(s, path) if needs_b else None,
             mask,
             seed if mask is None else None,
         )
@@ -221,7 +223,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_linear")
-        return (*_backward(dy, *ctx.saved_tensors, *ctx.numbers), None, None, None, None)
+        *tensors, s, mask, seed = ctx.saved_tensors
+        return (*_backward(dy, *tensors, taken_s(s), mask, seed, *ctx.numbers), None, None, None, None)
 
 
 class _Products(torch.autograd.Function):
@@ -232,7 +235,9 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, x, weight, lora_A, lora_B, bias, scaling):
         y, s, _ = _lora_linear_torch.forward(x, weight, lora_A, lora_B, scaling, bias, 0.0, None)
         _, _, needs_a, needs_b, _, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_a else None, weight, lora_A, lora_B, s if needs_b else None)
+        ctx.save_for_backward(
+            x if needs_a else None, weight, lora_A, lora_B, s.unsqueeze(0) if needs_b else None
+        )  # see kept_s
         ctx.scaling = scaling
         return y
 
@@ -243,7 +248,9 @@ class _Products(torch.autograd.Function):
         x, weight, lora_A, lora_B, s = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, _, _ = ctx.needs_input_grad
         wanted = (needs_x, needs_a, needs_b)
-        dx, da, db = _lora_linear_torch.backward(dy, x, weight, lora_A, lora_B, s, None, ctx.scaling, 0.0, wanted)
+        dx, da, db = _lora_linear_torch.backward(
+            dy, x, weight, lora_A, lora_B, taken_s(s), None, ctx.scaling, 0.0, wanted
+        )
         return dx, None, da, db, None, None
 
 

@@ -25,10 +25,12 @@ from peftkern.ops._common import (
     check_adapters,
     dropout_in_force,
     dropout_seed,
+    kept_s,
     needs_operator,
     number,
     rank_columns,
     refuse_double_backward,
+    taken_s,
 )
 from peftkern.ops._lora_linear_shared_call import Optional, backward_shared, forward_shared, launched_apart
 from peftkern.ops._lora_linear_shared_operator import call_operator
@@ -174,7 +176,7 @@ class _LoraLinearShared(torch.autograd.Function):
         ctx.group = group
         ctx.save_for_backward(
             x if ctx.needs[0] else None,
-            s if any(ctx.needs[2]) else None,
+            kept_s(s, group.path) if any(ctx.needs[2]) else None,
             mask,
             seed if mask is None else None,
             *tensors[: 3 * n],
@@ -196,7 +198,7 @@ class _LoraLinearShared(torch.autograd.Function):
         needs = (ctx.needs_input_grad[0], needs_a, [each_b[i] for i in live])
         lora_As, lora_Bs = [tensors[n + i] for i in live], [tensors[2 * n + i] for i in live]
         part = group.only(live, tensors[:n])
-        dx, da, dbs = backward_shared([dys[i] for i in live], x, part, lora_As, lora_Bs, s, mask, seed, needs)
+        dx, da, dbs = backward_shared([dys[i] for i in live], x, part, lora_As, lora_Bs, taken_s(s), mask, seed, needs)
         das: list[Any] = list(absent)
         for i, lora_A, columns in zip(live, lora_As, rank_columns(lora_As), strict=True):
             if da is not None and each_a[i]:
