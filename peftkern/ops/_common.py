@@ -17,6 +17,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 PLAIN_PATHS = ("torch", "torch_fp32")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+AUTOCAST_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
@@ -35,8 +36,10 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     kind = "cpu" if x.is_cpu else x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return None
+    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
+        return None  # "meta", for one
+    if not torch.is_autocast_enabled(kind) or x.dtype not in AUTOCAST_FLOATS:
+        return None  # float64 stays what it is, and what is no float is refused as it is without autocast
     return torch.get_autocast_dtype(kind)
 
 
@@ -58,12 +61,18 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def number(name: str, value: Any) -> float:
-    """`value` as a float; a tensor of one element will do if nobody waits for its gradient."""
+    """`value` as a float; a tensor of one element will do if nobody waits for its gradient. NaN will not."""
     if isinstance(value, torch.Tensor) and value.requires_grad:
         raise ValueError(f"{name}: no gradient flows to it, so expected a number, got a tensor that requires grad")
-    if value is None or isinstance(value, str) or (isinstance(value, torch.Tensor) and value.numel() != 1):
+    if value is None or isinstance(value, str | bytes) or (isinstance(value, torch.Tensor) and value.numel() != 1):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        converted = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+    if converted != converted:
+        raise ValueError(f"{name}: expected a number, got NaN")
+    return converted
 
 
 def draw_seed(device: torch.device) -> torch.Tensor:

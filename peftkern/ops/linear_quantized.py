@@ -83,6 +83,8 @@ def _check(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None) -> Non
         raise ValueError(f"weight: expected device {x.device} as x, got {weight.device}")
     if bias is None:
         return
+    if not isinstance(bias, torch.Tensor):
+        raise TypeError(f"bias: expected a tensor [out_features] or None, got {type(bias).__name__}")
     if bias.shape != (N,):
         raise ValueError(f"bias: expected shape [{N}], got {list(bias.shape)}")
     if bias.dtype not in DENSE_DTYPES:

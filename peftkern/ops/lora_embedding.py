@@ -65,6 +65,8 @@ def lora_embedding(
     V = weight.shape[0]
     if padding_idx is None:
         padding_idx = -1  # no id is negative
+    elif isinstance(padding_idx, bool) or not isinstance(padding_idx, int):
+        raise TypeError(f"padding_idx: expected None or an int, got {type(padding_idx).__name__}")
     elif not -V <= padding_idx < V:
         raise ValueError(f"padding_idx: expected None or an int in [{-V}, {V}), got {padding_idx!r}")
     else:

@@ -79,7 +79,7 @@ def lora_linear(
         ValueError: shapes, devices or a number do not fit.
         RuntimeError: `use_backend("triton")` is in force and Triton kernels cannot run there.
     """
-    if type(scaling) is not float:
+    if type(scaling) is not float or scaling != scaling:
         scaling = number("lora_linear: scaling", scaling)
     if not isinstance(weight, torch.Tensor):
         from peftkern.ops.lora_linear_quantized import lora_linear_quantized
@@ -94,7 +94,7 @@ def lora_linear(
             x = x.to(cast)
         if not adapters_fit(x, weight, lora_A, lora_B, bias):
             check_adapters("lora_linear", x, weight, lora_A, lora_B, bias, mixed=cast is not None)
-    if dropout_p != 0.0:
+    if type(dropout_p) is not float or dropout_p != 0.0:
         dropout_p = dropout_in_force(dropout_p, training)
     seed = None if dropout_p == 0.0 else dropout_seed(seed, x.device)
     path = plan_for(x, weight, lora_A.shape[0], backend_in_force()).path

@@ -80,12 +80,13 @@ def lora_linear_shared(
         TypeError, ValueError, RuntimeError: as `lora_linear`.
         ValueError: the sequences have different lengths, or none.
     """
-    count = len(weights)
+    count = _length("weights", weights)
     biases = [None] * count if biases is None else biases
     named = {"lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings, "biases": biases}
     for name, given in named.items():
-        if len(given) != count:
-            raise ValueError(f"lora_linear_shared: {name}: expected {count}, one for each weight, got {len(given)}")
+        length = _length(name, given)
+        if length != count:
+            raise ValueError(f"lora_linear_shared: {name}: expected {count}, one for each weight, got {length}")
     if count == 0:
         raise ValueError("lora_linear_shared: weights: expected at least one, got none")
     p = dropout_in_force(dropout_p, training)
@@ -97,6 +98,14 @@ def lora_linear_shared(
     scalings = [number("lora_linear_shared: scalings", scaling) for scaling in scalings]
     path = shared_plan_for(x, weights, lora_As, lora_Bs, biases, backend_in_force()).path
     return run(x, weights, lora_As, lora_Bs, scalings, biases, p, seed, path)
+
+
+def _length(name: str, given: Any) -> int:
+    try:
+        return len(given)
+    except TypeError:
+        kind = type(given).__name__
+        raise TypeError(f"lora_linear_shared: {name}: expected a list, one for each projection, got {kind}") from None
 
 
 def run(
