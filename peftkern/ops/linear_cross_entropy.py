@@ -73,7 +73,7 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: an argument's type or dtype is not one of the above.
-        ValueError: shapes, devices, reduction or a number do not fit.
+        ValueError: shapes, devices, reduction or a number do not fit; on a CPU, a label outside the vocabulary.
     """
     cast = autocast_dtype(hidden) if isinstance(hidden, torch.Tensor) else None
     if cast is not None:

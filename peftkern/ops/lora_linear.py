@@ -64,7 +64,7 @@ def lora_linear(
         lora_A: [r, in_features], in x's dtype or float32 (master weights, rounded to x's dtype where they are used, but
             for 16-bit x of at most r rows on the plain path).
         lora_B: [out_features, r], likewise.
-        scaling: multiplies the adapter's output, lora_alpha / r in PEFT's terms.
+        scaling: multiplies the adapter's output, lora_alpha / r in PEFT's terms; not NaN.
         bias: [out_features] or None.
         dropout_p: probability of dropping an element of x on its way to the adapter, in [0, 1).
         training: dropout applies only if true.
@@ -235,9 +235,8 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, x, weight, lora_A, lora_B, bias, scaling):
         y, s, _ = _lora_linear_torch.forward(x, weight, lora_A, lora_B, scaling, bias, 0.0, None)
         _, _, needs_a, needs_b, _, _ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if needs_a else None, weight, lora_A, lora_B, s.unsqueeze(0) if needs_b else None
-        )  # see kept_s
+        # S first, where `_LoraLinear` has it last: that tells what `kept_s` tells, and costs nothing.
+        ctx.save_for_backward(s if needs_b else None, x if needs_a else None, weight, lora_A, lora_B)
         ctx.scaling = scaling
         return y
 
@@ -245,12 +244,10 @@ class _Products(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_linear")
-        x, weight, lora_A, lora_B, s = ctx.saved_tensors
+        s, x, weight, lora_A, lora_B = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, _, _ = ctx.needs_input_grad
         wanted = (needs_x, needs_a, needs_b)
-        dx, da, db = _lora_linear_torch.backward(
-            dy, x, weight, lora_A, lora_B, taken_s(s), None, ctx.scaling, 0.0, wanted
-        )
+        dx, da, db = _lora_linear_torch.backward(dy, x, weight, lora_A, lora_B, s, None, ctx.scaling, 0.0, wanted)
         return dx, None, da, db, None, None
 
 
