@@ -201,8 +201,9 @@ class _LoraEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_embedding")
-        *tensors, s = ctx.saved_tensors
-        return (None, *_backward(dy, *tensors, taken_s(s), *ctx.numbers), None, None, None)
+        input, weight, lora_A, lora_B, s = ctx.saved_tensors
+        saved = (input, weight, lora_A, lora_B, taken_s(s))
+        return (None, *_backward(dy, *saved, *ctx.numbers), None, None, None)
 
 
 # -- the operator -------------------------------------------------------------------------------------------------

@@ -223,8 +223,9 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_linear")
-        *tensors, s, mask, seed = ctx.saved_tensors
-        return (*_backward(dy, *tensors, taken_s(s), mask, seed, *ctx.numbers), None, None, None, None)
+        x, weight, lora_A, lora_B, s, mask, seed = ctx.saved_tensors
+        saved = (x, weight, lora_A, lora_B, taken_s(s), mask, seed)
+        return (*_backward(dy, *saved, *ctx.numbers), None, None, None, None)
 
 
 class _Products(torch.autograd.Function):
