@@ -202,7 +202,7 @@ class _LoraEmbedding(torch.autograd.Function):
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_embedding")
         input, weight, lora_A, lora_B, s = ctx.saved_tensors
-        saved = (input, weight, lora_A, lora_B, taken_s(s))
+        saved: Any = (input, weight, lora_A, lora_B, taken_s(s))
         return (None, *_backward(dy, *saved, *ctx.numbers), None, None, None)
 
 
