@@ -229,6 +229,36 @@ def test_resized_vocabulary_is_saved(tmp_path):
     assert torch.equal(loaded.get_input_embeddings().weight, want)
 
 
+@pytest.mark.parametrize("fields", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["model.embed_tokens"]}])
+def test_adapted_embeddings_are_saved_along_under_the_files_names(tmp_path, fields):
+    """Would catch: an adapter's own tensor saved under its name in the model, so that the file cannot be loaded."""
+    model = get_peft_model(tiny_llama(), LoraConfig(**({"target_modules": ["q_proj"]} | fields)), adapter_name="first")
+    randomize(model)
+    folder = save(model.eval(), tmp_path, save_embedding_layers=True) / "first"
+    names = set(load_file(folder / WEIGHTS))
+    assert {name for name in names if "first" in name or "original_module" in name} == set()
+    assert "base_model.model.lm_head.weight" in names
+    for library in (peftkern, peft):
+        loaded = library.PeftModel.from_pretrained(tiny_llama(), folder, adapter_name="second")
+        torch.testing.assert_close(output(loaded), output(model), rtol=1e-5, atol=1e-5)
+
+
+def test_another_adapters_copy_is_not_the_embedding_of_the_base(tmp_path):
+    """Would catch: the base's embedding saved under a name of this model's, because another adapter has a copy of it."""
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    model.add_adapter("second", LoraConfig(target_modules=["v_proj"]))
+    randomize(model)
+    folder = save(model, tmp_path, save_embedding_layers=True)
+    want = tiny_llama().get_input_embeddings().weight
+    assert torch.equal(load_file(folder / "second" / WEIGHTS)["base_model.model.model.embed_tokens.weight"], want)
+    copies = model.get_input_embeddings().modules_to_save
+    assert torch.equal(load_file(folder / WEIGHTS)["base_model.model.model.embed_tokens.weight"], copies.default.weight)
+    changed = get_peft_model_state_dict(model, adapter_name="second", save_embedding_layers=True)
+    changed["base_model.model.model.embed_tokens.weight"] = torch.ones_like(want)
+    set_peft_model_state_dict(model, changed, "second")
+    assert (model.get_input_embeddings().original_module.weight == 1).all()
+
+
 def test_embeddings_of_another_size_are_refused(tmp_path):
     """Would catch: a resized model's adapter on a base that was not resized."""
     model = get_peft_model(tiny_llama(vocab_size=136), LoraConfig(target_modules=["q_proj"]))

@@ -66,22 +66,27 @@ def base_bias_keys(model: nn.Module, config: Any) -> list[str]:
     return found
 
 
-def embedding_keys(model: nn.Module, targeted: bool) -> list[str]:
-    """Names in `model.state_dict()` of the weights of the input and output embeddings.
+def embedding_key_map(model: nn.Module, targeted: bool) -> dict[str, str]:
+    """Names in the file -> names in `model.state_dict()`, for the base model's own input and output embeddings.
 
-    With `targeted` embeddings the names are those of the wrapped layers (`....base_layer.weight`), and an embedding
-    that is not adapted is left out. Empty for a model without `get_input_embeddings`.
+    An embedding that is adapted goes by the name of its wrapped layer (`....base_layer.weight`); one of which adapters
+    have copies (`modules_to_save`) by its name in the base model. With `targeted` embeddings one that is not adapted is
+    left out. Empty for a model without `get_input_embeddings`.
     """
     if not hasattr(model, "get_input_embeddings"):
-        return []
-    found = []
+        return {}
+    found = {}
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        wanted = getattr(layer, "base_layer", None) if targeted else layer
-        if targeted and not isinstance(wanted, nn.Linear | nn.Embedding):
+        if targeted and not isinstance(getattr(layer, "base_layer", None), nn.Linear | nn.Embedding):
             continue
-        name = next((name for name, module in _named_modules(model) if module is wanted), None)
-        if name is not None:
-            found += [f"{name}.{key}" for key in wanted.state_dict()]
+        name = next((name for name, module in _named_modules(model) if module is layer), None)
+        if name is None:
+            continue
+        if isinstance(layer, ModulesToSaveWrapper):
+            found.update({f"{name}.{k}": f"{name}.original_module.{k}" for k in layer.original_module.state_dict()})
+            continue
+        inner, dot = (layer.base_layer, "base_layer.") if isinstance(layer, BaseTunerLayer) else (layer, "")
+        found.update({f"{name}.{dot}{key}": f"{name}.{dot}{key}" for key in inner.state_dict()})
     return found
 
 
