@@ -368,6 +368,18 @@ def test_modules_to_save_are_those_of_peft():
     assert torch.equal(ours.merge_and_unload()(ids()), theirs.merge_and_unload()(ids()))
 
 
+@pytest.mark.parametrize("method", ["merge_and_unload", "unload"])
+def test_a_trained_head_outlives_unloading_while_adapters_are_disabled(method):
+    """Catches adapters merged and the head trained with them lost, because forward happened to be the base's."""
+    ours, theirs = tuned(mlp(), {"target_modules": ["up"], "modules_to_save": ["head"]})
+    kept = ours.model.head.modules_to_save["a"].weight
+    for made in (ours, theirs):
+        made.disable_adapter_layers()
+    merged, other = getattr(ours, method)(), getattr(theirs, method)()
+    assert merged.head.weight is kept
+    torch.testing.assert_close(merged(ids()), other(ids()))
+
+
 def test_a_wrapper_refuses_what_it_cannot_wrap():
     """Catches a copy of a container, which has no forward, and of an adapted layer."""
     for module in (nn.ModuleList([nn.Linear(1, 1)]), peftkern.nn.LoraLinear(2, 2)):

@@ -247,8 +247,12 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return {name: f"modules_to_save.{adapter_name}.{name}" for name in held}
 
     def unloaded_module(self) -> nn.Module:
-        """What stands in the wrapper's place once adapters are unloaded: the active copy, else the original."""
-        return self.active_module()
+        """What stands in the wrapper's place once adapters are unloaded: the active copy, else the original.
+
+        Whether adapters are disabled is not asked, as it is not by `merge_and_unload` of adapted layers.
+        """
+        held = self.modules_to_save
+        return next((held[name] for name in self._active_adapter if name in held), self.original_module)
 
 
 def _set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
