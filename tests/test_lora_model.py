@@ -368,6 +368,19 @@ def test_modules_to_save_are_those_of_peft():
     assert torch.equal(ours.merge_and_unload()(ids()), theirs.merge_and_unload()(ids()))
 
 
+def test_adapters_that_cannot_be_active_together_change_nothing():
+    """Catches a refusal that comes after some modules were switched and others not."""
+    ours, _ = tuned(mlp(), {"target_modules": ["emb"], "modules_to_save": ["up"]}, {"target_modules": ["emb"]})
+    ours.peft_config["c"] = LoraConfig(target_modules=["emb"], modules_to_save=["down", "up"])
+    ours.inject_adapter(ours.model, "c")
+    ours.peft_config["d"] = LoraConfig(target_modules=["emb"], modules_to_save=["down"])
+    ours.inject_adapter(ours.model, "d")
+    before = fingerprint(ours)
+    with pytest.raises(ValueError, match="one active adapter at a time"):
+        ours.set_adapter(["b", "d", "c"])
+    assert fingerprint(ours) == before
+
+
 @pytest.mark.parametrize("method", ["merge_and_unload", "unload"])
 def test_a_trained_head_outlives_unloading_while_adapters_are_disabled(method):
     """Catches adapters merged and the head trained with them lost, because forward happened to be the base's."""
