@@ -295,6 +295,20 @@ def test_sequence_classifier_keeps_its_head(tmp_path):
             torch.testing.assert_close(output(loaded), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config"])
+def test_low_cpu_mem_usage_leaves_frozen_what_is_frozen(tmp_path, method):
+    """Would catch: an adapter that was loaded for inference and trains, because its parameters were made anew."""
+    fields = {"target_modules": ["emb", "lin0"]} if method == "LoraConfig" else {"target_modules": ["lin0"]}
+    fields |= {} if method == "LoraConfig" else {"feedforward_modules": []}
+    save(get_peft_model(biased(), getattr(peftkern, method)(**fields)), tmp_path)
+    loaded = PeftModel.from_pretrained(biased(), tmp_path, low_cpu_mem_usage=True)
+    loaded.load_adapter(tmp_path, "second", low_cpu_mem_usage=True)
+    assert [name for name, p in loaded.named_parameters() if p.requires_grad] == []
+    loaded.load_adapter(tmp_path, "third", low_cpu_mem_usage=True, is_trainable=True)
+    assert {name.split(".")[-1] for name, p in loaded.named_parameters() if p.requires_grad} <= {"third", "weight"}
+    assert any(p.requires_grad for p in loaded.parameters())
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_low_cpu_mem_usage_gives_the_same(tmp_path, low_cpu_mem_usage):
     """Would catch: parameters left on the meta device."""
