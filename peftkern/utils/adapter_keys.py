@@ -28,25 +28,34 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Names in the file -> names in `model.state_dict()`, for every tensor of the adapter, biases and embeddings aside.
 
     Covers each adapted layer's own parameters and the copies of `modules_to_save`. Layers of `peftkern.nn` are part of
-    the base, but where they are all that is adapted (`layer_files`, which says so by `stands_alone`).
+    the base, but where they are all that is adapted (`layer_files`, which says so by `stands_alone`). A layer inside a
+    module of which another adapter has a copy goes by its name in the base model.
     """
     found: dict[str, str] = {}
     alone = getattr(model, "stands_alone", False)
+    wrappers: list[str] = []
     for name, module in _named_modules(model):
         dot = f"{name}." if name else ""
+        around = [wrapper for wrapper in wrappers if dot.startswith(wrapper)]
+        if any(dot.startswith(f"{wrapper}modules_to_save.") for wrapper in around):
+            continue
+        own = dot
+        for wrapper in reversed(around):
+            own = wrapper + own.removeprefix(wrapper).removeprefix("original_module.")
         if isinstance(module, ModulesToSaveWrapper):
+            wrappers.append(dot)
             load_map = module.adapter_state_dict_load_map(adapter_name)
-            found.update({f"{dot}{saved}": f"{dot}{held}" for saved, held in load_map.items()})
+            found.update({f"{own}{saved}": f"{dot}{held}" for saved, held in load_map.items()})
         elif is_tuned(module) or (alone and isinstance(module, BaseTunerLayer)):
             for child_name, child in module.named_children():  # type: ignore[attr-defined]
                 if child_name == "base_layer" or not isinstance(child, nn.ModuleDict | nn.ParameterDict):
                     continue
                 if isinstance(child, nn.ParameterDict):
                     if adapter_name in child:
-                        found[f"{dot}{child_name}"] = f"{dot}{child_name}.{adapter_name}"
+                        found[f"{own}{child_name}"] = f"{dot}{child_name}.{adapter_name}"
                 elif adapter_name in child:
                     for key in child[adapter_name].state_dict():
-                        found[f"{dot}{child_name}.{key}"] = f"{dot}{child_name}.{adapter_name}.{key}"
+                        found[f"{own}{child_name}.{key}"] = f"{dot}{child_name}.{adapter_name}.{key}"
     return found
 
 
