@@ -229,7 +229,9 @@ def test_resized_vocabulary_is_saved(tmp_path):
     assert torch.equal(loaded.get_input_embeddings().weight, want)
 
 
-@pytest.mark.parametrize("fields", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["model.embed_tokens"]}])
+@pytest.mark.parametrize(
+    "fields", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["model.embed_tokens"]}]
+)
 def test_adapted_embeddings_are_saved_along_under_the_files_names(tmp_path, fields):
     """Would catch: an adapter's own tensor saved under its name in the model, so that the file cannot be loaded."""
     model = get_peft_model(tiny_llama(), LoraConfig(**({"target_modules": ["q_proj"]} | fields)), adapter_name="first")
@@ -244,7 +246,7 @@ def test_adapted_embeddings_are_saved_along_under_the_files_names(tmp_path, fiel
 
 
 def test_another_adapters_copy_is_not_the_embedding_of_the_base(tmp_path):
-    """Would catch: the base's embedding saved under a name of this model's, because another adapter has a copy of it."""
+    """Would catch: the base's embedding saved under a name of this model, because another adapter has a copy of it."""
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
     model.add_adapter("second", LoraConfig(target_modules=["v_proj"]))
     randomize(model)

@@ -204,6 +204,9 @@ def _refuse_holes(source: PathLike, adapter: dict[str, str], missing: list[str],
         raise AdapterFileError(source, reason)
     absent = set(missing)
     for key in missing:
+        layer = key.removesuffix(".bias")
+        if layer != key and layer.endswith(".lora_B") and f"{layer}.weight" in absent:
+            continue  # lora_bias, of a layer that is absent
         match = _PAIR_KEY.fullmatch(key)
         if match is None:
             raise AdapterFileError(source, f"the tensor is missing; unknown names: {shorten(unexpected)}", key=key)
