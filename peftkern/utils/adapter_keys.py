@@ -94,7 +94,8 @@ def embedding_key_map(model: nn.Module, targeted: bool) -> dict[str, str]:
         if isinstance(layer, ModulesToSaveWrapper):
             found.update({f"{name}.{k}": f"{name}.original_module.{k}" for k in layer.original_module.state_dict()})
             continue
-        inner, dot = (layer.base_layer, "base_layer.") if isinstance(layer, BaseTunerLayer) else (layer, "")
+        dot = "base_layer." if isinstance(layer, BaseTunerLayer) else ""
+        inner = layer.get_submodule(dot.rstrip("."))
         found.update({f"{name}.{dot}{key}": f"{name}.{dot}{key}" for key in inner.state_dict()})
     return found
 
