@@ -189,6 +189,10 @@ def test_wrong_arguments_are_refused_and_change_nothing():
         with pytest.raises(ValueError, match=text):
             call()
         assert fingerprint(model) == before and set(model.peft_config) == {"default"}
+    for call in (model.set_adapter, model.delete_adapter):
+        with pytest.raises(TypeError, match="adapter_name: expected the name of one adapter, got list"):
+            call(["default"])
+        assert fingerprint(model) == before
     base = mlp()
     untouched = fingerprint(base)
     wrong = [(LoraConfig(target_modules=["nowhere"]), ValueError), ("x", TypeError), (PeftConfig(), ValueError)]
