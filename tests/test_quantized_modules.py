@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from numerics import EPS32, assert_rounded
+from peftkern import nn as nn_layers
 from peftkern.backend import use_backend
 from peftkern.ops import dequantize, quantize_4bit, quantize_8bit
 from peftkern.ops.linear_quantized import linear_quantized
@@ -444,3 +445,15 @@ def test_weight_of_bitsandbytes_8bit_before_and_after_its_forward():
     torch._dynamo.reset()
     run = torch.compile(lambda x: linear_quantized(x, weight_of(layer)), backend="aot_eager", fullgraph=True)
     assert torch.equal(run(x), linear_quantized(x, after))
+
+
+@pytest.mark.parametrize("adapter", [None, "lora", "ia3"])
+@pytest.mark.parametrize("make", [Linear4bit.from_linear, Linear8bit.from_linear])
+def test_integers_are_refused(make, adapter):
+    """Would catch a model that is trained on noise: LongT5, Switch and others cast x to the dtype of wo's weight, which
+    is uint8 once it is quantized, and a layer that casts to its own dtype would compute from what is left of x."""
+    layer = make(nn.Linear(64, 8))
+    if adapter is not None:
+        layer = {"lora": nn_layers.LoraLinear, "ia3": nn_layers.IA3Linear}[adapter].from_linear(layer)
+    with pytest.raises(TypeError, match="floating-point tensor for a quantized layer, got torch.uint8.*skip_modules"):
+        layer(torch.randn(3, 64).to(torch.uint8))

@@ -442,3 +442,25 @@ def test_auto_classes(tmp_path):
     (tmp_path / "None" / CONFIG).write_text(json.dumps(content))
     with pytest.raises(ValueError, match="'os'.*import_allowlist"):
         peftkern.AutoPeftModel.from_pretrained(tmp_path / "None")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_models_whose_embeddings_raise(tmp_path, tied):
+    """Would catch models of images, speech or two towers that cannot be saved, loaded or merged: transformers gives
+    them `get_input_embeddings` all the same, and it raises NotImplementedError."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    vision = sizes | dict(image_size=8, patch_size=4)
+    config = transformers.CLIPConfig(text_config=sizes | dict(vocab_size=32), vision_config=vision, projection_dim=8)
+    config.tie_word_embeddings = tied
+    base = transformers.CLIPForImageClassification(config).eval()
+    with pytest.raises(NotImplementedError):
+        base.get_input_embeddings()
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=2))
+    randomize(model)
+    pixels = torch.randn(2, 3, 8, 8)
+    want = model(pixel_values=pixels).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert torch.equal(loaded(pixel_values=pixels).logits, want)
+    torch.testing.assert_close(loaded.merge_and_unload()(pixel_values=pixels).logits, want)

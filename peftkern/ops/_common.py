@@ -18,6 +18,7 @@ T = TypeVar("T")
 PLAIN_PATHS = ("torch", "torch_fp32")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 AUTOCAST_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_unsafe_view = torch.ops.aten._unsafe_view.default  # at hand: looking it up takes as long as the call
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
@@ -129,6 +130,12 @@ def apply_directly(function: type[torch.autograd.Function], *arguments: Any) -> 
 def ask(plan: Any, *arguments: Any) -> Plan:
     """A plan, from its cache unless torch.compile is tracing: sizes may be symbols then, which no cache can hold."""
     return plan.__wrapped__(*arguments) if torch.compiler.is_compiling() else plan(*arguments)
+
+
+def unflattened(y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """y [M, N] as [*shape, N]: its memory, but no view to autograd, as `nn.Linear`'s output is none. torch refuses to
+    change a view in place that was made inside an autograd function, and models do that (OLMo's clip_qkv)."""
+    return _unsafe_view(y, (*shape, y.shape[1]))
 
 
 def none_if_empty(t: torch.Tensor) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ import torch
 
 from peftkern.backend import device_info
 from peftkern.ops import _lora_linear_shared_torch as plain
-from peftkern.ops._common import stored_apart, without_autocast
+from peftkern.ops._common import stored_apart, unflattened, without_autocast
 from peftkern.ops._projection_group import Group
 from peftkern.weights import Weight
 
@@ -35,7 +35,7 @@ def forward_shared(
 
         drop, arch = dropout(seed, group.dropout_p), device_info(x.device).arch
         ys, s = kernels.forward(rows, group, lora_As, lora_Bs, biases, drop, arch)
-    return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[1]) for y in ys], s, mask
+    return ys if x.dim() == 2 else [unflattened(y, x.shape[:-1]) for y in ys], s, mask
 
 
 @without_autocast

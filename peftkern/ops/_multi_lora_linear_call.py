@@ -14,7 +14,7 @@ import torch
 from peftkern.adapter_pool import LayerAdapters, Layout
 from peftkern.ops import _multi_lora_linear_torch as plain
 from peftkern.ops._base_product import add_base_backward, base
-from peftkern.ops._common import without_autocast
+from peftkern.ops._common import unflattened, without_autocast
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.ops.lora_linear import PLAIN_PATHS
 from peftkern.ops.quantize import dequantize
@@ -84,7 +84,7 @@ def forward_shared(
     biases = [bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype) for bias in biases]
     run = _plain_forward if is_plain(calls[0].path) else _kernel_forward
     ys, ss = run(rows, weights, biases, calls, keeps)
-    return (ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[1]) for y in ys]), ss
+    return (ys if x.dim() == 2 else [unflattened(y, x.shape[:-1]) for y in ys]), ss
 
 
 def _in_dtype(weight: Any, dtype: torch.dtype) -> Any:

@@ -31,6 +31,7 @@ from peftkern.ops._common import (
     needs_operator,
     refuse_double_backward,
     two_dtypes,
+    unflattened,
     without_autocast,
 )
 from peftkern.ops.lora_linear import PLAIN_PATHS
@@ -267,7 +268,7 @@ def _forward(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     y, z = _forward_rows(rows, weight, scale, bias, flat_ids, is_feedforward, path, keep_z)
-    return (y if flat else y.view(*x.shape[:-1], y.shape[1])), z
+    return (y if flat else unflattened(y, x.shape[:-1])), z
 
 
 def _forward_rows(

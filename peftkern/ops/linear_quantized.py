@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import linear
 
 from peftkern.backend import backend_in_force, device_info
-from peftkern.ops._common import autocast_dtype, needs_operator, refuse_double_backward, without_autocast
+from peftkern.ops._common import autocast_dtype, needs_operator, refuse_double_backward, unflattened, without_autocast
 from peftkern.ops.lora_linear_quantized import flatten, plan_for, unflatten
 from peftkern.ops.quantize import dequantize
 from peftkern.weights import DENSE_DTYPES, Weight4bit, Weight8bit
@@ -65,8 +65,10 @@ def _product(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None) -> t
         arch = device_info(x.device).arch
         adapter = (nothing.view(0, K), nothing.view(N, 0))
         y, _ = kernels.forward(rows, weight, *adapter, 1.0, bias, None, "decode_4bit", arch)
-        return y.view(*x.shape[:-1], N)
-    return linear(x, dequantize(weight, x.dtype), bias)
+        return unflattened(y, x.shape[:-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = linear(rows, dequantize(weight, x.dtype), bias)
+    return y if x.dim() == 2 else unflattened(y, x.shape[:-1])
 
 
 def _check(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None) -> None:

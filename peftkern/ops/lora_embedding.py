@@ -21,6 +21,7 @@ from peftkern.ops._common import (
     number,
     refuse_double_backward,
     taken_s,
+    unflattened,
     without_autocast,
 )
 from peftkern.ops.plan import plan_lora_embedding
@@ -131,7 +132,7 @@ def _forward(
         y, s = weight.new_empty(ids.shape[0], E), weight.new_empty(ids.shape[0], R)
         arch = device_info(input.device).arch
         run_all(embedding_forward_calls(ids, weight, lora_A, lora_B, y, s, scaling=scaling, arch=arch), input.device)
-    return y.view(*input.shape, E), s
+    return unflattened(y, input.shape), s
 
 
 def _scatter_rows(rows: torch.Tensor, ids: torch.Tensor, size: int, padding_idx: int) -> torch.Tensor:

@@ -30,6 +30,7 @@ from peftkern.ops._common import (
     number,
     refuse_double_backward,
     taken_s,
+    unflattened,
     without_autocast,
 )
 from peftkern.ops._lora_linear_torch import multiplies_masters
@@ -151,7 +152,7 @@ def _forward(
 
         dropout, arch = kernels.dropout(seed, dropout_p), device_info(x.device).arch
         y, s = kernels.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout, path, arch)
-    return (y if flat else y.view(*x.shape[:-1], y.shape[1])), s, mask
+    return (y if flat else unflattened(y, x.shape[:-1])), s, mask
 
 
 @without_autocast

@@ -27,6 +27,7 @@ from peftkern.ops._common import (
     none_if_empty,
     refuse_double_backward,
     taken_s,
+    unflattened,
     without_autocast,
 )
 from peftkern.ops.lora_linear import PLAIN_PATHS
@@ -184,7 +185,7 @@ def _fused_forward(
         bias = bias.to(x.dtype)
     dropout, arch = kernels.dropout(seed, dropout_p), device_info(x.device).arch
     y, s = kernels.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout, path, arch)
-    return y.view(*x.shape[:-1], y.shape[1]), s, None
+    return unflattened(y, x.shape[:-1]), s, None
 
 
 def _fused_backward(

@@ -12,7 +12,7 @@ from torch import nn
 from peftkern.ops.linear_quantized import linear_quantized
 from peftkern.tuners.merging_quantized import is_merged_into_dense
 from peftkern.tuners.tuner_layer import BaseTunerLayer
-from peftkern.utils.quantized_modules import weight_of
+from peftkern.utils.quantized_modules import check_is_float, weight_of
 from peftkern.weights import Weight, Weight4bit, Weight8bit
 
 _PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
@@ -125,7 +125,8 @@ def why_base_alone(layer: BaseTunerLayer, names: list[str]) -> str:
 
 
 def compute_dtype(base: nn.Module, default: torch.dtype) -> torch.dtype:
-    """What a quantized base layer casts its input to, else `default`."""
+    """What a quantized base layer casts its input to, else `default`, the dtype of x."""
+    check_is_float(default)
     return getattr(base, "compute_dtype", None) or default
 
 

@@ -29,6 +29,7 @@ from peftkern.utils.other import (
     _get_submodules,
     _set_adapter,
     check_modules_to_save,
+    embeddings_of,
     wrap_modules_to_save,
 )
 
@@ -486,9 +487,9 @@ def _mark_untied(model: Any) -> None:
     Otherwise saving and loading would tie them again and lose the head that was trained.
     """
     config: Any = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
+    if not getattr(config, "tie_word_embeddings", False):
         return
-    ends: Any = [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends = embeddings_of(model)
     if None not in ends and ends[0].weight is not ends[1].weight:
         config.tie_word_embeddings = False
         message = "input and output embeddings differ after merging: tie_word_embeddings is now False"

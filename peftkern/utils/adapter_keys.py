@@ -16,7 +16,7 @@ from torch import nn
 
 from peftkern.tuners.tuner_layer import BaseTunerLayer, is_tuned
 from peftkern.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peftkern.utils.other import ModulesToSaveWrapper
+from peftkern.utils.other import ModulesToSaveWrapper, embeddings_of
 
 PREFIX = "base_model.model."
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
@@ -82,10 +82,8 @@ def embedding_key_map(model: nn.Module, targeted: bool) -> dict[str, str]:
     have copies (`modules_to_save`) by its name in the base model. With `targeted` embeddings one that is not adapted is
     left out. Empty for a model without `get_input_embeddings`.
     """
-    if not hasattr(model, "get_input_embeddings"):
-        return {}
     found = {}
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+    for layer in embeddings_of(model):
         if targeted and not isinstance(getattr(layer, "base_layer", None), nn.Linear | nn.Embedding):
             continue
         name = next((name for name, module in _named_modules(model) if module is layer), None)

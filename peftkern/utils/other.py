@@ -50,6 +50,20 @@ def transpose(weight: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
     return weight.T if fan_in_fan_out else weight
 
 
+def embeddings_of(model: Any) -> tuple[Any, Any]:
+    """A model's input and output embeddings, None where it has none or cannot tell.
+
+    Every transformers model has the methods, and those of images, of speech or of two towers raise.
+    """
+    found: list[Any] = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, getter)() if hasattr(model, getter) else None)
+        except NotImplementedError:
+            found.append(None)
+    return found[0], found[1]
+
+
 def _set_layer_requires_grad(layer: nn.Module | torch.Tensor, requires_grad: bool) -> None:
     """Sets `requires_grad` on a parameter or on all parameters of a module; those that are no leaves keep theirs."""
     for parameter in [layer] if isinstance(layer, torch.Tensor) else layer.parameters():

@@ -87,6 +87,7 @@ class _QuantizedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`y = x dequantize(W)^T + bias`, computed in `compute_dtype` (x's where that is None), in x's dtype."""
         dtype = x.dtype
+        check_is_float(dtype)
         if self.compute_dtype is not None and dtype != self.compute_dtype:
             x = x.to(self.compute_dtype)
         y = linear_quantized(x, self.quantized_weight(), self.bias)
@@ -428,6 +429,16 @@ def _copied(weight: Quantized, device: torch.device) -> Quantized:
         if isinstance(value := getattr(weight, field.name), torch.Tensor)
     }
     return replace(weight, **copies)
+
+
+def check_is_float(dtype: torch.dtype) -> None:
+    """Raise for an input of a quantized layer that is no floating-point tensor: casting it to the layer's dtype, as
+    bitsandbytes does, would hide that a model has rounded it (LongT5 and Switch cast x to `wo.weight.dtype`: uint8)."""
+    if not dtype.is_floating_point:
+        raise TypeError(
+            f"x: expected a floating-point tensor for a quantized layer, got {dtype}: models may cast x to the dtype "
+            "of this layer's weight; if so leave the layer dense (skip_modules of quantize_model)"
+        )
 
 
 # --- the weight of a module ------------------------------------------------------------------------------------------
