@@ -61,7 +61,9 @@ def _environment_backend() -> str:
 
 class use_backend:  # lower case, as torch.no_grad and torch.set_grad_enabled are
     """Run operations on `name` from this call on; `with use_backend(name):` within the block, as a decorator within
-    the function. It holds for the thread that calls it.
+    the function. It holds for the thread that calls it. Backward computes a checkpointed forward again, on a GPU in a
+    thread of autograd's: set $PEFTKERN_BACKEND there, or call this inside of what is checkpointed (a forward that is
+    computed again on another path is refused, if not reentrant).
 
     Args:
         name: "auto" lets the plan choose the fastest path, "triton" asks for Triton kernels and raises where they

@@ -281,11 +281,19 @@ class PeftModel(nn.Module):
             config.modules_to_save = names + [head for head in self._heads if head not in names]
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Make one adapter the active one, trainable unless `inference_mode`; the others are frozen."""
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"adapter_name: no adapter {adapter_name!r}; there are {sorted(self.peft_config)}")
+        """Make one adapter the active one, trainable unless `inference_mode`; the others are frozen.
+
+        Several at a time: `model.base_model.set_adapter([...])`, as in PEFT.
+        """
+        self._check_known(adapter_name)
         self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
+
+    def _check_known(self, adapter_name: str) -> None:
+        if not isinstance(adapter_name, str):
+            raise TypeError(f"adapter_name: expected the name of one adapter, got {type(adapter_name).__name__}")
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"adapter_name: no adapter {adapter_name!r}; there are {sorted(self.peft_config)}")
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Thaw or freeze adapters, active or not."""
@@ -293,8 +301,7 @@ class PeftModel(nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, another one becomes so, with a warning."""
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"adapter_name: no adapter {adapter_name!r}; there are {sorted(self.peft_config)}")
+        self._check_known(adapter_name)
         self.base_model.delete_adapter(adapter_name)
         if len(self.active_adapters) == 1:
             self.active_adapter = self.active_adapters[0]

@@ -16,7 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peftkern import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peftkern import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peftkern.utils.adapter_error import AdapterFileError
 from peftkern.utils.adapter_files import read_config, read_weights, write_adapter, write_config, write_weights
 from tiny_models import fingerprint, mlp, randomize
@@ -341,6 +348,19 @@ def test_whole_layers_may_be_absent_with_a_warning(saved):
     edit_weights(saved, lambda t: (t.pop(A_UP), t.pop(B_UP)))
     with pytest.warns(UserWarning, match="Found missing adapter keys.*up.lora_A.default.weight"):
         PeftModel.from_pretrained(mlp(), saved)
+
+
+def test_a_whole_layer_with_a_bias_may_be_absent():
+    """Would catch: a part of an adapter that is refused because of the bias that its lora_B has (`lora_bias`)."""
+    model = get_peft_model(mlp(), LoraConfig(target_modules=["up", "down"], lora_bias=True))
+    tensors = get_peft_model_state_dict(model)
+    part = {key: value + 1 for key, value in tensors.items() if ".up." in key}
+    result = set_peft_model_state_dict(model, part)
+    assert {key.split(".")[2] for key in result.missing_keys} == {"down"} and len(result.missing_keys) == 3
+    for name in ("lora_B.bias", "lora_B.weight"):
+        lost = {key: value for key, value in tensors.items() if not key.endswith(f"up.{name}")}
+        with pytest.raises(AdapterFileError, match=f"up.{name}"):
+            set_peft_model_state_dict(model, lost)
 
 
 def test_missing_folder_and_file_in_its_place(tmp_path):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
 
 import peftkern
+from peftkern import get_peft_model_state_dict
 from peftkern.mapping import inject_adapter_in_model
 from peftkern.tuners.lora import LoraConfig, LoraModel
 from peftkern.tuners.tuners_utils import BaseTunerLayer
@@ -366,6 +368,46 @@ def test_modules_to_save_are_those_of_peft():
         theirs.delete_adapter("c")
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert torch.equal(ours.merge_and_unload()(ids()), theirs.merge_and_unload()(ids()))
+
+
+def test_adapters_that_cannot_be_active_together_change_nothing():
+    """Catches a refusal that comes after some modules were switched and others not."""
+    ours, _ = tuned(mlp(), {"target_modules": ["emb"], "modules_to_save": ["up"]}, {"target_modules": ["emb"]})
+    ours.peft_config["c"] = LoraConfig(target_modules=["emb"], modules_to_save=["down", "up"])
+    ours.inject_adapter(ours.model, "c")
+    ours.peft_config["d"] = LoraConfig(target_modules=["emb"], modules_to_save=["down"])
+    ours.inject_adapter(ours.model, "d")
+    before = fingerprint(ours)
+    with pytest.raises(ValueError, match="one active adapter at a time"):
+        ours.set_adapter(["b", "d", "c"])
+    assert fingerprint(ours) == before
+
+
+@pytest.mark.parametrize("method", ["merge_and_unload", "unload"])
+def test_a_module_trained_whole_may_hold_another_adapters_layers(method):
+    """Catches an unloading that stops half way, at a layer whose name was another before its wrapper was taken away."""
+    blocks = nn.Sequential(OrderedDict(body=nn.Sequential(OrderedDict(up=nn.Linear(6, 6))), head=nn.Linear(6, 6)))
+    whole = {"target_modules": ["head"], "modules_to_save": ["body"]}
+    ours, theirs = tuned(blocks, {"target_modules": ["up"]}, whole)
+    assert list(get_peft_model_state_dict(ours, adapter_name="a")) == [f"model.body.up.lora_{f}.weight" for f in "AB"]
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(ours(x), theirs(x))
+    want = ours(x) if method == "merge_and_unload" else blocks(x)
+    merged = getattr(ours, method)()  # PEFT leaves the adapted layer in the module
+    assert list(merged.state_dict()) == list(blocks.state_dict())
+    torch.testing.assert_close(merged(x), want)
+
+
+@pytest.mark.parametrize("method", ["merge_and_unload", "unload"])
+def test_a_trained_head_outlives_unloading_while_adapters_are_disabled(method):
+    """Catches adapters merged and the head trained with them lost, because forward happened to be the base's."""
+    ours, theirs = tuned(mlp(), {"target_modules": ["up"], "modules_to_save": ["head"]})
+    kept = ours.model.head.modules_to_save["a"].weight
+    for made in (ours, theirs):
+        made.disable_adapter_layers()
+    merged, other = getattr(ours, method)(), getattr(theirs, method)()
+    assert merged.head.weight is kept
+    torch.testing.assert_close(merged(ids()), other(ids()))
 
 
 def test_a_wrapper_refuses_what_it_cannot_wrap():

@@ -310,6 +310,36 @@ def test_adapters_that_change_between_batches(tmp_path):
         torch.testing.assert_close(again(x), model(x, adapter_names=["two"] * 4), rtol=1e-6, atol=1e-7)
 
 
+def test_adapters_of_several_dtypes():
+    """Would catch an adapter that is refused, or whose rows take the base alone, because another has another dtype."""
+    model = adapted(peftkern, mlp().bfloat16(), {"r": 4}, {"r": 2}, target_modules=["up", "down"])
+    for name, parameter in model.named_parameters():
+        if ".two." in name:
+            parameter.data = parameter.data.bfloat16()
+    x = ids(4)
+    named = dict(model.named_parameters())
+    factors = [key for key in named if "lora_" in key]
+    assert {named[key].dtype for key in factors} == {torch.float32, torch.bfloat16}
+    with torch.no_grad():
+        want = torch.cat(separately(model, NAMES, lambda i: model(x[i : i + 1])))
+        got = model(x, adapter_names=NAMES)
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    assert not torch.allclose(got, model(x, adapter_names=["one", "__base__", "__base__", "one"]), atol=5e-2)
+    rows = peftkern.explain(model, mixed=True).rows
+    assert {row.path for row in rows} == {"unfused"} and all("dtypes" in row.reason for row in rows)
+
+    model.base_model.set_adapter(["one", "two"])
+    grads = torch.autograd.grad(model(x, adapter_names=NAMES).float().sum(), [named[key] for key in factors])
+    for key, grad in zip(factors, grads, strict=True):
+        assert grad.dtype == named[key].dtype and grad.abs().max() > 0, key
+
+    for parameter in named.values():
+        parameter.data = parameter.data.bfloat16()
+    with torch.no_grad():  # one dtype again: in one pool
+        torch.testing.assert_close(model(x, adapter_names=NAMES), want, rtol=2e-2, atol=2e-2)
+    assert "dtypes" not in str(peftkern.explain(model, mixed=True))
+
+
 def test_a_state_dict_outlives_its_adapter():
     """Would catch tensors that were taken from an adapter becoming those of the one that got its place in the pool."""
     model = adapted(peftkern, mlp(), {"r": 4}, {"r": 2}, target_modules=["up", "down"])

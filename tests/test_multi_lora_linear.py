@@ -48,6 +48,21 @@ def test_output_and_gradients_match_fp64(M, N, K, dtype, dropout_p):
     check([y.detach(), *grads], truths, terms=M + N + K + 5, rounded=rounded)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_float64_is_float64_throughout(dropout_p):
+    """Would catch scalings that differ, or 1 / (1 - p), that pass through float32 on their way to float64 rows."""
+    x, weight, bias, adapters, ids = make(24, 6, 8, torch.float64, ranks=(2, 2, 2))
+    for slot, scaling in enumerate((0.1, 0.7, -0.3)):
+        adapters.rescale(slot, scaling)
+    dy, seed = torch.randn(24, 6, dtype=torch.float64), torch.tensor([5])
+    keep = mask_of(adapters, ids, 8, seed, dropout_p) if dropout_p else None
+    y = multi_lora_linear(x, weight, adapters, ids, bias, dropout_p=dropout_p, seed=seed)
+    y.backward(dy)
+    truths = truth_and_magnitude(x, weight, bias, adapters, ids, dy, keep, dropout_p)
+    results = [y.detach(), *(t.grad for t in leaves(x, weight, bias, adapters))]
+    check(results, truths, terms=64, rounded=[0] * len(results))
+
+
 @pytest.mark.parametrize("each", [1, 4, 16, 40])  # rows of a sequence: gathered by adapter, or used where they lie
 @pytest.mark.parametrize("ids", [[0, 3, 0, 2, -1], [3, 3, 0, 0, 2], [0, 3, 2, 4, 0], [1, -1, 7, 1, -1], [3, 3, 3]])
 def test_an_id_for_each_sequence(ids, each):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftkern
@@ -188,6 +189,10 @@ def test_wrong_arguments_are_refused_and_change_nothing():
         with pytest.raises(ValueError, match=text):
             call()
         assert fingerprint(model) == before and set(model.peft_config) == {"default"}
+    for call in (model.set_adapter, model.delete_adapter):
+        with pytest.raises(TypeError, match="adapter_name: expected the name of one adapter, got list"):
+            call(["default"])
+        assert fingerprint(model) == before
     base = mlp()
     untouched = fingerprint(base)
     wrong = [(LoraConfig(target_modules=["nowhere"]), ValueError), ("x", TypeError), (PeftConfig(), ValueError)]
@@ -199,6 +204,33 @@ def test_wrong_arguments_are_refused_and_change_nothing():
         get_peft_model(base, LoraConfig(target_modules=["up"]), mixed=True)
     with pytest.raises(TypeError, match="colour"):
         PeftModel.from_pretrained(base, "/nowhere", config=LoraConfig(), colour="red")
+
+
+@pytest.mark.parametrize("method", [LoraConfig, peftkern.IA3Config])
+def test_a_failed_load_leaves_merged_adapters_merged(tmp_path, method):
+    """Would catch: a layer that calls its adapter merged while its weight is without it, and subtracts it again."""
+    sides = {"feedforward_modules": []} if method is peftkern.IA3Config else {}
+    for name, targets in (("good", ["up"]), ("other", ["up", "down"])):
+        model = get_peft_model(mlp(), method(target_modules=targets, **sides))
+        randomize(model, ("lora_", "ia3_"))
+        model.save_pretrained(tmp_path / name)
+    file = tmp_path / "other" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith(("down.lora_B.weight", "down.ia3_l")))
+    save_file(tensors | {key: tensors[key][1:].clone()}, file)  # seen when the adapter is in the model already
+    model = PeftModel.from_pretrained(mlp(), tmp_path / "good")
+    x = torch.arange(8)
+    want, weight = model(x), mlp().up.weight
+    assert not torch.allclose(want, mlp()(x), atol=1e-4)
+    model.merge_adapter()
+    with pytest.raises(peftkern.AdapterFileError, match="shape"), pytest.warns(UserWarning, match="unmerged"):
+        model.load_adapter(tmp_path / "other", "second")
+    layer = model.base_model.model.up
+    assert layer.merged_adapters == ["default"] and set(model.peft_config) == {"default"}
+    torch.testing.assert_close(model(x), want)
+    model.unmerge_adapter()
+    torch.testing.assert_close(layer.weight, weight)
+    torch.testing.assert_close(model(x), want)
 
 
 def test_a_configuration_of_pefts_is_told_how_to_become_ours():

@@ -229,6 +229,38 @@ def test_resized_vocabulary_is_saved(tmp_path):
     assert torch.equal(loaded.get_input_embeddings().weight, want)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["model.embed_tokens"]}]
+)
+def test_adapted_embeddings_are_saved_along_under_the_files_names(tmp_path, fields):
+    """Would catch: an adapter's own tensor saved under its name in the model, so that the file cannot be loaded."""
+    model = get_peft_model(tiny_llama(), LoraConfig(**({"target_modules": ["q_proj"]} | fields)), adapter_name="first")
+    randomize(model)
+    folder = save(model.eval(), tmp_path, save_embedding_layers=True) / "first"
+    names = set(load_file(folder / WEIGHTS))
+    assert {name for name in names if "first" in name or "original_module" in name} == set()
+    assert "base_model.model.lm_head.weight" in names
+    for library in (peftkern, peft):
+        loaded = library.PeftModel.from_pretrained(tiny_llama(), folder, adapter_name="second")
+        torch.testing.assert_close(output(loaded), output(model), rtol=1e-5, atol=1e-5)
+
+
+def test_another_adapters_copy_is_not_the_embedding_of_the_base(tmp_path):
+    """Would catch: the base's embedding saved under a name of this model, because another adapter has a copy of it."""
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    model.add_adapter("second", LoraConfig(target_modules=["v_proj"]))
+    randomize(model)
+    folder = save(model, tmp_path, save_embedding_layers=True)
+    want = tiny_llama().get_input_embeddings().weight
+    assert torch.equal(load_file(folder / "second" / WEIGHTS)["base_model.model.model.embed_tokens.weight"], want)
+    copies = model.get_input_embeddings().modules_to_save
+    assert torch.equal(load_file(folder / WEIGHTS)["base_model.model.model.embed_tokens.weight"], copies.default.weight)
+    changed = get_peft_model_state_dict(model, adapter_name="second", save_embedding_layers=True)
+    changed["base_model.model.model.embed_tokens.weight"] = torch.ones_like(want)
+    set_peft_model_state_dict(model, changed, "second")
+    assert (model.get_input_embeddings().original_module.weight == 1).all()
+
+
 def test_embeddings_of_another_size_are_refused(tmp_path):
     """Would catch: a resized model's adapter on a base that was not resized."""
     model = get_peft_model(tiny_llama(vocab_size=136), LoraConfig(target_modules=["q_proj"]))
@@ -263,6 +295,20 @@ def test_sequence_classifier_keeps_its_head(tmp_path):
                 loaded = library.PeftModel.from_pretrained(tiny_llama(cls=cls), tmp_path / source)
             assert type(loaded).__name__ == "PeftModelForSequenceClassification"
             torch.testing.assert_close(output(loaded), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config"])
+def test_low_cpu_mem_usage_leaves_frozen_what_is_frozen(tmp_path, method):
+    """Would catch: an adapter that was loaded for inference and trains, because its parameters were made anew."""
+    fields = {"target_modules": ["emb", "lin0"]} if method == "LoraConfig" else {"target_modules": ["lin0"]}
+    fields |= {} if method == "LoraConfig" else {"feedforward_modules": []}
+    save(get_peft_model(biased(), getattr(peftkern, method)(**fields)), tmp_path)
+    loaded = PeftModel.from_pretrained(biased(), tmp_path, low_cpu_mem_usage=True)
+    loaded.load_adapter(tmp_path, "second", low_cpu_mem_usage=True)
+    assert [name for name, p in loaded.named_parameters() if p.requires_grad] == []
+    loaded.load_adapter(tmp_path, "third", low_cpu_mem_usage=True, is_trainable=True)
+    assert {name.split(".")[-1] for name, p in loaded.named_parameters() if p.requires_grad} <= {"third", "weight"}
+    assert any(p.requires_grad for p in loaded.parameters())
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])

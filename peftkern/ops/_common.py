@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -12,7 +13,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from peftkern.ops.plan import Plan
 from peftkern.weights import Weight, Weight4bit
 
+P = ParamSpec("P")
+T = TypeVar("T")
+PLAIN_PATHS = ("torch", "torch_fp32")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+AUTOCAST_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _unsafe_view = torch.ops.aten._unsafe_view.default  # at hand: looking it up takes as long as the call
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 
@@ -32,18 +37,43 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     kind = "cpu" if x.is_cpu else x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return None
+    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
+        return None  # "meta", for one
+    if not torch.is_autocast_enabled(kind) or x.dtype not in AUTOCAST_FLOATS:
+        return None  # float64 stays what it is, and what is no float is refused as it is without autocast
     return torch.get_autocast_dtype(kind)
 
 
+def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """`function` as if autocast were off, for what runs once operands have the dtypes that they should have.
+
+    Autocast around backward may be another than around forward, or none. It would then cast some operands and not
+    others: what is computed in place keeps its dtype.
+    """
+
+    @functools.wraps(function)
+    def within(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args, **kwargs)
+        with torch._C._DisableAutocast():  # a fifth of what torch.autocast(..., enabled=False) costs, for all devices
+            return function(*args, **kwargs)
+
+    return within
+
+
 def number(name: str, value: Any) -> float:
-    """`value` as a float; a tensor of one element will do if nobody waits for its gradient."""
+    """`value` as a float; a tensor of one element will do if nobody waits for its gradient. NaN will not."""
     if isinstance(value, torch.Tensor) and value.requires_grad:
         raise ValueError(f"{name}: no gradient flows to it, so expected a number, got a tensor that requires grad")
-    if value is None or isinstance(value, str) or (isinstance(value, torch.Tensor) and value.numel() != 1):
+    if value is None or isinstance(value, str | bytes) or (isinstance(value, torch.Tensor) and value.numel() != 1):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        converted = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+    if converted != converted:
+        raise ValueError(f"{name}: expected a number, got NaN")
+    return converted
 
 
 def draw_seed(device: torch.device) -> torch.Tensor:
@@ -126,6 +156,21 @@ def refuse_double_backward(operation: str) -> None:
     """Raise where gradients of gradients are asked for: what was saved (S) has no history to differentiate."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{operation}: double backward (create_graph=True) is not supported")
+
+
+def kept_s(s: torch.Tensor | None, path: str) -> torch.Tensor | None:
+    """S [M, R] as it is kept for backward: as [1, M, R] where plain PyTorch made it.
+
+    Kernels scale S otherwise and draw another dropout mask, and a forward that checkpointing computes again may take
+    another path: `use_backend` holds for one thread, and on a GPU backward runs in another. torch.utils.checkpoint
+    compares shapes, and so refuses what would be wrong gradients.
+    """
+    return s if s is None or path.rpartition(":")[2] not in PLAIN_PATHS else s.unsqueeze(0)
+
+
+def taken_s(s: torch.Tensor | None) -> torch.Tensor | None:
+    """What `kept_s` was given."""
+    return s if s is None or s.dim() == 2 else s.squeeze(0)
 
 
 def adapters_fit(

@@ -8,13 +8,14 @@ import torch
 
 from peftkern.backend import device_info
 from peftkern.ops import _lora_linear_shared_torch as plain
-from peftkern.ops._common import stored_apart, unflattened
+from peftkern.ops._common import stored_apart, unflattened, without_autocast
 from peftkern.ops._projection_group import Group
 from peftkern.weights import Weight
 
 Optional = torch.Tensor | None
 
 
+@without_autocast
 def forward_shared(
     x: torch.Tensor,
     group: Group,
@@ -37,6 +38,7 @@ def forward_shared(
     return ys if x.dim() == 2 else [unflattened(y, x.shape[:-1]) for y in ys], s, mask
 
 
+@without_autocast
 def backward_shared(
     dys: Sequence[torch.Tensor],
     x: Optional,

@@ -14,7 +14,7 @@ import torch
 from peftkern.adapter_pool import LayerAdapters, Layout
 from peftkern.ops import _multi_lora_linear_torch as plain
 from peftkern.ops._base_product import add_base_backward, base
-from peftkern.ops._common import unflattened
+from peftkern.ops._common import unflattened, without_autocast
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.ops.lora_linear import PLAIN_PATHS
 from peftkern.ops.quantize import dequantize
@@ -71,6 +71,7 @@ def forward(x: torch.Tensor, bias: Optional, call: Call, *, keep: bool) -> tuple
     return y, s
 
 
+@without_autocast
 def forward_shared(
     x: torch.Tensor, biases: Sequence[Optional], calls: Sequence[Call], keeps: Sequence[bool]
 ) -> tuple[list[torch.Tensor], list[Optional]]:
@@ -138,6 +139,7 @@ def _by_layout(
     return list(found.items())
 
 
+@without_autocast
 def backward(
     dy: torch.Tensor,
     x: Optional,
@@ -160,6 +162,7 @@ def backward(
     return dx, dw, dbias, grads
 
 
+@without_autocast
 def backward_shared(
     dys: Sequence[torch.Tensor],
     x: Optional,

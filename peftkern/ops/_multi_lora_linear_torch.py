@@ -191,7 +191,8 @@ def _scale(group: Group, scalings: Sequence[float], p: float, like: torch.Tensor
     if numbers.count(numbers[0]) == len(numbers):
         return numbers[0] / (1.0 - p)
     numbers = [number / (1.0 - p) for number in numbers]
-    return torch.tensor(numbers, dtype=torch.float32, device=like.device).to(like.dtype)[:, None, None]
+    wide = torch.promote_types(like.dtype, torch.float32)  # as exact as one number for all
+    return torch.tensor(numbers, dtype=wide, device=like.device).to(like.dtype)[:, None, None]
 
 
 def _write(s: torch.Tensor, rows: slice | torch.Tensor, rank: int, low: torch.Tensor) -> None:

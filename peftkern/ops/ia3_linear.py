@@ -29,10 +29,10 @@ from peftkern.ops._common import (
     autocast_dtype,
     calls_are_changed,
     needs_operator,
-    none_if_empty,
     refuse_double_backward,
     two_dtypes,
     unflattened,
+    without_autocast,
 )
 from peftkern.ops.lora_linear import PLAIN_PATHS
 from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
@@ -250,6 +250,7 @@ def plan_for(x: torch.Tensor, weight: Weight, is_feedforward: bool, backend: str
     return ask(plan_ia3_linear, x.numel() // K, N, K, *options)
 
 
+@without_autocast
 def _forward(
     x: torch.Tensor,
     weight: Weight,
@@ -307,6 +308,7 @@ def _forward_rows(
     return y, z
 
 
+@without_autocast
 def _backward(
     dy: torch.Tensor,
     x: torch.Tensor | None,
@@ -447,7 +449,8 @@ def _operator_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of (x, weight, scale, bias), empty where not asked for."""
     rest: Any = (is_feedforward, path, tuple(needs), bias_dtype)
-    grads = _backward(dy, x, _unflatten(tensors, numbers), scale, none_if_empty(z), ids, *rest)
+    keeps_z = needs[2] and not is_feedforward  # also of no rows, when it is as empty as one that was not kept
+    grads = _backward(dy, x, _unflatten(tensors, numbers), scale, z if keeps_z else None, ids, *rest)
     dx, dw, dscale, dbias = (dy.new_empty(0) if g is None else g for g in grads)
     return dx, dw, dscale, dbias
 

@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import linear, pad
 
 from peftkern.backend import device_info
-from peftkern.ops._common import FLOATS, autocast_dtype, needs_operator, none_if_empty, refuse_double_backward
+from peftkern.ops._common import FLOATS, autocast_dtype, needs_operator, number, refuse_double_backward
 
 # Of float32 logits in a block; their 16-bit form adds half. Each block reads the weight (1 GB for a 128k vocabulary),
 # and with fewer than about 200 rows its products take less time than that.
@@ -73,16 +73,24 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: an argument's type or dtype is not one of the above.
-        ValueError: shapes, devices, reduction or a number do not fit.
+        ValueError: shapes, devices, reduction or a number do not fit; on a CPU, a label outside the vocabulary.
     """
-    cast = autocast_dtype(hidden)
+    cast = autocast_dtype(hidden) if isinstance(hidden, torch.Tensor) else None
     if cast is not None:
-        hidden, weight, bias = hidden.to(cast), weight.to(cast), bias if bias is None else bias.to(cast)
+        hidden, weight, bias = (_cast(t, cast) for t in (hidden, weight, bias))
     _check(hidden, weight, labels, bias)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
     if num_items_in_batch is not None and reduction != "mean":
         raise ValueError("num_items_in_batch: expected None with reduction 'sum', which divides by nothing")
+    if isinstance(num_items_in_batch, torch.Tensor):
+        if num_items_in_batch.numel() != 1:
+            got = list(num_items_in_batch.shape)
+            raise ValueError(f"num_items_in_batch: expected a number or a tensor of one element, got shape {got}")
+    elif num_items_in_batch is not None:
+        num_items_in_batch = number("num_items_in_batch", num_items_in_batch)
     if chunk_size is None:
         chunk_size = chunk_rows(weight.shape[0])
     elif isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
@@ -92,7 +100,7 @@ def linear_cross_entropy(
             raise ValueError("shift: expected labels of at least one dimension, got a scalar")
         labels = shifted(labels, ignore_index)
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
-    arguments = (rows, weight, bias, targets, int(ignore_index), chunk_size)
+    arguments = (rows, weight, bias, targets, ignore_index, chunk_size)
     grad = torch.is_grad_enabled()
     needs = [grad and hidden.requires_grad, grad and weight.requires_grad]
     needs.append(grad and bias is not None and bias.requires_grad)
@@ -109,6 +117,11 @@ def linear_cross_entropy(
     if isinstance(num_items_in_batch, torch.Tensor):
         return total / num_items_in_batch.reshape(()).to(total.device)
     return total / num_items_in_batch
+
+
+def _cast(t: Any, dtype: torch.dtype) -> Any:
+    """t in `dtype`, if it is a tensor of floats at all."""
+    return t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
 
 
 def shifted(labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
@@ -154,6 +167,10 @@ def _forward(
     """The sum of the losses of hidden [M, K], and its gradients for hidden, weight and bias where `needs` asks."""
     needs_h, needs_w, needs_b = needs
     dtype, (V, K) = hidden.dtype, weight.shape
+    if targets.is_cpu:  # elsewhere asking would wait for the device, whose own assertion stops the program
+        outside = (targets != ignore_index) & ((targets < 0) | (targets >= V))
+        if outside.any():
+            raise ValueError(f"labels: expected ids in [0, {V}) or {ignore_index}, got {int(targets[outside][0])}")
     wide = dtype if dtype == torch.float64 else torch.float32
     widen = hidden.is_cpu and dtype in device_info(hidden.device).scalar_matmul
     if widen:
@@ -278,7 +295,9 @@ def _operator_autograd(
     refuse_double_backward("linear_cross_entropy")
     if factor is None:
         return (None,) * 7
-    return (*(_times(none_if_empty(g), factor) for g in ctx.saved_tensors), None, None, None, None)
+    asked = zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+    grads = (_times(g if need else None, factor) for g, need in asked)  # an empty one is right for no tokens
+    return (*grads, None, None, None, None)
 
 
 _operator.register_autograd(_operator_autograd, setup_context=_setup_context)

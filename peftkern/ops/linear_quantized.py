@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import linear
 
 from peftkern.backend import backend_in_force, device_info
-from peftkern.ops._common import autocast_dtype, needs_operator, refuse_double_backward, unflattened
+from peftkern.ops._common import autocast_dtype, needs_operator, refuse_double_backward, unflattened, without_autocast
 from peftkern.ops.lora_linear_quantized import flatten, plan_for, unflatten
 from peftkern.ops.quantize import dequantize
 from peftkern.weights import DENSE_DTYPES, Weight4bit, Weight8bit
@@ -85,6 +85,8 @@ def _check(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None) -> Non
         raise ValueError(f"weight: expected device {x.device} as x, got {weight.device}")
     if bias is None:
         return
+    if not isinstance(bias, torch.Tensor):
+        raise TypeError(f"bias: expected a tensor [out_features] or None, got {type(bias).__name__}")
     if bias.shape != (N,):
         raise ValueError(f"bias: expected shape [{N}], got {list(bias.shape)}")
     if bias.dtype not in DENSE_DTYPES:
@@ -93,6 +95,7 @@ def _check(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None) -> Non
         raise ValueError(f"bias: expected device {x.device} as x, got {bias.device}")
 
 
+@without_autocast
 def _backward(dy: torch.Tensor, weight: Quantized, needs_x: bool, needs_bias: bool) -> tuple[Any, Any]:
     """Gradients of x [..., K] and bias [N], None where not asked for; the bias's is summed in fp32."""
     dx = dy @ dequantize(weight, dy.dtype) if needs_x else None

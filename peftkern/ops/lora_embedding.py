@@ -16,10 +16,13 @@ from peftkern.ops._common import (
     adapters_for,
     ask,
     autocast_dtype,
+    kept_s,
     needs_operator,
     number,
     refuse_double_backward,
+    taken_s,
     unflattened,
+    without_autocast,
 )
 from peftkern.ops.plan import plan_lora_embedding
 
@@ -43,7 +46,7 @@ def lora_embedding(
     Args:
         input: [...] int32 or int64 ids in [0, num_embeddings).
         weight: [num_embeddings, embedding_dim] float32, float16 or bfloat16 (float64 on the plain path).
-        lora_A: [r, num_embeddings], in weight's dtype or float32.
+        lora_A: [r, num_embeddings], in weight's dtype or float32 (under autocast in any of these).
         lora_B: [embedding_dim, r], likewise.
         scaling: multiplies the adapter's output.
         padding_idx: an id whose rows of weight and lora_A get no gradient, as in `torch.nn.functional.embedding`; a
@@ -58,15 +61,18 @@ def lora_embedding(
         IndexError: an id outside the table, on a CPU.
         RuntimeError: `use_backend("triton")` is in force and Triton kernels cannot run there.
     """
-    _check(input, weight, lora_A, lora_B)
+    mixed = isinstance(weight, torch.Tensor) and autocast_dtype(weight) is not None
+    _check(input, weight, lora_A, lora_B, mixed=mixed)
     V = weight.shape[0]
     if padding_idx is None:
         padding_idx = -1  # no id is negative
+    elif isinstance(padding_idx, bool) or not isinstance(padding_idx, int):
+        raise TypeError(f"padding_idx: expected None or an int, got {type(padding_idx).__name__}")
     elif not -V <= padding_idx < V:
         raise ValueError(f"padding_idx: expected None or an int in [{-V}, {V}), got {padding_idx!r}")
     else:
         padding_idx %= V
-    if autocast_dtype(weight) is not None and lora_A.dtype not in (weight.dtype, torch.float32):
+    if mixed and not {lora_A.dtype, lora_B.dtype} <= {weight.dtype, torch.float32}:
         lora_A, lora_B = adapters_for(weight.dtype, lora_A, lora_B)
     plan = ask(plan_lora_embedding, input.numel(), weight.dtype, device_info(input.device), backend_in_force())
     arguments = (input, weight, lora_A, lora_B, number("lora_embedding: scaling", scaling), padding_idx, plan.path)
@@ -77,7 +83,10 @@ def lora_embedding(
     return _forward(*arguments)[0]
 
 
-def _check(input: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> None:
+def _check(
+    input: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, *, mixed: bool
+) -> None:
+    """Refuse what the operation cannot mean; `mixed` allows factors in any float dtype (autocast)."""
     where = "lora_embedding"
     for name, t in (("input", input), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
         if not isinstance(t, torch.Tensor):
@@ -89,7 +98,7 @@ def _check(input: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora
     if weight.dtype not in FLOATS:
         raise TypeError(f"{where}: weight: expected float32, float16, bfloat16 or float64, got {weight.dtype}")
     for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if t.dtype not in (weight.dtype, torch.float32):
+        if t.dtype not in (weight.dtype, torch.float32) and not (mixed and t.dtype in FLOATS):
             raise TypeError(f"{where}: {name}: expected weight's dtype {weight.dtype} or torch.float32, got {t.dtype}")
     if weight.dim() != 2:
         raise ValueError(f"{where}: weight: expected [num_embeddings, embedding_dim], got {list(weight.shape)}")
@@ -138,6 +147,7 @@ def _scatter_rows(rows: torch.Tensor, ids: torch.Tensor, size: int, padding_idx:
     return out
 
 
+@without_autocast
 def _backward(
     dy: torch.Tensor,
     input: torch.Tensor,
@@ -185,14 +195,16 @@ class _LoraEmbedding(torch.autograd.Function):
     def forward(ctx: Any, input, weight, lora_A, lora_B, scaling, padding_idx, path):
         y, s = _forward(input, weight, lora_A, lora_B, scaling, padding_idx, path)
         needs = ctx.needs_input_grad[1:4]
-        ctx.save_for_backward(input, weight, lora_A, lora_B, s if needs[2] else None)
+        ctx.save_for_backward(input, weight, lora_A, lora_B, kept_s(s, path) if needs[2] else None)
         ctx.numbers = (scaling, padding_idx, path, needs)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_embedding")
-        return (None, *_backward(dy, *ctx.saved_tensors, *ctx.numbers), None, None, None)
+        input, weight, lora_A, lora_B, s = ctx.saved_tensors
+        saved: Any = (input, weight, lora_A, lora_B, taken_s(s))
+        return (None, *_backward(dy, *saved, *ctx.numbers), None, None, None)
 
 
 # -- the operator -------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from peftkern.backend import backend_in_force, device_info
 from peftkern.ops import _lora_linear_fp32, _lora_linear_torch
 from peftkern.ops._common import (
+    PLAIN_PATHS,
     adapters_fit,
     apply_directly,
     ask,
@@ -23,17 +24,19 @@ from peftkern.ops._common import (
     check_adapters,
     dropout_in_force,
     dropout_seed,
+    kept_s,
     needs_operator,
     none_if_empty,
     number,
     refuse_double_backward,
+    taken_s,
     unflattened,
+    without_autocast,
 )
 from peftkern.ops._lora_linear_torch import multiplies_masters
 from peftkern.ops.plan import Plan, plan_lora_linear
 from peftkern.weights import Weight
 
-PLAIN_PATHS = ("torch", "torch_fp32")
 Needs = tuple[bool, bool, bool, bool, bool]  # x, weight, lora_A, lora_B, bias
 
 
@@ -62,7 +65,7 @@ def lora_linear(
         lora_A: [r, in_features], in x's dtype or float32 (master weights, rounded to x's dtype where they are used, but
             for 16-bit x of at most r rows on the plain path).
         lora_B: [out_features, r], likewise.
-        scaling: multiplies the adapter's output, lora_alpha / r in PEFT's terms.
+        scaling: multiplies the adapter's output, lora_alpha / r in PEFT's terms; not NaN.
         bias: [out_features] or None.
         dropout_p: probability of dropping an element of x on its way to the adapter, in [0, 1).
         training: dropout applies only if true.
@@ -77,7 +80,7 @@ def lora_linear(
         ValueError: shapes, devices or a number do not fit.
         RuntimeError: `use_backend("triton")` is in force and Triton kernels cannot run there.
     """
-    if type(scaling) is not float:
+    if type(scaling) is not float or scaling != scaling:
         scaling = number("lora_linear: scaling", scaling)
     if not isinstance(weight, torch.Tensor):
         from peftkern.ops.lora_linear_quantized import lora_linear_quantized
@@ -92,7 +95,7 @@ def lora_linear(
             x = x.to(cast)
         if not adapters_fit(x, weight, lora_A, lora_B, bias):
             check_adapters("lora_linear", x, weight, lora_A, lora_B, bias, mixed=cast is not None)
-    if dropout_p != 0.0:
+    if type(dropout_p) is not float or dropout_p != 0.0:
         dropout_p = dropout_in_force(dropout_p, training)
     seed = None if dropout_p == 0.0 else dropout_seed(seed, x.device)
     path = plan_for(x, weight, lora_A.shape[0], backend_in_force()).path
@@ -118,6 +121,7 @@ def plan_for(x: torch.Tensor, weight: torch.Tensor, rank: int, backend: str) -> 
     return ask(plan_lora_linear, x.numel() // K, N, K, rank, x.dtype, device_info(x.device), aligned, backend)
 
 
+@without_autocast
 def _forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -151,6 +155,7 @@ def _forward(
     return (y if flat else unflattened(y, x.shape[:-1])), s, mask
 
 
+@without_autocast
 def _backward(
     dy: torch.Tensor,
     x: torch.Tensor | None,
@@ -209,7 +214,7 @@ class _LoraLinear(torch.autograd.Function):
             weight,
             lora_A,
             lora_B,
-            s if needs_b else None,
+            kept_s(s, path) if needs_b else None,
             mask,
             seed if mask is None else None,
         )
@@ -219,7 +224,9 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_linear")
-        return (*_backward(dy, *ctx.saved_tensors, *ctx.numbers), None, None, None, None)
+        x, weight, lora_A, lora_B, s, mask, seed = ctx.saved_tensors
+        saved = (x, weight, lora_A, lora_B, taken_s(s), mask, seed)
+        return (*_backward(dy, *saved, *ctx.numbers), None, None, None, None)
 
 
 class _Products(torch.autograd.Function):
@@ -230,14 +237,16 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, x, weight, lora_A, lora_B, bias, scaling):
         y, s, _ = _lora_linear_torch.forward(x, weight, lora_A, lora_B, scaling, bias, 0.0, None)
         _, _, needs_a, needs_b, _, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_a else None, weight, lora_A, lora_B, s if needs_b else None)
+        # S first, where `_LoraLinear` has it last: that tells what `kept_s` tells, and costs nothing.
+        ctx.save_for_backward(s if needs_b else None, x if needs_a else None, weight, lora_A, lora_B)
         ctx.scaling = scaling
         return y
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_linear")
-        x, weight, lora_A, lora_B, s = ctx.saved_tensors
+        s, x, weight, lora_A, lora_B = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, _, _ = ctx.needs_input_grad
         wanted = (needs_x, needs_a, needs_b)
         dx, da, db = _lora_linear_torch.backward(dy, x, weight, lora_A, lora_B, s, None, ctx.scaling, 0.0, wanted)

@@ -22,10 +22,13 @@ from peftkern.ops._common import (
     autocast_dtype,
     check_adapters,
     dropout_seed,
+    kept_s,
     needs_operator,
     none_if_empty,
     refuse_double_backward,
+    taken_s,
     unflattened,
+    without_autocast,
 )
 from peftkern.ops.lora_linear import PLAIN_PATHS
 from peftkern.ops.lora_linear import _backward as dense_backward
@@ -135,6 +138,7 @@ def _write_dense(weight: Quantized, dense_path: str, out: torch.Tensor) -> None:
         dequantize_8bit(weight, out=out)
 
 
+@without_autocast
 def _forward(
     x: torch.Tensor,
     weight: Quantized,
@@ -210,6 +214,7 @@ def _fused_backward(
     return None if dx is None else dx.view(*dy.shape[:-1], K), da, db, dbias
 
 
+@without_autocast
 def _backward(
     dy: torch.Tensor,
     x: torch.Tensor | None,
@@ -267,7 +272,12 @@ class _LoraLinearQuantized(torch.autograd.Function):
         needs: Needs = ctx.needs_input_grad[:4]
         _, needs_a, needs_b, _ = needs
         ctx.save_for_backward(
-            x if needs_a else None, lora_A, lora_B, s if needs_b else None, mask, seed if mask is None else None
+            x if needs_a else None,
+            lora_A,
+            lora_B,
+            kept_s(s, path) if needs_b else None,
+            mask,
+            seed if mask is None else None,
         )
         ctx.weight = weight  # frozen, no activation, and here anyway
         ctx.numbers = (scaling, dropout_p, path, needs, None if bias is None else bias.dtype)
@@ -276,8 +286,9 @@ class _LoraLinearQuantized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_linear")
-        x, *others = ctx.saved_tensors
-        return (*_backward(dy, x, ctx.weight, *others, *ctx.numbers), None, None)
+        x, lora_A, lora_B, s, mask, seed = ctx.saved_tensors
+        saved = (x, ctx.weight, lora_A, lora_B, taken_s(s), mask, seed)
+        return (*_backward(dy, *saved, *ctx.numbers), None, None)
 
 
 # -- the operator -------------------------------------------------------------------------------------------------

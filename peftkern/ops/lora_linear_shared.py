@@ -25,10 +25,12 @@ from peftkern.ops._common import (
     check_adapters,
     dropout_in_force,
     dropout_seed,
+    kept_s,
     needs_operator,
     number,
     rank_columns,
     refuse_double_backward,
+    taken_s,
 )
 from peftkern.ops._lora_linear_shared_call import Optional, backward_shared, forward_shared, launched_apart
 from peftkern.ops._lora_linear_shared_operator import call_operator
@@ -78,12 +80,13 @@ def lora_linear_shared(
         TypeError, ValueError, RuntimeError: as `lora_linear`.
         ValueError: the sequences have different lengths, or none.
     """
-    count = len(weights)
+    count = _length("weights", weights)
     biases = [None] * count if biases is None else biases
     named = {"lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings, "biases": biases}
     for name, given in named.items():
-        if len(given) != count:
-            raise ValueError(f"lora_linear_shared: {name}: expected {count}, one for each weight, got {len(given)}")
+        length = _length(name, given)
+        if length != count:
+            raise ValueError(f"lora_linear_shared: {name}: expected {count}, one for each weight, got {length}")
     if count == 0:
         raise ValueError("lora_linear_shared: weights: expected at least one, got none")
     p = dropout_in_force(dropout_p, training)
@@ -95,6 +98,14 @@ def lora_linear_shared(
     scalings = [number("lora_linear_shared: scalings", scaling) for scaling in scalings]
     path = shared_plan_for(x, weights, lora_As, lora_Bs, biases, backend_in_force()).path
     return run(x, weights, lora_As, lora_Bs, scalings, biases, p, seed, path)
+
+
+def _length(name: str, given: Any) -> int:
+    try:
+        return len(given)
+    except TypeError:
+        kind = type(given).__name__
+        raise TypeError(f"lora_linear_shared: {name}: expected a list, one for each projection, got {kind}") from None
 
 
 def run(
@@ -174,7 +185,7 @@ class _LoraLinearShared(torch.autograd.Function):
         ctx.group = group
         ctx.save_for_backward(
             x if ctx.needs[0] else None,
-            s if any(ctx.needs[2]) else None,
+            kept_s(s, group.path) if any(ctx.needs[2]) else None,
             mask,
             seed if mask is None else None,
             *tensors[: 3 * n],
@@ -196,7 +207,7 @@ class _LoraLinearShared(torch.autograd.Function):
         needs = (ctx.needs_input_grad[0], needs_a, [each_b[i] for i in live])
         lora_As, lora_Bs = [tensors[n + i] for i in live], [tensors[2 * n + i] for i in live]
         part = group.only(live, tensors[:n])
-        dx, da, dbs = backward_shared([dys[i] for i in live], x, part, lora_As, lora_Bs, s, mask, seed, needs)
+        dx, da, dbs = backward_shared([dys[i] for i in live], x, part, lora_As, lora_Bs, taken_s(s), mask, seed, needs)
         das: list[Any] = list(absent)
         for i, lora_A, columns in zip(live, lora_As, rank_columns(lora_As), strict=True):
             if da is not None and each_a[i]:

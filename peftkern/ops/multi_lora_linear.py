@@ -20,8 +20,10 @@ from peftkern.ops._common import (
     check_adapters,
     dropout_in_force,
     dropout_seed,
+    kept_s,
     needs_operator,
     refuse_double_backward,
+    taken_s,
 )
 from peftkern.ops._multi_lora_linear_call import WHOLE_POOL, Call, Owner, backward, forward, is_plain
 from peftkern.ops.adapter_route import AdapterBatch
@@ -195,7 +197,8 @@ class _MultiLoraLinear(torch.autograd.Function):
         y, s = forward(x, bias, call, keep=learns)
         # Pools and parameters are kept by reference, so that autograd notices a change before backward.
         pools = (call.adapters.pool_a, call.adapters.pool_b)
-        ctx.save_for_backward(x if learns or needs_weight else None, s, call.batch.ids, weight, *pools, *params)
+        kept = (x if learns or needs_weight else None, kept_s(s, call.path), call.batch.ids)
+        ctx.save_for_backward(*kept, weight, *pools, *params)
         ctx.call, ctx.bias_dtype = call, bias.dtype if needs_bias else None
         return y
 
@@ -206,7 +209,7 @@ class _MultiLoraLinear(torch.autograd.Function):
         ctx.call.batch.refuse_other(ids, "multi_lora_linear")
         needs_x, needs_weight, _, _, *needs_params = ctx.needs_input_grad
         learns = any(needs_params)
-        dx, dw, dbias, grads = backward(dy, x, s, ctx.call, needs_x, needs_weight, ctx.bias_dtype, learns)
+        dx, dw, dbias, grads = backward(dy, x, taken_s(s), ctx.call, needs_x, needs_weight, ctx.bias_dtype, learns)
         return dx, dw, dbias, None, *(_pick(grads, needs_params))
 
 
@@ -288,7 +291,14 @@ def _operator_backward(
     found = [dy.new_empty(0) if g is None else g for g in firsts]
     if not learns:
         grads = [dy.new_empty(0) for _ in params]
-    return found + [g.contiguous() if g._base is None else g.clone() for g in grads]
+    return found + [_alone(g) for g in grads]
+
+
+def _alone(t: torch.Tensor) -> torch.Tensor:
+    """t in contiguous memory that nothing else lies in, as an operator's results must. (Where backward runs under a
+    dispatch mode a view does not know its base.)"""
+    shares = t.untyped_storage().nbytes() != t.nbytes
+    return t.clone(memory_format=torch.contiguous_format) if shares else t.contiguous()
 
 
 @_operator_backward.register_fake

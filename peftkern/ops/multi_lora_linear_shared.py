@@ -18,9 +18,11 @@ from peftkern.ops._common import (
     autocast_dtype,
     dropout_in_force,
     dropout_seed,
+    kept_s,
     needs_operator,
     refuse_double_backward,
     stored_apart,
+    taken_s,
 )
 from peftkern.ops._multi_lora_linear_call import Call, backward_shared, forward_shared, is_plain
 from peftkern.ops.adapter_route import AdapterBatch
@@ -181,7 +183,8 @@ class _MultiLoraLinearShared(torch.autograd.Function):
         # Weights, pools and parameters are kept by reference, so that autograd notices a change before backward.
         held = [t for c in calls for t in (c.weight, c.adapters.pool_a, c.adapters.pool_b)]
         held = [t for t in held if isinstance(t, torch.Tensor)]
-        ctx.save_for_backward(x if any(needs_params) else None, calls[0].batch.ids, *ss, *held, *params)
+        kept = [kept_s(s, calls[0].path) for s in ss]
+        ctx.save_for_backward(x if any(needs_params) else None, calls[0].batch.ids, *kept, *held, *params)
         ctx.calls = calls
         return tuple(ys)
 
@@ -200,6 +203,7 @@ class _MultiLoraLinearShared(torch.autograd.Function):
         if live:
             picked: Any = [[each[i] for i in live] for each in (dys, rest, calls)]
             live_dys, live_ss, live_calls = picked
+            live_ss = [taken_s(s) for s in live_ss]
             dx, found = backward_shared(live_dys, x, live_ss, live_calls, needs_x, [any(parts[i]) for i in live])
             for i, own in zip(live, found, strict=True):
                 grads[i] = own

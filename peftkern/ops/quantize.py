@@ -93,6 +93,8 @@ def _check_matrix(w: torch.Tensor) -> None:
         raise TypeError(f"w: expected a tensor [out_features, in_features], got {type(w).__name__}")
     if w.dtype not in DENSE_DTYPES:
         raise TypeError(f"w: expected float32, float16 or bfloat16, got {w.dtype}")
+    if w.is_meta:
+        raise ValueError("w: expected a tensor with values, got one on the meta device")
     if w.dim() != 2 or w.numel() == 0:
         raise ValueError(f"w: expected shape [out_features, in_features], each at least 1, got {list(w.shape)}")
 
@@ -130,7 +132,7 @@ def dequantize(weight: Weight, dtype: torch.dtype | None = None, out: torch.Tens
         raise TypeError(f"weight: expected a tensor, Weight4bit or Weight8bit, got {type(weight).__name__}")
     if out is None:
         return weight if dtype is None else weight.to(dtype)
-    _result_dtype(weight, dtype, out, out.dtype)
+    _result_dtype(weight, dtype, out, weight.dtype)
     return out.copy_(weight.detach())
 
 
@@ -209,6 +211,8 @@ def _result_dtype(
     weight: Weight, dtype: torch.dtype | None, out: torch.Tensor | None, default: torch.dtype
 ) -> torch.dtype:
     """The dtype to write, once `out` is known to fit."""
+    if out is not None and not isinstance(out, torch.Tensor):
+        raise TypeError(f"out: expected a tensor or None, got {type(out).__name__}")
     if dtype is None:
         dtype = default if out is None else out.dtype
     if dtype not in DENSE_DTYPES:

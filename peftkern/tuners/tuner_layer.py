@@ -169,7 +169,8 @@ class BaseTunerLayer:
             if any(t.device.type == "meta" for t in tensors):
                 continue
             if isinstance(layer, torch.Tensor):
-                container[adapter_name] = nn.Parameter(layer.detach().to(device=device, dtype=dtype))
+                moved = layer.detach().to(device=device, dtype=dtype)
+                container[adapter_name] = nn.Parameter(moved, requires_grad=layer.requires_grad)
             else:
                 layer.to(device=device, dtype=dtype)
 

@@ -437,8 +437,9 @@ class BaseTuner(nn.Module, ABC):
 
     def _unload(self) -> nn.Module:
         merged = [layer.get_base_layer() for layer in self._layers() if is_merged_into_dense(layer)]
-        # A tied module stands in several places, so names of duplicates count.
-        for key, module in list(self.model.named_modules(remove_duplicate=False)):
+        # A tied module stands in several places, so names of duplicates count. What is inside comes first: a wrapper
+        # (modules_to_save) may hold layers of another adapter, which go by other names once it is gone.
+        for key, module in reversed(list(self.model.named_modules(remove_duplicate=False))):
             is_own = isinstance(module, self.tuner_layer_cls) and is_tuned(module)
             if not is_own and not isinstance(module, ModulesToSaveWrapper):
                 continue

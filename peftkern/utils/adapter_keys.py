@@ -28,25 +28,34 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Names in the file -> names in `model.state_dict()`, for every tensor of the adapter, biases and embeddings aside.
 
     Covers each adapted layer's own parameters and the copies of `modules_to_save`. Layers of `peftkern.nn` are part of
-    the base, but where they are all that is adapted (`layer_files`, which says so by `stands_alone`).
+    the base, but where they are all that is adapted (`layer_files`, which says so by `stands_alone`). A layer inside a
+    module of which another adapter has a copy goes by its name in the base model.
     """
     found: dict[str, str] = {}
     alone = getattr(model, "stands_alone", False)
+    wrappers: list[str] = []
     for name, module in _named_modules(model):
         dot = f"{name}." if name else ""
+        around = [wrapper for wrapper in wrappers if dot.startswith(wrapper)]
+        if any(dot.startswith(f"{wrapper}modules_to_save.") for wrapper in around):
+            continue
+        own = dot
+        for wrapper in reversed(around):
+            own = wrapper + own.removeprefix(wrapper).removeprefix("original_module.")
         if isinstance(module, ModulesToSaveWrapper):
+            wrappers.append(dot)
             load_map = module.adapter_state_dict_load_map(adapter_name)
-            found.update({f"{dot}{saved}": f"{dot}{held}" for saved, held in load_map.items()})
+            found.update({f"{own}{saved}": f"{dot}{held}" for saved, held in load_map.items()})
         elif is_tuned(module) or (alone and isinstance(module, BaseTunerLayer)):
             for child_name, child in module.named_children():  # type: ignore[attr-defined]
                 if child_name == "base_layer" or not isinstance(child, nn.ModuleDict | nn.ParameterDict):
                     continue
                 if isinstance(child, nn.ParameterDict):
                     if adapter_name in child:
-                        found[f"{dot}{child_name}"] = f"{dot}{child_name}.{adapter_name}"
+                        found[f"{own}{child_name}"] = f"{dot}{child_name}.{adapter_name}"
                 elif adapter_name in child:
                     for key in child[adapter_name].state_dict():
-                        found[f"{dot}{child_name}.{key}"] = f"{dot}{child_name}.{adapter_name}.{key}"
+                        found[f"{own}{child_name}.{key}"] = f"{dot}{child_name}.{adapter_name}.{key}"
     return found
 
 
@@ -66,20 +75,26 @@ def base_bias_keys(model: nn.Module, config: Any) -> list[str]:
     return found
 
 
-def embedding_keys(model: nn.Module, targeted: bool) -> list[str]:
-    """Names in `model.state_dict()` of the weights of the input and output embeddings.
+def embedding_key_map(model: nn.Module, targeted: bool) -> dict[str, str]:
+    """Names in the file -> names in `model.state_dict()`, for the base model's own input and output embeddings.
 
-    With `targeted` embeddings the names are those of the wrapped layers (`....base_layer.weight`), and an embedding
-    that is not adapted is left out. Empty for a model without `get_input_embeddings`.
+    An embedding that is adapted goes by the name of its wrapped layer (`....base_layer.weight`); one of which adapters
+    have copies (`modules_to_save`) by its name in the base model. With `targeted` embeddings one that is not adapted is
+    left out. Empty for a model without `get_input_embeddings`.
     """
-    found = []
+    found = {}
     for layer in embeddings_of(model):
-        wanted = getattr(layer, "base_layer", None) if targeted else layer
-        if targeted and not isinstance(wanted, nn.Linear | nn.Embedding):
+        if targeted and not isinstance(getattr(layer, "base_layer", None), nn.Linear | nn.Embedding):
             continue
-        name = next((name for name, module in _named_modules(model) if module is wanted), None)
-        if name is not None:
-            found += [f"{name}.{key}" for key in wanted.state_dict()]
+        name = next((name for name, module in _named_modules(model) if module is layer), None)
+        if name is None:
+            continue
+        if isinstance(layer, ModulesToSaveWrapper):
+            found.update({f"{name}.{k}": f"{name}.original_module.{k}" for k in layer.original_module.state_dict()})
+            continue
+        dot = "base_layer." if isinstance(layer, BaseTunerLayer) else ""
+        inner = layer.get_submodule(dot.rstrip("."))
+        found.update({f"{name}.{dot}{key}": f"{name}.{dot}{key}" for key in inner.state_dict()})
     return found
 
 

@@ -220,8 +220,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             ValueError: More than one adapter, or one that has no copy here.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if len(names) > 1:
-            raise ValueError(f"modules_to_save takes one active adapter at a time, got {names}")
+        self.check_one(names)
         if names and names[0] not in self.modules_to_save:
             have = sorted(self._adapters)
             raise ValueError(f"adapter {names[0]!r} has no modules_to_save here; those that do: {have}")
@@ -235,8 +234,17 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         Raises:
             ValueError: Several of them have one.
         """
+        self.set_adapter(self.held_among(adapter_names), inference_mode)
+
+    def held_among(self, adapter_names: str | Sequence[str]) -> list[str]:
+        """Those of `adapter_names` that have a copy here."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        self.set_adapter([name for name in names if name in self.modules_to_save], inference_mode)
+        return [name for name in names if name in self.modules_to_save]
+
+    def check_one(self, names: Sequence[str]) -> None:
+        """Raises ValueError for more than one name: one copy at a time is active."""
+        if len(names) > 1:
+            raise ValueError(f"modules_to_save takes one active adapter at a time, got {list(names)}")
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Sets `requires_grad` on the copies of the named adapters."""
@@ -266,15 +274,25 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return {name: f"modules_to_save.{adapter_name}.{name}" for name in held}
 
     def unloaded_module(self) -> nn.Module:
-        """What stands in the wrapper's place once adapters are unloaded: the active copy, else the original."""
-        return self.active_module()
+        """What stands in the wrapper's place once adapters are unloaded: the active copy, else the original.
+
+        Whether adapters are disabled is not asked, as it is not by `merge_and_unload` of adapted layers.
+        """
+        held = self.modules_to_save
+        return next((held[name] for name in self._active_adapter if name in held), self.original_module)
 
 
 def _set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-    """Activates, in every wrapper of `model`, the copy of the named adapter (the original where it has none)."""
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            module.set_active_among(adapter_name, inference_mode)
+    """Activates, in every wrapper of `model`, the copy of the named adapter (the original where it has none).
+
+    Raises:
+        ValueError: Several of the named adapters have a copy of one module; nothing is changed then.
+    """
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    for wrapper in wrappers:
+        wrapper.check_one(wrapper.held_among(adapter_name))
+    for wrapper in wrappers:
+        wrapper.set_active_among(adapter_name, inference_mode)
 
 
 def _check_can_copy(module: nn.Module) -> None:

@@ -436,8 +436,8 @@ def check_is_float(dtype: torch.dtype) -> None:
     bitsandbytes does, would hide that a model has rounded it (LongT5 and Switch cast x to `wo.weight.dtype`: uint8)."""
     if not dtype.is_floating_point:
         raise TypeError(
-            f"x: expected a floating-point tensor for a quantized layer, got {dtype}: the model may cast x to the "
-            "dtype of this layer's weight; if so leave the layer dense (skip_modules of quantize_model)"
+            f"x: expected a floating-point tensor for a quantized layer, got {dtype}: models may cast x to the dtype "
+            "of this layer's weight; if so leave the layer dense (skip_modules of quantize_model)"
         )
 
 

@@ -22,7 +22,7 @@ from peftkern.utils.adapter_keys import (
     adapter_key_map,
     base_bias_keys,
     embedding_is_targeted,
-    embedding_keys,
+    embedding_key_map,
 )
 
 _PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
@@ -64,10 +64,12 @@ def get_peft_model_state_dict(
         model = getattr(model, "_orig_mod", model)
     config = _config_of(model, adapter_name)
     state = model.state_dict() if state_dict is None else state_dict
-    wanted = {held: saved for saved, held in adapter_key_map(model, adapter_name).items()}
-    wanted |= {key: key for key in base_bias_keys(model, config)}
-    wanted |= {key: key for key in _embeddings_to_save(model, config, save_embedding_layers)}
-    return {saved: _full(state[held]) for held, saved in wanted.items() if held in state}
+    wanted = adapter_key_map(model, adapter_name)
+    base = {key: key for key in base_bias_keys(model, config)}
+    base |= _embeddings_to_save(model, config, save_embedding_layers)
+    # The adapter's copy of a module (modules_to_save) has the name of the base model's.
+    wanted |= {saved: held for saved, held in base.items() if saved not in wanted}
+    return {saved: _full(state[held]) for saved, held in wanted.items() if held in state}
 
 
 def config_to_save(config: PeftConfig, base: nn.Module) -> dict[str, Any]:
@@ -90,8 +92,8 @@ def _full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _embeddings_to_save(model: nn.Module, config: Any, choice: bool | Literal["auto"]) -> list[str]:
-    """The names of the embeddings' weights that are saved along, under PEFT's rules for `save_embedding_layers`."""
+def _embeddings_to_save(model: nn.Module, config: Any, choice: bool | Literal["auto"]) -> dict[str, str]:
+    """The embeddings' weights that are saved along, under PEFT's rules for `save_embedding_layers`: file -> model."""
     if choice not in (True, False, "auto"):
         raise ValueError(f"save_embedding_layers: expected True, False or 'auto', got {choice!r}")
     targeted = embedding_is_targeted(model, config)
@@ -104,7 +106,7 @@ def _embeddings_to_save(model: nn.Module, config: Any, choice: bool | Literal["a
             choice = True
     if choice and not hasattr(model, "get_input_embeddings"):
         warnings.warn("save_embedding_layers: the model has no get_input_embeddings, none saved.", stacklevel=3)
-    return embedding_keys(model, targeted) if choice else []
+    return embedding_key_map(model, targeted) if choice else {}
 
 
 def _vocabulary_was_resized(model: nn.Module, config: Any) -> bool:
@@ -163,8 +165,9 @@ def plan_load(
     """
     config = _config_of(model, adapter_name)
     adapter = adapter_key_map(model, adapter_name)
-    places = adapter | {key: key for key in base_bias_keys(model, config)}
-    places |= {key: key for targeted in (False, True) for key in embedding_keys(model, targeted)}
+    embeddings = embedding_key_map(model, False) | embedding_key_map(model, True)
+    places = {held: held for held in embeddings.values()} | embeddings  # PEFT's name for one with copies is the first
+    places |= {key: key for key in base_bias_keys(model, config)} | adapter
     wrapped = any(key.startswith(PREFIX) for key in places)
     if not wrapped:  # adapters injected into a bare model: the file's names still carry the prefix
         state_dict = {key.removeprefix(PREFIX): value for key, value in state_dict.items()}
@@ -201,6 +204,9 @@ def _refuse_holes(source: PathLike, adapter: dict[str, str], missing: list[str],
         raise AdapterFileError(source, reason)
     absent = set(missing)
     for key in missing:
+        layer = key.removesuffix(".bias")
+        if layer != key and layer.endswith(".lora_B") and f"{layer}.weight" in absent:
+            continue  # lora_bias, of a layer that is absent
         match = _PAIR_KEY.fullmatch(key)
         if match is None:
             raise AdapterFileError(source, f"the tensor is missing; unknown names: {shorten(unexpected)}", key=key)

@@ -324,6 +324,8 @@ class Linear(LoraLayer, nn.Module):
         """The path that forward takes for `tokens` rows of a batch whose rows want different adapters."""
         names = list(self.scaling)
         reason = self._why_not_fused(names) if names else "no adapter here: the base layer runs alone"
+        if len({A.weight.dtype for A in self.lora_A.values()}) > 1:
+            reason = reason or "adapters of several dtypes"
         if reason:
             return Plan("unfused", f"{reason}; each adapter is added for its rows" if names else reason)
         weight = self._weight_by_rows()

@@ -7,7 +7,7 @@ plain PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class MixedAdapters(MixedRows):
         self.max_rank = max_rank
         self._pools: dict[nn.Module, LayerAdapters] = {}
         self._seen: dict[nn.Module, tuple[Any, ...]] = {}
+        # Adapters of a layer that are not in its pool, having another dtype: for them it is called as it is.
+        self._apart: dict[nn.Module, set[str]] = {}
         super().__init__(model, slots, layer_class)
 
     @property
@@ -96,6 +98,7 @@ class MixedAdapters(MixedRows):
         # Between the two: those that stay may have moved to where the new ones are, those that went have not.
         if pool is not None:
             pool.settle()
+        self._apart.pop(layer, None)
         for slot, a, b, scaling in new:
             self._put(layer, slot, a, b, scaling)
 
@@ -103,6 +106,10 @@ class MixedAdapters(MixedRows):
         pool = self.make_pool(layer, a.dtype, a.device)
         if all(entry is None for i, entry in enumerate(pool.entries) if i != slot):
             pool.adopt_kind(a)
+        name = self.names[slot]
+        if not self.is_fixed and name is not None and a.dtype == b.dtype != pool.pool_a.dtype:
+            self._apart.setdefault(layer, set()).add(name)
+            return
         pool.put(slot, a, b, scaling)
 
     def rows_for(self, layer: Any, batch: AdapterBatch, names: Sequence[str | None]) -> LayerRows:
@@ -112,7 +119,7 @@ class MixedAdapters(MixedRows):
             device, _ = layer._base_device_and_dtype()
             if device is not None and device.type != "meta":
                 pool.adopt_kind(pool.pool_a.new_empty(0, device=device))
-        return LayerBatch(batch, names, pool)
+        return LayerBatch(batch, names, pool, self._apart.get(layer, ()))
 
 
 def _adapters_now(layer: Any) -> tuple[Any, ...] | None:
@@ -133,13 +140,21 @@ class LayerBatch(LayerRows):
         batch: the slots of the rows.
         names: the adapter of each slot.
         pool: the layer's, if it is linear and has one.
+        apart: adapters of the layer that the pool does not hold for their dtype.
     """
 
-    __slots__ = ("_fresh", "biased", "dropout_p", "empty", "fused", "pool", "training")
+    __slots__ = ("_fresh", "apart", "biased", "dropout_p", "empty", "fused", "pool", "training")
 
-    def __init__(self, batch: AdapterBatch, names: Sequence[str | None], pool: LayerAdapters | None) -> None:
+    def __init__(
+        self,
+        batch: AdapterBatch,
+        names: Sequence[str | None],
+        pool: LayerAdapters | None,
+        apart: Collection[str] = (),
+    ) -> None:
         super().__init__(batch, names)
         self.pool = pool
+        self.apart = apart
         self._fresh = True
 
     def decide(self, layer: Any) -> None:
@@ -155,6 +170,8 @@ class LayerBatch(LayerRows):
         self.biased = tuple(name for name in here if layer.lora_bias[name])
         self.fused = self.pool is not None and self.dropout_p is not None
         if self.fused and not _is_simple(layer, here) and layer._why_not_fused(here):
+            self.fused = False
+        if self.apart and any(name in self.apart for name in here):
             self.fused = False
 
     def settle(self) -> None:

@@ -1,0 +1,115 @@
+"""What no operation can mean is refused by the argument's name: what trying everything for each argument found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from multi_data import layer
+from peftkern.ops import (
+    dequantize,
+    dequantize_4bit,
+    ia3_linear,
+    linear_cross_entropy,
+    lora_embedding,
+    lora_linear,
+    lora_linear_shared,
+    multi_lora_linear,
+    quantize_4bit,
+    quantize_8bit,
+)
+from peftkern.ops.linear_quantized import linear_quantized
+
+N, K, R = 6, 8, 3
+torch.manual_seed(0)
+X, W, A, B, BIAS = (torch.randn(*shape) for shape in ((5, K), (N, K), (R, K), (N, R), (N,)))
+LABELS = torch.tensor([0, 1, 2, 5, -100])
+
+
+def shared(weights=(W, W), scalings=(1.0, 1.0), biases=None):
+    return lora_linear_shared(X, weights, (A, A), (B, B), scalings, biases)
+
+
+NOT_NUMBERS = ([1.0], {}, 1j, 10**400, object(), b"1", "1", None)
+
+
+@pytest.mark.parametrize("scaling", NOT_NUMBERS)
+def test_a_scaling_that_is_no_number_is_named(scaling):
+    """Would catch float()'s own error, which does not say which argument it is about."""
+    for call in (
+        lambda: lora_linear(X, W, A, B, scaling),
+        lambda: shared(scalings=(1.0, scaling)),
+        lambda: lora_embedding(LABELS[:3], torch.randn(K, N), A, B, scaling),
+    ):
+        with pytest.raises(TypeError, match="scaling"):
+            call()
+
+
+@pytest.mark.parametrize("nan", [float("nan"), torch.tensor(float("nan"))])
+def test_a_scaling_of_nan_is_refused(nan):
+    """Would catch a broken configuration that trains to NaN without a word."""
+    for call in (lambda: lora_linear(X, W, A, B, nan), lambda: shared(scalings=(1.0, nan))):
+        with pytest.raises(ValueError, match="scaling"):
+            call()
+
+
+WRONG = [
+    (lambda: lora_linear(X, W, A, B, 1.0, dropout_p=torch.tensor([0.1, 0.2])), TypeError, "dropout_p"),
+    (lambda: shared(weights=None), TypeError, "weights"),
+    (lambda: shared(scalings=1.0), TypeError, "scalings"),
+    (lambda: shared(biases=torch.tensor(1.0)), TypeError, "biases"),
+    (lambda: lora_embedding(LABELS[:3], torch.randn(K, N), A, B, 1.0, padding_idx="0"), TypeError, "padding_idx"),
+    (lambda: lora_embedding(LABELS[:3], torch.randn(K, N), A, B, 1.0, padding_idx=1.5), TypeError, "padding_idx"),
+    (lambda: linear_cross_entropy(X, W, LABELS + 1, ignore_index=-99), ValueError, "labels: expected ids in"),
+    (lambda: linear_cross_entropy(X, W, LABELS - 1), ValueError, "labels: expected ids in"),
+    (lambda: linear_cross_entropy(X, W, LABELS, ignore_index=None), TypeError, "ignore_index"),
+    (lambda: linear_cross_entropy(X, W, LABELS, num_items_in_batch="4"), TypeError, "num_items_in_batch"),
+    (lambda: linear_cross_entropy(X, W, LABELS, num_items_in_batch=LABELS), ValueError, "num_items_in_batch"),
+    (lambda: quantize_4bit(W.to("meta")), ValueError, "w: .*meta"),
+    (lambda: quantize_8bit(W.to("meta")), ValueError, "w: .*meta"),
+    (lambda: dequantize_4bit(quantize_4bit(W), out="W"), TypeError, "out"),
+    (lambda: dequantize(W, out=[W]), TypeError, "out"),
+    (lambda: linear_quantized(X, quantize_4bit(W), 1.0), TypeError, "bias"),
+]
+
+
+@pytest.mark.parametrize("call, error, message", WRONG)
+def test_others_are_named(call, error, message):
+    """Would catch an AttributeError, an OverflowError or an error from deep inside torch, or a wrong argument that
+    passes (a padding index of 1.5, a tensor of several numbers)."""
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_autocast_makes_no_float_of_what_is_none(dtype):
+    """Would catch integers, or the real part of complex numbers, that pass for activations under autocast alone."""
+    x = X.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        for call in (
+            lambda: lora_linear(x, W, A, B, 1.0),
+            lambda: lora_linear(x, quantize_4bit(W), A, B, 1.0),
+            lambda: lora_linear_shared(x, [W], [A], [B], [1.0]),
+            lambda: multi_lora_linear(x, W, layer(N, K), LABELS),
+            lambda: ia3_linear(x, W, BIAS),
+            lambda: linear_quantized(x, quantize_4bit(W)),
+            lambda: linear_cross_entropy(x, W, LABELS),
+        ):
+            with pytest.raises(TypeError, match="(x|hidden): expected"):
+                call()
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
+def test_a_loss_under_autocast_names_what_is_no_tensor(name):
+    """Would catch the cast that comes before the check."""
+    arguments = {"hidden": X, "weight": W, "labels": LABELS, "bias": BIAS} | {name: [1.0]}
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=f"{name}: expected a tensor"):
+        linear_cross_entropy(**arguments)
+
+
+def test_meta_tensors_under_autocast():
+    """Would catch asking for the autocast of a device that has none, where shapes are worked out on "meta"."""
+    x, w, a, b = (t.to("meta") for t in (X, W, A, B))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(x, w, a, b, 1.0)
+    assert y.is_meta and y.shape == (5, N)
