@@ -33,6 +33,7 @@ from peftkern.utils.quantized_files import (
     read_quantized,
 )
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit, weight_of
+from peftkern.utils.read_layers import needs_dense
 from peftkern.weights import DENSE_DTYPES, Weight4bit
 
 _HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir")
@@ -57,7 +58,8 @@ def quantize_model(
     Conv1D (GPT-2), whose weight is turned to [out_features, in_features] first. Dense stay, as there and with a warning
     here: subclasses of `nn.Linear` (Falcon's layers, `nn.MultiheadAttention`'s out_proj) and the experts of a mixture
     that are stacked in parameters of three dimensions (Mixtral, Qwen3-MoE). Dense stay without one: embeddings, norms,
-    convolutions, routers that are no linear layers, and what `skip_modules` names.
+    convolutions, routers that are no linear layers, and what `skip_modules` names. Otherwise than there, and with a
+    warning, layers stay dense whose weight the model reads by itself (`utils/read_layers.py`).
 
     Args:
         model: Any module; a transformers model is also marked as quantized, as `from_pretrained` does, so that Trainer
@@ -116,7 +118,8 @@ def _layers_to_quantize(model: nn.Module, skips: list[str]) -> list[list[str]]:
             users.setdefault(id(parameter), set()).add(id(module))
     groups: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if name and is_quantizable(module) and len(users.get(id(module.weight), ())) < 2:
+        alone = name and is_quantizable(module) and len(users.get(id(module.weight), ())) < 2
+        if alone and not needs_dense(model, name):
             groups.setdefault(id(module), []).append(name)
     chosen = [group for group in groups.values() if not any(is_skipped(name, skips) for name in group)]
     if not chosen:
@@ -187,6 +190,8 @@ def _note_left_dense(model: nn.Module, skips: list[str]) -> None:
     stacked = [name for name, p in model.named_parameters() if p.dim() > 2 and "expert" in name]
     left: dict[str, list[str]] = {"stacked experts": stacked}
     for name, module in model.named_modules():
+        if is_quantizable(module) and needs_dense(model, name) and not is_skipped(name, skips):
+            left.setdefault("layers whose weight the model reads by itself", []).append(name)
         linear = isinstance(module, nn.Linear) or is_conv1d(module)
         if linear and not is_quantizable(module) and not is_skipped(name, skips):
             of = "nn.Linear" if isinstance(module, nn.Linear) else "Conv1D"

@@ -481,3 +481,37 @@ def test_the_table_names_what_is_there():
         path, _, forward = key.partition(":")
         found = getattr(importlib.import_module(path), forward.split(".")[0]).forward
         assert f"{found.__module__}:{found.__qualname__}" == key
+
+
+def tokens_first(model_type):
+    """A model whose layers get [tokens, batch, K], and an input of five rows and five tokens."""
+    rows, pixels = torch.randint(4, 30, (5, 5)), torch.randn(5, 3, 8, 8)  # four patches and one token more
+    vision = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4)
+    if model_type == "bridgetower":
+        home = importlib.import_module("transformers.models.bridgetower.modeling_bridgetower")
+        config = home.BridgeTowerVisionConfig(hidden_size=64, num_hidden_layers=2, image_size=8, patch_size=4)
+        return home.BridgeTowerVisionModel(config), {"image": pixels}
+    if model_type == "mlcd_vision_model":
+        config = transformers.MLCDVisionConfig(intermediate_size=24, **vision)
+        return transformers.AutoModel.from_config(config), {"pixel_values": pixels}
+    heads = ("n_head", "num_attention_heads", "encoder_attention_heads", "decoder_attention_heads")
+    sizes = dict.fromkeys(("d_model", "hidden_size"), 64) | dict.fromkeys(heads, 2)
+    sizes |= dict.fromkeys(("n_layer", "num_hidden_layers", "encoder_layers", "decoder_layers"), 1)
+    sizes |= dict.fromkeys(("d_inner", "intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim"), 24)
+    sizes |= dict.fromkeys(("vocab_size", "src_vocab_size", "tgt_vocab_size"), 32) | {"attention_window": [4]}
+    known = transformers.CONFIG_MAPPING[model_type]().to_dict()
+    config = transformers.AutoConfig.for_model(model_type, **{k: v for k, v in sizes.items() if k in known})
+    inputs = {"input_ids": rows} | ({"bbox": torch.rand(5, 5, 8)} if model_type == "bros" else {})
+    return transformers.AutoModel.from_config(config), inputs
+
+
+@pytest.mark.parametrize(
+    "model_type", ["xlnet", "fsmt", "longformer", "led", "mlcd_vision_model", "bros", "bridgetower"]
+)
+def test_models_with_tokens_first_are_refused(model_type):
+    """Would catch as many tokens as there are names, each of them under the adapter of a sequence, without a word."""
+    base, inputs = tokens_first(model_type)
+    targets = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and not n.endswith("attn.out_proj")]
+    model = adapted(base, *[LoraConfig(r=2, target_modules=targets)] * 2)
+    with pytest.raises(ValueError, match="puts tokens first"):
+        model(**inputs, adapter_names=["one", "two", "one", "two", "one"])

@@ -448,3 +448,15 @@ def test_lora_embedding_by_itself():
         peftkern.nn.LoraEmbedding.from_embedding(nn.Linear(1, 1))
     with pytest.raises(TypeError, match="this LoraEmbedding has an adapter already"):
         peftkern.nn.LoraEmbedding.from_embedding(layer)
+
+
+def test_a_base_layer_that_returns_a_tuple_is_refused_in_words():
+    """Catches a router (Llama 4's, PhiMoE's) on which the sum of a tuple and a tensor fails, without a word of why."""
+
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    layer = Linear(Router(8, 4), "default", LoraConfig(r=2))
+    with pytest.raises(TypeError, match="a Router, returned a tuple .*exclude_modules"):
+        layer(torch.randn(3, 8))

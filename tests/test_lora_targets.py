@@ -235,6 +235,17 @@ def test_modules_that_cannot_be_adapted_are_named_and_nothing_is_changed(targets
     assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "peft_config")
 
 
+def test_all_linear_leaves_out_what_attention_reads_without_calling():
+    """Catches "all-linear" that raises for models with a SigLIP pooling head (Gemma 3, Aya Vision), where nobody named
+    the layer, and a shortened list of names that means it after all."""
+    model = nn.ModuleDict({f"block{i}": Mixed() for i in range(25)})
+    model["last"] = nn.ModuleDict({"out_proj": nn.Linear(4, 4)})
+    adapted = LoraModel(model, LoraConfig(target_modules="all-linear", r=2), "default")
+    names = {name.partition(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
+    assert names == {"model.last.out_proj", *(f"model.block{i}.first" for i in range(25))}
+    assert adapted.peft_config["default"].target_modules == {"first", "last.out_proj"}
+
+
 def test_mamba_layers_that_are_never_called_are_refused():
     """Catches an adapter that Mamba's kernel would bypass."""
     config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32, state_size=4)
@@ -337,3 +348,14 @@ def test_pattern_and_suffix_rules():
     assert not check_target_module_exists(config, "a.proj.b")
     assert get_pattern_key(["proj", r"a\..*"], "a.q_proj") == r"a\..*"
     assert get_pattern_key(["proj"], "q_proj") == "q_proj"
+
+
+def test_stacked_experts_are_no_linear_layers():
+    """Catches a mixture whose experts, most of it, stay frozen under "all-linear" without a word."""
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    config = transformers.MixtralConfig(num_local_experts=2, num_key_value_heads=1, **sizes)
+    with pytest.warns(UserWarning, match="stacked experts stay frozen.*layers.0.mlp.experts.gate_up_proj"):
+        LoraModel(transformers.MixtralForCausalLM(config), LoraConfig(target_modules="all-linear"), "default")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LoraModel(mlp(), LoraConfig(target_modules="all-linear"), "default")

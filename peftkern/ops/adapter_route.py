@@ -218,6 +218,23 @@ class ScatteredBatch(AdapterBatch):
         )
 
 
+class TokensFirstBatch(AdapterBatch):
+    """A batch as a layer sees it whose input is [tokens, batch, K].
+
+    With as many tokens as there are ids, `AdapterBatch` would take a token for an entry of the batch.
+    """
+
+    def __init__(self, batch: AdapterBatch) -> None:
+        self.__dict__.update(batch.__dict__)
+
+    def check_rows(self, x: torch.Tensor, operation: str = "multi_lora_linear") -> int:
+        what = "adapter_names" if self.named else f"{operation}: adapter_ids"
+        raise ValueError(
+            f"{what}: expected an input whose first dimension is the batch; the model puts tokens first before this "
+            f"layer (here {list(x.shape)}): run each adapter's rows by themselves"
+        )
+
+
 def is_capturing(t: torch.Tensor) -> bool:
     """Whether what is computed of `t` now is recorded in a CUDA graph and not computed."""
     return t.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from peftkern.tuners.tuner_layer import BaseTunerLayer, is_tuned
-from peftkern.utils.adapter_error import cut, shown
+from peftkern.utils.adapter_error import cut, shorten, shown
 from peftkern.utils.constants import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     MAMBA_MODEL_TYPES,
@@ -28,6 +28,7 @@ from peftkern.utils.linear_layers import conv1d_class, is_conv1d
 from peftkern.utils.other import AuxiliaryTrainingWrapper
 from peftkern.utils.peft_types import TaskType
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit, holds_quantized
+from peftkern.utils.read_layers import is_uncalled
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -167,6 +168,7 @@ def match_targets(
     if is_all_linear(config.target_modules):
         linear = {k for k, m in layers.items() if is_tuned(m) and "Linear" in type(m).__name__}
         config.target_modules = all_linear_names(model, config.task_type, inside, linear)
+        _warn_of_stacked_experts(model)
     targets = config.target_modules
     if not isinstance(targets, str) and len(targets) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
         short = shortest_suffixes(set(targets), [k for k in names if not ends_with_name(k, targets)])
@@ -197,6 +199,17 @@ def match_targets(
             warnings.warn(f"target_modules={missed!r} matched no module{hint}: no adapter there", stacklevel=4)
     _warn_of_unused_patterns(config, matched, names)
     return matched
+
+
+def _warn_of_stacked_experts(model: nn.Module) -> None:
+    """Warns that "all-linear" does not mean the experts of a mixture that are stacked in one parameter."""
+    stacked = [name for name, p in model.named_parameters() if p.dim() > 2 and "experts" in name.split(".")]
+    if stacked:
+        warnings.warn(
+            f'target_modules="all-linear": the stacked experts stay frozen, for they are no linear layers: '
+            f"{shorten(stacked, 2)} (PEFT adapts those of some models by target_parameters, which is not built here)",
+            stacklevel=5,
+        )
 
 
 def _without_a_match(entries: Iterable[str], names: Iterable[str]) -> list[str]:
@@ -269,6 +282,17 @@ def warn_of_tied_targets(model: nn.Module, config: Any, keys: Iterable[str]) -> 
             )
 
 
+def warn_of_uncalled_targets(model: nn.Module, keys: Iterable[str]) -> None:
+    """Warns where an adapter goes on a layer that the model does not call: there are such files, so it is no error."""
+    dead = [key for key in keys if is_uncalled(model, key)]
+    if dead:
+        warnings.warn(
+            f"the adapters of {shorten(dead, 3)} have no effect and will not learn: the model reads the weights of "
+            "these layers without calling them (keep them out with exclude_modules)",
+            stacklevel=4,
+        )
+
+
 def output_head_names(model: nn.Module, task_type: str | None) -> set[str]:
     """Names of the layers that turn features into logits, which "all-linear" leaves out.
 
@@ -288,6 +312,9 @@ def output_head_names(model: nn.Module, task_type: str | None) -> set[str]:
 def all_linear_names(model: nn.Module, task_type: str | None, inside: set[str], linear_like: set[str]) -> set[str]:
     """What the shorthand "all-linear" stands for in `model`.
 
+    PEFT also puts adapters on the out_proj of an `nn.MultiheadAttention` (SigLIP's pooling head), which computes
+    nothing with them; here they are left out.
+
     Args:
         model: The model.
         task_type: The configuration's task, which tells a classification head.
@@ -295,6 +322,7 @@ def all_linear_names(model: nn.Module, task_type: str | None, inside: set[str], 
         linear_like: Those of them that stand in the place of a linear layer.
     """
     names = {name for name, module in model.named_modules() if is_linear(module) and not lies_under(name, inside)}
+    names = {name for name in names if not _is_read_by_attention(model, name)}
     return (names | linear_like) - output_head_names(model, task_type)
 
 
@@ -345,9 +373,14 @@ def check_mamba_target(config: Any, model: nn.Module, target_name: str) -> None:
         )
 
 
+def _is_read_by_attention(model: nn.Module, key: str) -> bool:
+    """Whether `key` is the out_proj of an `nn.MultiheadAttention`, which reads its weight and never calls it."""
+    return isinstance(model.get_submodule(key.rpartition(".")[0]), nn.MultiheadAttention)
+
+
 def check_is_called(config: Any, model: nn.Module, key: str) -> None:
     """Raises ValueError for a layer `key` whose weight the model reads without calling it: adapting it does nothing."""
-    if isinstance(model.get_submodule(key.rpartition(".")[0]), nn.MultiheadAttention):
+    if _is_read_by_attention(model, key):
         raise ValueError(
             f"target_modules names {key!r}, whose weight nn.MultiheadAttention reads without calling the layer: an "
             "adapter there would do nothing (keep it out with exclude_modules)"

@@ -2,7 +2,8 @@
 
 Some modules of transformers take [batch, tokens, K] and hand their children its plain flattening [batch * tokens, K]:
 `FLATTENING` lists those, and a layer in one of these places is served, each id for as many rows as it has tokens. The
-shape alone would not do: experts get such a tensor too, of tokens in another order. What a place is, is decided once,
+shape alone would not do: experts get such a tensor too, of tokens in another order, and the layers of `TOKENS_FIRST`
+have tokens where others have the batch. What a place is, is decided once,
 when the layers are looked for; that as many sequences come as there are ids is seen where the batch still has a
 dimension, by a hook on the module that flattens, for as long as the batch is in force.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from peftkern.ops.adapter_route import AdapterBatch, FlatBatch, ScatteredBatch
+from peftkern.ops.adapter_route import AdapterBatch, FlatBatch, ScatteredBatch, TokensFirstBatch
 
 # (folder of transformers.models, class that takes [batch, tokens, K] first and flattens it, children that it calls with
 # the plain flattening of that, or of what it made of each token). Read in transformers 5.23; tests run each of them.
@@ -45,6 +46,18 @@ _READ = (
 FLATTENING = MappingProxyType(
     {f"transformers.models.{name}.modeling_{name}:{cls}.forward": children for name, cls, *children in _READ}
 )
+# (folder, class): modules whose layers get [tokens, batch, K].
+_TOKENS_FIRST = (
+    ("bridgetower", "BridgeTowerResidualAttention"),
+    ("bros", "BrosBboxEmbeddings"),
+    ("fsmt", "DecoderLayer"),
+    ("fsmt", "EncoderLayer"),
+    ("led", "LEDEncoderSelfAttention"),
+    ("longformer", "LongformerSelfAttention"),
+    ("mlcd", "MLCDEncoderLayer"),
+    ("xlnet", "XLNetModel"),
+)
+TOKENS_FIRST = frozenset(f"transformers.models.{name}.modeling_{name}:{cls}.forward" for name, cls in _TOKENS_FIRST)
 # A level of a module's name below which it sees tokens that a router picked, and the experts that see all of them.
 _PICKED = "experts"
 
@@ -63,18 +76,21 @@ class TokenOrder:
 
     def _look(self) -> None:
         # How such a layer sees a batch; a layer without an entry sees it as it is.
-        self._sees: dict[Any, type[FlatBatch] | type[ScatteredBatch]] = {}
+        self._sees: dict[Any, type[FlatBatch] | type[ScatteredBatch] | type[TokensFirstBatch]] = {}
         # A module that flattens, and one of its layers, which knows the batch.
         self._doors: dict[nn.Module, Any] = {}
         # What the modules run that this rests on.
         self._runs: dict[nn.Module, str] = {}
         modules, wanted = dict(self._model.named_modules(remove_duplicate=False)), set(self._layers)
         doors: dict[Any, list[nn.Module | None]] = {}  # of each place of a layer, which may have several
+        turned = [module for module in modules.values() if _forward_of(module) in TOKENS_FIRST]
+        tokens_first = {layer for module in turned for layer in module.modules()}
         for name, layer in modules.items():
             if layer in wanted:
                 doors.setdefault(layer, []).append(self._door(modules, name))
                 if _PICKED in name.split("."):
                     self._sees[layer] = ScatteredBatch
+        self._sees |= dict.fromkeys(tokens_first & wanted, TokensFirstBatch)
         for layer, found in doors.items():
             if None not in found:
                 self._sees[layer] = FlatBatch

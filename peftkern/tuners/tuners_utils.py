@@ -20,7 +20,12 @@ from peftkern.config import PeftConfig
 from peftkern.tuners.merged_models import settle_merged
 from peftkern.tuners.merging_quantized import is_merged_into_dense, one_warning_for_all
 from peftkern.tuners.mixed import BASE, MixedRows, check_names
-from peftkern.tuners.targets import check_target_module_exists, match_targets, warn_of_tied_targets
+from peftkern.tuners.targets import (
+    check_target_module_exists,
+    match_targets,
+    warn_of_tied_targets,
+    warn_of_uncalled_targets,
+)
 from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, check_adapters_to_merge, is_tuned
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.other import (
@@ -139,6 +144,7 @@ class BaseTuner(nn.Module, ABC):
         if any(adapter_name in m.merged_adapters for m in model.modules() if is_tuned(m)):
             raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before making it anew")
         warn_of_tied_targets(model, config, keys)
+        warn_of_uncalled_targets(model, keys)
 
         # A further adapter leaves what was there as trainable as it was. Layers of `peftkern.nn` are part of the base.
         first = len(self.peft_config) == 1 and not getattr(model, "peft_config", None)

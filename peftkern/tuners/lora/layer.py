@@ -448,6 +448,12 @@ class Linear(LoraLayer, nn.Module):
 
     def _add_plain(self, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
         """`y` plus each adapter's part, by calling the modules; in y's dtype."""
+        if not isinstance(y, torch.Tensor):
+            kind = type(self.base_layer).__name__
+            raise TypeError(
+                f"LoRA adds to a tensor, and the base layer, a {kind}, returned a {type(y).__name__} (as some routers "
+                "do): keep it out with exclude_modules"
+            )
         total = y
         for name in names:
             total = total + self._part(x, name)
