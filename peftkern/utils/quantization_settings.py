@@ -121,7 +121,7 @@ def check_patterns(name: str, patterns: Any) -> list[str]:
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except (re.error, RecursionError) as error:
+        except (re.error, RecursionError, OverflowError) as error:  # too deep; a{99999999999}
             raise ValueError(f"{name}: {shown(pattern, 300)} is no regular expression: {error}") from error
     return list(patterns)
 

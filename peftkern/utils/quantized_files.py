@@ -37,6 +37,7 @@ _STATE = "weight.quant_state."
 _TENSORS_4BIT = ("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
 _EXTRAS_8BIT = ("SCB", "weight_format")
 _ROWS = 0  # the one weight_format still in use
+_TOO_MANY = 2**63  # elements
 _MAX_STATE = 16 * 1024  # bytes; bitsandbytes writes under 200
 _FIELDS = ("quant_type", "blocksize", "dtype", "shape")
 _NESTED_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
@@ -269,7 +270,7 @@ def _read_state(blob: torch.Tensor, key: str, quant_type: str, nested: bool, fil
         "quant_type": (fields["quant_type"] == quant_type, f"{quant_type!r}, as the name says"),
         "blocksize": (_is_int(fields["blocksize"]) and fields["blocksize"] in BLOCKSIZES, _one_of(BLOCKSIZES)),
         "dtype": (isinstance(fields["dtype"], str) and fields["dtype"] in _DTYPES, _one_of(_DTYPES)),
-        "shape": (_is_matrix(fields["shape"]), "[out_features, in_features], each at least 1"),
+        "shape": (_is_matrix(fields["shape"]), "[out_features, in_features], each at least 1, below 2**63 elements"),
     }
     if nested:
         value = fields["nested_offset"]
@@ -318,4 +319,5 @@ def _is_int(value: object) -> bool:
 
 
 def _is_matrix(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(_is_int(item) and item > 0 for item in value)
+    sizes = isinstance(value, list) and len(value) == 2 and all(_is_int(item) and item > 0 for item in value)
+    return sizes and math.prod(value) < _TOO_MANY

@@ -281,8 +281,7 @@ def load_config(model_id: PathLike, **hub_kwargs: Any) -> PeftConfig:
         AdapterFileError: The file is missing or damaged, `peft_type` is missing or unknown, or a field is wrong.
         NotImplementedError: It asks for what is not built here, by the field's name.
     """
-    with blamed_on_config(model_id, hub_kwargs):
-        return cast(PeftConfig, PeftConfig.from_pretrained(model_id, **hub_kwargs))
+    return cast(PeftConfig, PeftConfig.from_pretrained(model_id, **hub_kwargs))
 
 
 @contextlib.contextmanager
