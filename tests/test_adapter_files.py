@@ -18,7 +18,14 @@ from safetensors.torch import load_file, save_file
 
 from peftkern import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peftkern.utils.adapter_error import AdapterFileError
-from peftkern.utils.adapter_files import read_config, read_weights, write_adapter, write_config, write_weights
+from peftkern.utils.adapter_files import (
+    read_config,
+    read_weights,
+    write_adapter,
+    write_config,
+    write_text_file,
+    write_weights,
+)
 from tiny_models import fingerprint, mlp, randomize
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -63,6 +70,17 @@ def as_bin(folder: Path, change) -> None:
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     torch.save(tensors | {A_UP: change(tensors[A_UP])}, folder / "adapter_model.bin")
+
+
+def deflated_bin(folder: Path) -> None:
+    """The adapter as a compressed `.bin` file, a megabyte of zeros in it."""
+    as_bin(folder, lambda a: torch.zeros(2**18))
+    path = folder / "adapter_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, value in content.items():
+            archive.writestr(name, value)
 
 
 def edit_weights(folder: Path, change) -> None:
@@ -123,6 +141,15 @@ CONFIG_DAMAGE = {
     "r list": (lambda d: edit_config(d, r=[4]), [CONFIG, "r "]),
     "alpha string": (lambda d: edit_config(d, lora_alpha="16"), [CONFIG, "lora_alpha"]),
     "alpha too large": (put(CONFIG, '{"peft_type": "LORA", "r": 4, "lora_alpha": 1e999}'), [CONFIG, "lora_alpha"]),
+    "alpha past a float": (lambda d: edit_config(d, lora_alpha=10**400), [CONFIG, "lora_alpha", "finite"]),
+    "pattern past a float": (lambda d: edit_config(d, alpha_pattern={"up": 10**400}), [CONFIG, "alpha_pattern"]),
+    "targets repeated": (lambda d: edit_config(d, target_modules="a{99999999999}"), [CONFIG, "target_modules"]),
+    "saved repeated": (lambda d: edit_config(d, modules_to_save=["a{99999999999}"]), [CONFIG, "modules_to_save"]),
+    "saved deep": (lambda d: edit_config(d, modules_to_save=["(" * 3000 + ")" * 3000]), [CONFIG, "modules_to_save"]),
+    "layers_pattern": (
+        lambda d: edit_config(d, layers_to_transform=[0], layers_pattern=["("]),
+        [CONFIG, "layers_pattern", "unterminated"],
+    ),
     "r too large": (lambda d: edit_config(d, r=10**12), ["lora_A", "rank", str(10**12)]),
     "dropout 2": (lambda d: edit_config(d, lora_dropout=2.0), [CONFIG, "lora_dropout"]),
     "targets number": (lambda d: edit_config(d, target_modules=5), [CONFIG, "target_modules"]),
@@ -155,6 +182,11 @@ WEIGHT_DAMAGE = {
     "dtype a list": (lambda d: header_file(d / WEIGHTS, {A_UP: entry([1], [1])}, b"1234"), [WEIGHTS, A_UP, "dtype"]),
     "negative shape": (lambda d: header_file(d / WEIGHTS, {A_UP: entry([-1])}, b"1234"), [WEIGHTS, A_UP, "shape"]),
     "huge shape": (lambda d: header_file(d / WEIGHTS, {A_UP: entry([2**40, 2**40], end=4)}, b"1234"), [WEIGHTS, A_UP]),
+    "65 dimensions": (lambda d: header_file(d / WEIGHTS, {A_UP: entry([1] * 65)}, b"1234"), [WEIGHTS, A_UP, "65"]),
+    "empty and huge": (
+        lambda d: header_file(d / WEIGHTS, {A_UP: entry([2**63, 0], end=0)}),
+        [WEIGHTS, A_UP, "shape", str(2**63)],
+    ),
     "offsets beyond": (lambda d: header_file(d / WEIGHTS, {A_UP: entry([1000])}, b"1234"), [WEIGHTS, A_UP, "4000"]),
     "overlap": (lambda d: header_file(d / WEIGHTS, {"a": entry([1]), "b": entry([1])}, b"1234"), [WEIGHTS, "'b'"]),
     "hole": (lambda d: header_file(d / WEIGHTS, {"a": entry([1], begin=4)}, b"12345678"), [WEIGHTS, "'a'"]),
@@ -178,6 +210,15 @@ WEIGHT_DAMAGE = {
     ),
     "sparse bin": (lambda d: as_bin(d, lambda a: a.to_sparse()), ["adapter_model.bin", A_UP, "sparse"]),
     "bin without values": (lambda d: as_bin(d, lambda a: a.to("meta")), ["adapter_model.bin", A_UP, "meta"]),
+    "bin of more elements than values": (
+        lambda d: as_bin(d, lambda a: torch.zeros(1, 1).expand(4, 2**40)),
+        ["adapter_model.bin", A_UP, str(2**40), "more elements"],
+    ),
+    "nested bin": (
+        lambda d: as_bin(d, lambda a: torch.nested.nested_tensor([a])),
+        ["adapter_model.bin", A_UP, "nested"],
+    ),
+    "bin that unpacks": (lambda d: deflated_bin(d), ["adapter_model.bin", "unpack"]),
     "rank of an absent layer": (
         lambda d: edit_config(d, target_modules=["up", "down", "head"], rank_pattern={"head": 10**13}),
         [WEIGHTS, CONFIG, str(10**13), "larger than 4096"],
@@ -224,6 +265,24 @@ def test_damaged_config_is_refused_before_the_base_is_touched(saved, kind):
     for word in words:
         assert word in str(error.value), f"{error.value} does not say {word!r}"
     assert fingerprint(base) == before
+
+
+@pytest.mark.parametrize("kind", ["empty", "r string", "targets number", "unknown peft_type", "alpha past a float"])
+def test_a_configuration_read_alone_is_refused_by_file(saved, kind):
+    """Would catch: `PeftConfig.from_pretrained` that says which field is wrong, of the many folders a program reads in
+    none."""
+    damage, words = CONFIG_DAMAGE[kind]
+    damage(saved)
+    with pytest.raises(AdapterFileError) as error:
+        PeftConfig.from_pretrained(saved)
+    assert error.value.file == str(saved / CONFIG) and all(word in str(error.value) for word in words)
+
+
+def test_names_of_the_reader_s_own_arguments_are_unknown_keys(saved):
+    """Would catch: a key "cls" in a file that is taken for an argument of the function that reads it."""
+    edit_config(saved, cls=1, self=2, config=3)
+    with pytest.warns(UserWarning, match=r"\['cls', 'config', 'self'\]"):
+        PeftConfig.from_pretrained(saved)
 
 
 def test_what_is_not_built_is_refused_with_the_file_s_name(saved):
@@ -558,6 +617,18 @@ def test_stale_staging_is_removed_and_a_fresh_one_kept(tmp_path):
         os.utime(path, (path.stat().st_mtime - age,) * 2)
     write_config(tmp_path, {"r": 1})
     assert sorted(p.name for p in tmp_path.iterdir()) == [".adapter_staging_fresh", CONFIG]
+
+
+def test_saved_files_can_be_read_by_whoever_may(saved):
+    """Would catch: weights that only their owner can read beside a configuration that all can, as safetensors and so
+    PEFT writes them: a server that runs as another user then fails. And a README whose staged copies pile up."""
+    (saved / "plain").write_text("x")
+    assert {path.stat().st_mode for path in saved.iterdir()} == {(saved / "plain").stat().st_mode}
+    for name, age in ((".README.md_old", 7200), (".README.md_new", 10)):
+        (saved / name).write_text("x")
+        os.utime(saved / name, ((saved / name).stat().st_mtime - age,) * 2)
+    write_text_file(saved / "README.md", "text")
+    assert [path.name for path in saved.iterdir() if path.name.startswith(".")] == [".README.md_new"]
 
 
 def test_two_processes_saving_into_one_folder(killed):

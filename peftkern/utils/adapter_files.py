@@ -21,6 +21,7 @@ import shutil
 import tempfile
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -43,6 +44,7 @@ _STAGING = ".adapter_staging_"
 _STAGED = {CONFIG_NAME: "config.new", SAFETENSORS_WEIGHTS_NAME: "weights.new"}
 _MAX_CONFIG = 64 * 1024 * 1024
 _STALE_SECONDS = 3600.0
+_FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)  # two values a byte, on which next to nothing can be computed
 
 PathLike = str | os.PathLike[str]
 
@@ -103,7 +105,7 @@ def read_weights(
             raise AdapterFileError(path, f"not a valid safetensors file: {error}") from error
     if not tensors:
         raise AdapterFileError(path, "it holds no tensors")
-    bad = [name for name, value in tensors.items() if value.is_floating_point() and not _all_finite(value)]
+    bad = [name for name, value in tensors.items() if value.is_floating_point() and not all_finite(value)]
     if bad:
         warnings.warn(f"{path}: NaN or Inf in {shorten(bad)}.", stacklevel=2)
     return tensors
@@ -142,7 +144,9 @@ def write_adapter(folder: PathLike, config: Mapping[str, Any], state_dict: Mappi
 
 def write_text_file(path: PathLike, text: str) -> None:
     """Write `text` to `path` by way of a file beside it and one rename."""
-    handle, beside = tempfile.mkstemp(prefix=f".{os.path.basename(path)}_", dir=os.path.dirname(path) or ".")
+    prefix, folder = f".{os.path.basename(path)}_", os.path.dirname(path) or "."
+    _remove_stale(folder, prefix)
+    handle, beside = tempfile.mkstemp(prefix=prefix, dir=folder)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -179,7 +183,8 @@ def _find(model_id: PathLike, names: tuple[str, ...], subfolder: str | None, hub
 
 def _read_bin(path: str, device: str | torch.device) -> dict[str, torch.Tensor]:
     """Read a `.bin` file by torch's restricted unpickler, which builds tensors and containers only."""
-    check_regular_file(path)
+    size = check_regular_file(path)
+    _check_zip(path, size)
     try:
         loaded = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises whatever the damaged bytes led its readers to
@@ -189,13 +194,30 @@ def _read_bin(path: str, device: str | torch.device) -> dict[str, torch.Tensor]:
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise AdapterFileError(path, f"expected a tensor by a string, got {type(value).__name__}", key=str(name))
-        if value.is_meta or value.layout != torch.strided:
-            held = "one without values (on the meta device)" if value.is_meta else str(value.layout)
+        if value.is_meta or value.layout != torch.strided or value.is_nested or value.dtype == _FLOAT4:
+            kinds = {"nested": value.is_nested, "one without values (on the meta device)": value.is_meta}
+            held = next((kind for kind, fits in kinds.items() if fits), f"{value.layout} of {value.dtype}")
             raise AdapterFileError(path, f"expected a dense tensor, got {held}", key=name)
+        if value.nbytes > value.untyped_storage().nbytes():  # by strides of 0 a few bytes make any number of elements
+            reason = f"its shape {list(value.shape)} has more elements than the file holds values for it"
+            raise AdapterFileError(path, reason, key=name)
     return dict(loaded)
 
 
-def _all_finite(value: torch.Tensor) -> bool:
+def _check_zip(path: str, size: int) -> None:
+    """Refuse an archive that unpacks to more than its own size: torch.save compresses nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(item.file_size for item in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeError) as error:
+        raise AdapterFileError(path, f"a damaged zip archive: {error}") from error
+    if unpacked > size:
+        raise AdapterFileError(path, f"it would unpack to {unpacked} bytes, torch.save does not compress: {size} here")
+
+
+def all_finite(value: torch.Tensor) -> bool:
     """Whether no element is NaN or Inf (the one-byte floats are widened first: isfinite does not know them all)."""
     return bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all())
 
@@ -228,7 +250,10 @@ def _weights_writer(state_dict: Mapping[str, torch.Tensor]) -> Callable[[str], N
         seen.add(storage)
 
     def write(path: str) -> None:
-        save_file(ready, path, metadata={"format": "pt"})
+        try:
+            save_file(ready, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, mostly, and no OSError
+            raise OSError(f"{path}: {error}") from error
 
     return write
 
@@ -240,13 +265,14 @@ def _replace_files(folder: PathLike, writers: Mapping[str, Callable[[str], None]
         raise ValueError(f"save_directory: expected a folder, got a file: {folder}")
     os.makedirs(folder, exist_ok=True)
     with _locked(folder):
-        _remove_stale(folder)
+        _remove_stale(folder, _STAGING)
         _finish_commit(folder)
         staging = tempfile.mkdtemp(prefix=_STAGING, dir=folder)
         try:
             for name, write in writers.items():
                 path = os.path.join(staging, _STAGED[name])
                 write(path)
+                os.chmod(path, 0o666 & ~_umask())  # safetensors lets only the user read what it writes
                 _sync(path)
             _sync(staging)
             os.rename(staging, os.path.join(folder, _COMMIT))
@@ -289,11 +315,16 @@ def _finish_commit(folder: str) -> None:
     os.rmdir(commit)
 
 
-def _remove_stale(folder: str) -> None:
-    """Remove staging folders that a killed writer left an hour or more ago (a younger one may be in use)."""
-    for entry in os.scandir(folder):
-        if entry.name.startswith(_STAGING) and time.time() - entry.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(entry.path, ignore_errors=True)
+def _remove_stale(folder: str, prefix: str) -> None:
+    """Remove what a killed writer left in staging: files and folders with that beginning of a name in which nothing was
+    written for an hour (a younger one may be in use)."""
+    for entry in list(os.scandir(folder)):
+        if not entry.name.startswith(prefix):
+            continue
+        with contextlib.suppress(OSError):  # another writer removes it too
+            inside = [item.stat().st_mtime for item in os.scandir(entry.path)] if entry.is_dir() else []
+            if time.time() - max(entry.stat().st_mtime, *inside, 0.0) > _STALE_SECONDS:
+                shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
 
 
 def _same_bytes(first: str, second: str) -> bool:

@@ -56,6 +56,14 @@ def quantized_keys(prefix: str) -> tuple[str, ...]:
     return tuple(prefix + name for name in ("weight", *_TENSORS_4BIT, *states, *_EXTRAS_8BIT))
 
 
+def keys_of(weight: Weight4bit | Weight8bit, prefix: str) -> tuple[str, ...]:
+    """The names that `read_quantized` takes such a weight from (`weight_format` may be missing)."""
+    if isinstance(weight, Weight8bit):
+        return tuple(prefix + name for name in ("weight", *_EXTRAS_8BIT))
+    tensors = _TENSORS_4BIT if weight.nested_absmax is not None else _TENSORS_4BIT[:2]
+    return tuple(prefix + name for name in ("weight", *tensors, f"{_STATE}bitsandbytes__{weight.quant_type}"))
+
+
 def quantized_prefixes(keys: Iterable[str]) -> dict[str, list[str]]:
     """The layers that have a quantized weight, known by the names alone.
 
