@@ -250,10 +250,7 @@ def _weights_writer(state_dict: Mapping[str, torch.Tensor]) -> Callable[[str], N
         seen.add(storage)
 
     def write(path: str) -> None:
-        try:
-            save_file(ready, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, mostly, and no OSError
-            raise OSError(f"{path}: {error}") from error
+        save_file(ready, path, metadata={"format": "pt"})
 
     return write
 
@@ -271,7 +268,10 @@ def _replace_files(folder: PathLike, writers: Mapping[str, Callable[[str], None]
         try:
             for name, write in writers.items():
                 path = os.path.join(staging, _STAGED[name])
-                write(path)
+                try:
+                    write(path)
+                except (OSError, SafetensorError) as error:  # a full disk, mostly, which neither says
+                    raise OSError(f"{os.path.join(folder, name)}: {error}") from error
                 os.chmod(path, 0o666 & ~_umask())  # safetensors lets only the user read what it writes
                 _sync(path)
             _sync(staging)

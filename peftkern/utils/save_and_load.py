@@ -15,7 +15,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from peftkern.config import PeftConfig
 from peftkern.tuners.tuner_layer import is_tuned
-from peftkern.utils.adapter_error import AdapterFileError, cut, shorten
+from peftkern.utils.adapter_error import AdapterFileError, cut, shorten, shown
 from peftkern.utils.adapter_files import PathLike, config_file, read_weights, weights_file
 from peftkern.utils.adapter_keys import (
     PREFIX,
@@ -155,13 +155,18 @@ def plan_load(
     """Match `state_dict` against the adapter that `model` holds.
 
     Raises:
-        AdapterFileError: A shape or kind of dtype differs; an adapted layer has one factor of its pair only; no tensor
-            of the adapter is in the file; or names are missing *and* others unknown, so that some were changed.
+        TypeError: `state_dict` is no mapping of strings.
+        AdapterFileError: A value is no dense tensor with values; a shape or kind of dtype differs; an adapted layer has
+            one factor of its pair only; no tensor of the adapter is in the file; or names are missing *and* others
+            unknown, so that some were changed.
 
     Warns:
         UserWarning: Shapes that differ, with `ignore_mismatched_sizes`.
     """
     config = _config_of(model, adapter_name)
+    if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
+        got = f"{type(state_dict).__name__} of {shorten(list(state_dict), 1)}" if state_dict else shown(state_dict)
+        raise TypeError(f"state_dict: expected a dict of names to tensors, got {got}")
     adapter = adapter_key_map(model, adapter_name)
     places = adapter | {key: key for key in base_bias_keys(model, config)}
     places |= {key: key for targeted in (False, True) for key in embedding_keys(model, targeted)}
@@ -174,6 +179,11 @@ def plan_load(
         if key not in places:
             continue
         target = held[places[key]]
+        if not isinstance(value, torch.Tensor):
+            raise AdapterFileError(source, f"expected a tensor, got {type(value).__name__}", key=key)
+        if value.is_meta or value.is_nested or value.layout != torch.strided:
+            held_as = "on the meta device" if value.is_meta else "nested" if value.is_nested else value.layout
+            raise AdapterFileError(source, f"expected a dense tensor with values, got one that is {held_as}", key=key)
         if value.is_floating_point() != target.is_floating_point() or value.is_complex():
             raise AdapterFileError(source, f"its dtype is {value.dtype}, expected one like {target.dtype}", key=key)
         if value.shape != target.shape:
