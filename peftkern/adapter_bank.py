@@ -25,12 +25,11 @@ from peftkern.tuners.lora.model import highest_rank
 from peftkern.tuners.mixed import BASE
 from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import AdapterFileError, shorten
-from peftkern.utils.adapter_files import PathLike, write_adapter
+from peftkern.utils.adapter_files import PathLike, blamed_on_config, reading, write_adapter
 from peftkern.utils.adapter_keys import PREFIX
 from peftkern.utils.model_snapshot import restored_on_error
 from peftkern.utils.other import ModulesToSaveWrapper
 from peftkern.utils.save_and_load import (
-    blamed_on_config,
     check_lora_tensors,
     config_to_save,
     get_peft_model_state_dict,
@@ -474,14 +473,15 @@ def _parameters_of(module: Any, name: str) -> Iterator[Any]:
 
 def _read(name: str, folder: PathLike, hub: dict[str, Any]) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Configuration and tensors of a saved adapter, checked as far as that goes without a model."""
-    try:
-        config: Any = load_config(folder, **hub)
-    except NotImplementedError as error:
-        raise NotImplementedError(f"adapter {name!r}: {error}") from error  # which names the file
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"adapter {name!r}: {os.fspath(folder)} holds a {config.peft_type} adapter, expected LoRA")
-    tensors = load_peft_weights(folder, **hub)
-    check_lora_tensors(weights_file(folder, **hub), tensors, config)
+    with reading(folder, hub.get("subfolder")):
+        try:
+            config: Any = load_config(folder, **hub)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"adapter {name!r}: {error}") from error  # which names the file
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"adapter {name!r}: {os.fspath(folder)} holds a {config.peft_type} adapter, expected LoRA")
+        tensors = load_peft_weights(folder, **hub)
+        check_lora_tensors(weights_file(folder, **hub), tensors, config)
     return config, tensors
 
 

@@ -196,8 +196,7 @@ class PeftConfigMixin:
                 with a value that is not allowed; it names the file.
             NotImplementedError: It asks for what is not built here; it names file and field.
         """
-        from peftkern.utils.adapter_files import read_config
-        from peftkern.utils.save_and_load import blamed_on_config
+        from peftkern.utils.adapter_files import blamed_on_config, read_config
 
         unknown = sorted(set(hub_kwargs) - _HUB_ARGUMENTS)
         if unknown:

@@ -297,7 +297,7 @@ def load_quantized(
     groups = quantized_prefixes(checkpoint)
     if not groups:
         raise QuantizedFileError(source, f"no quantized weight is in it; {_DENSE_ADVICE}")
-    _check_layer_count(source, len(checkpoint), hub_kwargs)
+    _check_plausible(source, len(checkpoint), hub_kwargs)
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     model = hf.build_without_weights(source, model_class, dtype, hub_kwargs, options)
     places = _Places(model, hf.name_in_model(model))
@@ -320,8 +320,13 @@ _DENSE_ADVICE = "load a dense checkpoint by transformers' from_pretrained, and g
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 
 
-def _check_layer_count(source: str, tensors: int, hub_kwargs: dict[str, Any]) -> None:
-    """Raise if `config.json` claims more layers than the checkpoint has tensors: building them would never end."""
+_WIDTHS = ("hidden_size", "head_dim", "n_embd", "d_model")
+_WIDEST = 2**20
+
+
+def _check_plausible(source: str, tensors: int, hub_kwargs: dict[str, Any]) -> None:
+    """Raise if `config.json` claims more layers than the checkpoint has tensors, which would take for ever to build, or
+    widths for which the tables that a model computes in its making (of rotary embeddings) would take all memory."""
     path, config = read_model_config(source, **hub_kwargs)
     for fields in (config, *(part for part in config.values() if isinstance(part, dict))):
         for name in _LAYERS:
@@ -329,6 +334,10 @@ def _check_layer_count(source: str, tensors: int, hub_kwargs: dict[str, Any]) ->
             if type(count) is int and count > tensors:
                 reason = f"expected at most the number of tensors in the checkpoint, {tensors}, got {shown(count)}"
                 raise QuantizedFileError(path, reason, name)
+        for name in _WIDTHS:
+            width = fields.get(name)
+            if type(width) is int and width > _WIDEST:
+                raise QuantizedFileError(path, f"expected at most {_WIDEST}, got {shown(width)}", name)
 
 
 def _settings_of(source: str, hub_kwargs: dict[str, Any]) -> QuantizationSettings:

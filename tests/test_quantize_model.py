@@ -463,6 +463,7 @@ DAMAGE = {
         [CONFIG, "llm_int8_threshold"],
     ),
     "a million layers": (edit_config(num_hidden_layers=10**6), [CONFIG, "num_hidden_layers", "1000000"]),
+    "head_dim of gigabytes": (edit_config(head_dim=2**31), [CONFIG, "head_dim", str(2**31)]),
     "layers text": (edit_config(num_hidden_layers="2"), [CONFIG, "num_hidden_layers"]),
     "dtype a number": (edit_config(dtype=3), [CONFIG, "transformers cannot use it"]),
     "architectures a number": (edit_config(architectures=3), [CONFIG, "architectures", "3"]),

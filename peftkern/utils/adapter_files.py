@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -29,7 +30,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peftkern.utils.adapter_error import AdapterFileError, shorten
+from peftkern.utils.adapter_error import AdapterFileError, cut, shorten
 from peftkern.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peftkern.utils.safetensors_header import check_regular_file, check_safetensors, parse_json_object
 
@@ -44,6 +45,7 @@ _STAGING = ".adapter_staging_"
 _STAGED = {CONFIG_NAME: "config.new", SAFETENSORS_WEIGHTS_NAME: "weights.new"}
 _MAX_CONFIG = 64 * 1024 * 1024
 _STALE_SECONDS = 3600.0
+_LONGEST_WAIT = 10.0  # seconds that a reader waits for a writer
 _FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)  # two values a byte, on which next to nothing can be computed
 
 PathLike = str | os.PathLike[str]
@@ -60,7 +62,8 @@ def read_config(folder_or_hub_id: PathLike, subfolder: str | None = None, **hub_
     Raises:
         AdapterFileError: The file is missing, empty, or not a JSON object.
     """
-    return read_config_file(_find(folder_or_hub_id, (CONFIG_NAME,), subfolder, hub_kwargs))
+    with reading(folder_or_hub_id, subfolder):
+        return read_config_file(_find(folder_or_hub_id, (CONFIG_NAME,), subfolder, hub_kwargs))
 
 
 def read_config_file(path: PathLike) -> dict[str, Any]:
@@ -94,15 +97,16 @@ def read_weights(
     Warns:
         UserWarning: Tensors that hold NaN or Inf, by name.
     """
-    path = _find(folder_or_hub_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), subfolder, hub_kwargs)
-    if os.path.basename(path) == WEIGHTS_NAME:
-        tensors = _read_bin(path, device)
-    else:
-        check_safetensors(path)
-        try:
-            tensors = load_file(path, device=str(device))
-        except SafetensorError as error:
-            raise AdapterFileError(path, f"not a valid safetensors file: {error}") from error
+    with reading(folder_or_hub_id, subfolder):
+        path = _find(folder_or_hub_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), subfolder, hub_kwargs)
+        if os.path.basename(path) == WEIGHTS_NAME:
+            tensors = _read_bin(path, device)
+        else:
+            check_safetensors(path)
+            try:
+                tensors = load_file(path, device=str(device))
+            except SafetensorError as error:
+                raise AdapterFileError(path, f"not a valid safetensors file: {error}") from error
     if not tensors:
         raise AdapterFileError(path, "it holds no tensors")
     bad = [name for name, value in tensors.items() if value.is_floating_point() and not all_finite(value)]
@@ -119,6 +123,19 @@ def weights_file(folder_or_hub_id: PathLike, subfolder: str | None = None, **hub
 def config_file(folder_or_hub_id: PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> str:
     """The path that `read_config` reads, for messages."""
     return _find(folder_or_hub_id, (CONFIG_NAME,), subfolder, hub_kwargs)
+
+
+@contextlib.contextmanager
+def blamed_on_config(model_id: PathLike, hub_kwargs: dict[str, Any]) -> Iterator[None]:
+    """Turn an error about a configuration that was read from `model_id` into one that names the file."""
+    try:
+        yield
+    except AdapterFileError:
+        raise
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{config_file(model_id, **hub_kwargs)}: {cut(str(error))}") from error
+    except (TypeError, ValueError, re.error) as error:
+        raise AdapterFileError(config_file(model_id, **hub_kwargs), str(error)) from error
 
 
 def write_config(folder: PathLike, config: Mapping[str, Any]) -> None:
@@ -158,6 +175,24 @@ def write_text_file(path: PathLike, text: str) -> None:
         if os.path.exists(beside):
             os.unlink(beside)
         raise
+
+
+@contextlib.contextmanager
+def reading(folder_or_hub_id: PathLike, subfolder: str | None = None) -> Iterator[None]:
+    """Within the block no other process replaces the files of a local adapter, so that both are of one save.
+
+    Where locks are not to be had the block runs without one, as it does when a writer takes more than ten seconds.
+    """
+    folder = os.path.join(folder_or_hub_id, subfolder or "")
+    with contextlib.ExitStack() as opened:
+        with contextlib.suppress(OSError):
+            if fcntl is not None and os.path.isdir(folder):
+                handle = os.open(folder, os.O_RDONLY)
+                opened.callback(_unlock, handle)
+                end = time.monotonic() + _LONGEST_WAIT
+                while not _is_locked_for_reading(handle) and time.monotonic() < end:
+                    time.sleep(0.01)
+        yield
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
@@ -296,7 +331,22 @@ def _locked(folder: str) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        _unlock(handle)
+
+
+def _unlock(handle: int) -> None:
+    """Give a lock back. To close its handle is not enough: a process that was forked meanwhile has one too."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
+
+
+def _is_locked_for_reading(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:  # a writer has it
+        return False
+    return True
 
 
 def _finish_commit(folder: str) -> None:

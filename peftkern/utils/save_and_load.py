@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -15,8 +14,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from peftkern.config import PeftConfig
 from peftkern.tuners.tuner_layer import is_tuned
-from peftkern.utils.adapter_error import AdapterFileError, cut, shorten, shown
-from peftkern.utils.adapter_files import PathLike, config_file, read_weights, weights_file
+from peftkern.utils.adapter_error import AdapterFileError, shorten, shown
+from peftkern.utils.adapter_files import PathLike, read_weights, weights_file
 from peftkern.utils.adapter_keys import (
     PREFIX,
     adapter_key_map,
@@ -292,19 +291,6 @@ def load_config(model_id: PathLike, **hub_kwargs: Any) -> PeftConfig:
         NotImplementedError: It asks for what is not built here, by the field's name.
     """
     return cast(PeftConfig, PeftConfig.from_pretrained(model_id, **hub_kwargs))
-
-
-@contextlib.contextmanager
-def blamed_on_config(model_id: PathLike, hub_kwargs: dict[str, Any]) -> Iterator[None]:
-    """Turn an error about a configuration that was read from `model_id` into one that names the file."""
-    try:
-        yield
-    except AdapterFileError:
-        raise
-    except NotImplementedError as error:
-        raise NotImplementedError(f"{config_file(model_id, **hub_kwargs)}: {cut(str(error))}") from error
-    except (TypeError, ValueError, re.error) as error:
-        raise AdapterFileError(config_file(model_id, **hub_kwargs), str(error)) from error
 
 
 def load_peft_weights(
