@@ -191,7 +191,7 @@ def reading(folder_or_hub_id: PathLike, subfolder: str | None = None) -> Iterato
                 opened.callback(_unlock, handle)
                 end = time.monotonic() + _LONGEST_WAIT
                 while not _is_locked_for_reading(handle) and time.monotonic() < end:
-                    time.sleep(0.01)
+                    time.sleep(0.002)
         yield
 
 

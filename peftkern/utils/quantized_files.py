@@ -327,5 +327,6 @@ def _is_int(value: object) -> bool:
 
 
 def _is_matrix(value: object) -> bool:
-    sizes = isinstance(value, list) and len(value) == 2 and all(_is_int(item) and item > 0 for item in value)
-    return sizes and math.prod(value) < _TOO_MANY
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return all(_is_int(item) and item > 0 for item in value) and math.prod(value) < _TOO_MANY
