@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from peftkern.tuners.tuner_layer import BaseTunerLayer
@@ -228,6 +229,7 @@ def save_quantized(model: Any, folder: PathLike, *, max_shard_size: int | str = 
     Raises:
         TypeError: `model` is no transformers model.
         ValueError: It is not quantized, or carries adapters.
+        OSError: It cannot be written; the old checkpoint is then as it was.
     """
     from peftkern.integrations.quantized_models import is_transformers_model
 
@@ -247,7 +249,10 @@ def save_quantized(model: Any, folder: PathLike, *, max_shard_size: int | str = 
     with replacing_checkpoint(folder) as staging:
         # Under the model's own names: transformers 5.23 cannot go back to those of an older checkpoint where quantized
         # tensors were read from one.
-        model.save_pretrained(staging, max_shard_size=max_shard_size, save_original_format=False)
+        try:
+            model.save_pretrained(staging, max_shard_size=max_shard_size, save_original_format=False)
+        except (OSError, SafetensorError) as error:  # a full disk, mostly, which neither says
+            raise OSError(f"{os.fspath(folder)}: {error}") from error
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------

@@ -214,7 +214,7 @@ def test_a_kill_at_any_moment_leaves_the_old_adapter_or_the_new(killed, config):
 
 def test_stale_staging_is_removed_and_a_fresh_one_kept(tmp_path):
     """Would catch: killed saves filling the disk, or one process removing what another is writing."""
-    for name, age in (("stale", 7200), ("fresh", 10)):
+    for name, age in (("stale", 7200), ("dead", 120), ("fresh", 10)):  # a lock tells the dead from the living
         path = tmp_path / f".adapter_staging_{name}"
         path.mkdir()
         os.utime(path, (path.stat().st_mtime - age,) * 2)

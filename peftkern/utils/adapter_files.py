@@ -45,6 +45,7 @@ _STAGING = ".adapter_staging_"
 _STAGED = {CONFIG_NAME: "config.new", SAFETENSORS_WEIGHTS_NAME: "weights.new"}
 _MAX_CONFIG = 64 * 1024 * 1024
 _STALE_SECONDS = 3600.0
+_STALE_SECONDS_LOCKED = 60.0  # under the lock that every writer takes, unless the file system keeps it to one machine
 _LONGEST_WAIT = 10.0  # seconds that a reader waits for a writer
 _FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)  # two values a byte, on which next to nothing can be computed
 
@@ -296,8 +297,8 @@ def _replace_files(folder: PathLike, writers: Mapping[str, Callable[[str], None]
     if os.path.isfile(folder):
         raise ValueError(f"save_directory: expected a folder, got a file: {folder}")
     os.makedirs(folder, exist_ok=True)
-    with _locked(folder):
-        _remove_stale(folder, _STAGING)
+    with _locked(folder) as is_locked:
+        _remove_stale(folder, _STAGING, _STALE_SECONDS_LOCKED if is_locked else _STALE_SECONDS)
         _finish_commit(folder)
         staging = tempfile.mkdtemp(prefix=_STAGING, dir=folder)
         try:
@@ -319,17 +320,21 @@ def _replace_files(folder: PathLike, writers: Mapping[str, Callable[[str], None]
 
 
 @contextlib.contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    """Keep other writers out of `folder`, where the system and the file system have locks; a kill releases it."""
+def _locked(folder: str) -> Iterator[bool]:
+    """Keep other writers out of `folder`, where the system and the file system have locks; a kill releases it.
+
+    Yields whether they have."""
     if fcntl is None:
-        yield
+        yield False
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
+        is_locked = False
         # A network file system may have no locks; then several writers at once are the caller's affair.
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+            is_locked = True
+        yield is_locked
     finally:
         _unlock(handle)
 
@@ -365,15 +370,15 @@ def _finish_commit(folder: str) -> None:
     os.rmdir(commit)
 
 
-def _remove_stale(folder: str, prefix: str) -> None:
+def _remove_stale(folder: str, prefix: str, age: float = _STALE_SECONDS) -> None:
     """Remove what a killed writer left in staging: files and folders with that beginning of a name in which nothing was
-    written for an hour (a younger one may be in use)."""
+    written for `age` seconds (a younger one may be in use)."""
     for entry in list(os.scandir(folder)):
         if not entry.name.startswith(prefix):
             continue
         with contextlib.suppress(OSError):  # another writer removes it too
             inside = [item.stat().st_mtime for item in os.scandir(entry.path)] if entry.is_dir() else []
-            if time.time() - max(entry.stat().st_mtime, *inside, 0.0) > _STALE_SECONDS:
+            if time.time() - max(entry.stat().st_mtime, *inside, 0.0) > age:
                 shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
 
 
