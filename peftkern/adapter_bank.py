@@ -270,7 +270,8 @@ class AdapterBank:
         if len(self) == self.slots:
             raise BankFullError(f"adapter {name!r}: all {self.slots} slots of the bank are taken: {sorted(self.names)}")
         given, tensors, source = self._given(name, config, state_dict)
-        self._make(name, given, tensors, trainable, source)
+        with _blamed(config):
+            self._make(name, given, tensors, trainable, source)
         self._seat()
         return self._slot(name)
 
@@ -316,7 +317,8 @@ class AdapterBank:
         """
         slot, active, first = self._slot(name), list(self.model.active_adapters), self.model.active_adapter
         given, tensors, source = self._given(name, config, state_dict)
-        self._make(_INCOMING, given, tensors, trainable, source, name)  # all checks, while the old one is still there
+        with _blamed(config):  # all checks, while the old one is still there
+            self._make(_INCOMING, given, tensors, trainable, source, name)
         self._delete(name)
         for module in self._tuner.model.modules():
             if isinstance(module, LoraLayer | ModulesToSaveWrapper):
@@ -469,6 +471,13 @@ def _parameters_of(module: Any, name: str) -> Iterator[Any]:
         if name in container:
             held = container[name]
             yield from [held] if isinstance(held, torch.Tensor) else held.parameters()
+
+
+def _blamed(config: PeftConfig | PathLike | None) -> contextlib.AbstractContextManager[None]:
+    """Where the configuration is a folder's, errors about it name the file."""
+    if config is None or isinstance(config, PeftConfig):
+        return contextlib.nullcontext()
+    return blamed_on_config(config, {})
 
 
 def _read(name: str, folder: PathLike, hub: dict[str, Any]) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
