@@ -25,12 +25,11 @@ from peftkern.tuners.lora.model import highest_rank
 from peftkern.tuners.mixed import BASE
 from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import AdapterFileError, shorten
-from peftkern.utils.adapter_files import PathLike, write_adapter
+from peftkern.utils.adapter_files import PathLike, blamed_on_config, reading, write_adapter
 from peftkern.utils.adapter_keys import PREFIX
 from peftkern.utils.model_snapshot import restored_on_error
 from peftkern.utils.other import ModulesToSaveWrapper
 from peftkern.utils.save_and_load import (
-    blamed_on_config,
     check_lora_tensors,
     config_to_save,
     get_peft_model_state_dict,
@@ -271,7 +270,8 @@ class AdapterBank:
         if len(self) == self.slots:
             raise BankFullError(f"adapter {name!r}: all {self.slots} slots of the bank are taken: {sorted(self.names)}")
         given, tensors, source = self._given(name, config, state_dict)
-        self._make(name, given, tensors, trainable, source)
+        with _blamed(config):
+            self._make(name, given, tensors, trainable, source)
         self._seat()
         return self._slot(name)
 
@@ -317,7 +317,8 @@ class AdapterBank:
         """
         slot, active, first = self._slot(name), list(self.model.active_adapters), self.model.active_adapter
         given, tensors, source = self._given(name, config, state_dict)
-        self._make(_INCOMING, given, tensors, trainable, source, name)  # all checks, while the old one is still there
+        with _blamed(config):  # all checks, while the old one is still there
+            self._make(_INCOMING, given, tensors, trainable, source, name)
         self._delete(name)
         for module in self._tuner.model.modules():
             if isinstance(module, LoraLayer | ModulesToSaveWrapper):
@@ -472,16 +473,24 @@ def _parameters_of(module: Any, name: str) -> Iterator[Any]:
             yield from [held] if isinstance(held, torch.Tensor) else held.parameters()
 
 
+def _blamed(config: PeftConfig | PathLike | None) -> contextlib.AbstractContextManager[None]:
+    """Where the configuration is a folder's, errors about it name the file."""
+    if config is None or isinstance(config, PeftConfig):
+        return contextlib.nullcontext()
+    return blamed_on_config(config, {})
+
+
 def _read(name: str, folder: PathLike, hub: dict[str, Any]) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Configuration and tensors of a saved adapter, checked as far as that goes without a model."""
-    try:
-        config: Any = load_config(folder, **hub)
-    except NotImplementedError as error:
-        raise NotImplementedError(f"adapter {name!r}: {error}") from error  # which names the file
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"adapter {name!r}: {os.fspath(folder)} holds a {config.peft_type} adapter, expected LoRA")
-    tensors = load_peft_weights(folder, **hub)
-    check_lora_tensors(weights_file(folder, **hub), tensors, config)
+    with reading(folder, hub.get("subfolder")):
+        try:
+            config: Any = load_config(folder, **hub)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"adapter {name!r}: {error}") from error  # which names the file
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"adapter {name!r}: {os.fspath(folder)} holds a {config.peft_type} adapter, expected LoRA")
+        tensors = load_peft_weights(folder, **hub)
+        check_lora_tensors(weights_file(folder, **hub), tensors, config)
     return config, tensors
 
 

@@ -61,8 +61,15 @@ def _expect_names(name: str, value: Any) -> None:
 def _check_regex(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except (re.error, RecursionError) as error:
+    except (re.error, RecursionError, OverflowError) as error:  # too deep; a{99999999999}
         raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}") from error
+
+
+def _check_names_in_regex(name: str, names: Any) -> None:
+    """Raises unless `names` is a list of non-empty strings that can stand in a regular expression, as they will."""
+    _expect_names(name, names)
+    for item in names:
+        _check_regex(f"an entry of {name}", f"({item})")
 
 
 def _json_ready(value: Any) -> Any:
@@ -185,9 +192,11 @@ class PeftConfigMixin:
 
         Raises:
             TypeError: An argument that is not the hub's; to change a field, set it on the returned config.
-            ValueError: No such file, a damaged one, or an unknown or missing `peft_type`.
+            AdapterFileError: (a ValueError) No such file, a damaged one, an unknown or missing `peft_type`, or a field
+                with a value that is not allowed; it names the file.
+            NotImplementedError: It asks for what is not built here; it names file and field.
         """
-        from peftkern.utils.adapter_files import read_config
+        from peftkern.utils.adapter_files import blamed_on_config, read_config
 
         unknown = sorted(set(hub_kwargs) - _HUB_ARGUMENTS)
         if unknown:
@@ -197,9 +206,10 @@ class PeftConfigMixin:
             )
         if subfolder is not None:
             hub_kwargs["subfolder"] = subfolder
-        content = dict(read_config(os.fspath(pretrained_model_name_or_path), **hub_kwargs))
-        content.setdefault("peft_type", None)
-        return cls.from_peft_type(**content)
+        with blamed_on_config(pretrained_model_name_or_path, hub_kwargs):
+            content = dict(read_config(os.fspath(pretrained_model_name_or_path), **hub_kwargs))
+            content.setdefault("peft_type", None)
+            return cls.from_peft_type(**content)
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
@@ -227,7 +237,7 @@ class PeftConfigMixin:
         return cls.from_peft_type(**config)
 
     @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> PeftConfigMixin:
+    def from_peft_type(cls, /, **kwargs: Any) -> PeftConfigMixin:
         """Builds the config class that `peft_type` names from the other arguments.
 
         A key that the class does not know is named in a warning and left out, as PEFT does: a newer release may have

@@ -26,7 +26,7 @@ from peftkern.tuners.lora.model import rank_and_alpha
 from peftkern.tuners.targets import ends_with_name, lies_under
 from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.utils.adapter_error import AdapterFileError, shorten
-from peftkern.utils.adapter_files import PathLike, config_file, weights_file, write_adapter
+from peftkern.utils.adapter_files import PathLike, config_file, reading, weights_file, write_adapter
 from peftkern.utils.adapter_keys import PREFIX
 from peftkern.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from peftkern.utils.peft_types import PeftType
@@ -97,13 +97,14 @@ def load_adapter(model: nn.Module, folder: PathLike) -> None:
             raise ValueError(
                 f"model: the adapter of {name!r} is on the meta device: give it memory with to_empty first"
             )
-    saved: Any = load_config(folder)
-    if saved.peft_type != config.peft_type:
-        kinds = [PeftType(kind).value for kind in (saved.peft_type, config.peft_type)]
-        text = f"it is {kinds[0]}, the network's layers are {kinds[1]}"
-        raise AdapterFileError(config_file(folder), text, key="peft_type")
-    tensors = load_peft_weights(folder)
-    file = weights_file(folder)
+    with reading(folder):
+        saved: Any = load_config(folder)
+        if saved.peft_type != config.peft_type:
+            kinds = [PeftType(kind).value for kind in (saved.peft_type, config.peft_type)]
+            text = f"it is {kinds[0]}, the network's layers are {kinds[1]}"
+            raise AdapterFileError(config_file(folder), text, key="peft_type")
+        tensors = load_peft_weights(folder)
+        file = weights_file(folder)
     if isinstance(saved, LoraConfig):
         check_lora_tensors(file, tensors, saved)
     holder = _as_peft_model(model, config)

@@ -18,12 +18,11 @@ from peftkern.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAP
 from peftkern.tuners.mixed import check_names
 from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import shorten
-from peftkern.utils.adapter_files import PathLike, weights_file, write_adapter
+from peftkern.utils.adapter_files import PathLike, blamed_on_config, reading, weights_file, write_adapter
 from peftkern.utils.model_card import update_model_card
 from peftkern.utils.model_snapshot import restored_on_error
 from peftkern.utils.peft_types import PeftType
 from peftkern.utils.save_and_load import (
-    blamed_on_config,
     check_lora_tensors,
     config_to_save,
     get_peft_model_state_dict,
@@ -436,14 +435,15 @@ class PeftModel(nn.Module):
         hub, _, options = PeftConfig._split_kwargs(kwargs)
         _check_adapter_name(adapter_name)
         blame: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if config is None:
-            config, blame = load_config(model_id, **hub), blamed_on_config(model_id, hub)
-        else:
-            check_is_config("config", config)
-        config.inference_mode = not is_trainable
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        tensors, options = _read_adapter(model_id, config, key_mapping, ephemeral_gpu_offload, hub, options)
+        with reading(model_id, hub.get("subfolder")):
+            if config is None:
+                config, blame = load_config(model_id, **hub), blamed_on_config(model_id, hub)
+            else:
+                check_is_config("config", config)
+            tensors, options = _read_adapter(model_id, config, key_mapping, ephemeral_gpu_offload, hub, options)
+        config.inference_mode = not is_trainable
         wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls)
         with restored_on_error(model):
             with blame:
@@ -489,8 +489,9 @@ class PeftModel(nn.Module):
         options["torch_device"] = torch_device
         _check_adapter_name(adapter_name)
         known = adapter_name in self.peft_config
-        config = self.peft_config[adapter_name] if known else load_config(model_id, **hub)
-        tensors, options = _read_adapter(model_id, config, key_mapping, ephemeral_gpu_offload, hub, options)
+        with reading(model_id, hub.get("subfolder")):
+            config = self.peft_config[adapter_name] if known else load_config(model_id, **hub)
+            tensors, options = _read_adapter(model_id, config, key_mapping, ephemeral_gpu_offload, hub, options)
         with restored_on_error(self):
             if not known:
                 config.inference_mode = not is_trainable

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from peftkern.tuners.tuner_layer import BaseTunerLayer
-from peftkern.utils.adapter_error import shorten
-from peftkern.utils.adapter_files import PathLike
+from peftkern.utils.adapter_error import shorten, shown
+from peftkern.utils.adapter_files import PathLike, all_finite
 from peftkern.utils.checkpoint_files import Checkpoint, read_model_config, replacing_checkpoint
 from peftkern.utils.linear_layers import is_conv1d, is_quantizable, rows_of
 from peftkern.utils.quantization_settings import (
@@ -28,6 +29,7 @@ from peftkern.utils.quantization_settings import (
 from peftkern.utils.quantized_files import (
     QuantizedFileError,
     check_stores,
+    keys_of,
     quantized_keys,
     quantized_prefixes,
     read_quantized,
@@ -232,6 +234,7 @@ def save_quantized(model: Any, folder: PathLike, *, max_shard_size: int | str = 
     Raises:
         TypeError: `model` is no transformers model.
         ValueError: It is not quantized, or carries adapters.
+        OSError: It cannot be written; the old checkpoint is then as it was.
     """
     from peftkern.integrations.quantized_models import is_transformers_model
 
@@ -251,7 +254,10 @@ def save_quantized(model: Any, folder: PathLike, *, max_shard_size: int | str = 
     with replacing_checkpoint(folder) as staging:
         # Under the model's own names: transformers 5.23 cannot go back to those of an older checkpoint where quantized
         # tensors were read from one.
-        model.save_pretrained(staging, max_shard_size=max_shard_size, save_original_format=False)
+        try:
+            model.save_pretrained(staging, max_shard_size=max_shard_size, save_original_format=False)
+        except (OSError, SafetensorError) as error:  # a full disk, mostly, which neither says
+            raise OSError(f"{os.fspath(folder)}: {error}") from error
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -288,7 +294,7 @@ def load_quantized(
         TypeError: An option is unknown.
 
     Warns:
-        UserWarning: Tensors in the checkpoint that the model has no place for.
+        UserWarning: Tensors that the model has no place for; tensors that hold NaN or Inf; each by name.
     """
     from peftkern.integrations import quantized_models as hf
 
@@ -301,12 +307,13 @@ def load_quantized(
     groups = quantized_prefixes(checkpoint)
     if not groups:
         raise QuantizedFileError(source, f"no quantized weight is in it; {_DENSE_ADVICE}")
+    _check_plausible(source, len(checkpoint), hub_kwargs)
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     model = hf.build_without_weights(source, model_class, dtype, hub_kwargs, options)
     places = _Places(model, hf.name_in_model(model))
     taken: set[str] = set()
     for prefix, keys in groups.items():
-        _load_quantized_layer(model, checkpoint, prefix, places.module(prefix), settings)
+        _load_quantized_layer(model, checkpoint, prefix, keys, places.module(prefix), settings)
         taken.update(keys)
     loaded, unexpected = _load_dense(model, checkpoint, [key for key in checkpoint if key not in taken], places)
     _check_complete(model, source, loaded, unexpected)
@@ -317,6 +324,30 @@ def load_quantized(
 
 
 _DENSE_ADVICE = "load a dense checkpoint by transformers' from_pretrained, and give it to peftkern.quantize_model"
+
+
+# How configurations call the number of layers.
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+
+
+_WIDTHS = ("hidden_size", "head_dim", "n_embd", "d_model")
+_WIDEST = 2**20
+
+
+def _check_plausible(source: str, tensors: int, hub_kwargs: dict[str, Any]) -> None:
+    """Raise if `config.json` claims more layers than the checkpoint has tensors, which would take for ever to build, or
+    widths for which the tables that a model computes in its making (of rotary embeddings) would take all memory."""
+    path, config = read_model_config(source, **hub_kwargs)
+    for fields in (config, *(part for part in config.values() if isinstance(part, dict))):
+        for name in _LAYERS:
+            count = fields.get(name)
+            if type(count) is int and count > tensors:
+                reason = f"expected at most the number of tensors in the checkpoint, {tensors}, got {shown(count)}"
+                raise QuantizedFileError(path, reason, name)
+        for name in _WIDTHS:
+            width = fields.get(name)
+            if type(width) is int and width > _WIDEST:
+                raise QuantizedFileError(path, f"expected at most {_WIDEST}, got {shown(width)}", name)
 
 
 def _settings_of(source: str, hub_kwargs: dict[str, Any]) -> QuantizationSettings:
@@ -334,6 +365,8 @@ def _settings_of(source: str, hub_kwargs: dict[str, Any]) -> QuantizationSetting
         raise QuantizedFileError(path, reason, "quantization_config")
     try:
         return QuantizationSettings.of(said)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{path}: quantization_config: {error}") from error
     except (TypeError, ValueError) as error:
         raise QuantizedFileError(path, str(error), "quantization_config") from error
 
@@ -363,7 +396,12 @@ class _Places:
 
 
 def _load_quantized_layer(
-    model: nn.Module, checkpoint: Checkpoint, prefix: str, name: str | None, settings: QuantizationSettings
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    prefix: str,
+    keys: list[str],
+    name: str | None,
+    settings: QuantizationSettings,
 ) -> None:
     key = prefix + "weight"
     file = checkpoint.file_of(key)
@@ -374,6 +412,10 @@ def _load_quantized_layer(
             file, f"a quantized weight for a linear layer, but {type(model).__name__} {found}", key
         )
     weight = read_quantized(checkpoint, prefix, file=file, dtype=layer.weight.dtype)
+    foreign = sorted(set(keys) - set(keys_of(weight, prefix)))
+    if foreign:
+        kind = "4-bit" if isinstance(weight, Weight4bit) else "8-bit"
+        raise QuantizedFileError(file, f"it belongs to no {kind} weight, as {key!r} is", foreign[0])
     expected = tuple(rows_of(layer).shape)
     if tuple(weight.shape) != expected:
         reason = f"its shape is {list(weight.shape)}, {type(model).__name__} expects {list(expected)}"
@@ -396,7 +438,7 @@ def _load_dense(model: Any, checkpoint: Checkpoint, keys: list[str], places: _Pl
     in_fp32 = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
     if model.dtype == torch.float16:  # transformers keeps these wide for float16's range alone
         in_fp32 |= {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
-    loaded, unexpected = set(), []
+    loaded, unexpected, not_finite = set(), [], []
 
     def put(called: str, read: Callable[[], torch.Tensor], key: str) -> None:
         """Put what `read` gives, which comes from `key`, where the model has what is `called` so."""
@@ -404,8 +446,11 @@ def _load_dense(model: Any, checkpoint: Checkpoint, keys: list[str], places: _Pl
         if name is None:
             unexpected.append(key)
             return
-        _put_dense(model, name, places.tensors[name], read(), in_fp32, (checkpoint.file_of(key), key))
+        value = read()
+        _put_dense(model, name, places.tensors[name], value, in_fp32, (checkpoint.file_of(key), key))
         loaded.add(name)
+        if value.is_floating_point() and not all_finite(value):
+            not_finite.append(called)
 
     converted: set[str] = set()
     for group in conversions(model, keys, lambda name: places.tensor(name) is not None):
@@ -422,6 +467,8 @@ def _load_dense(model: Any, checkpoint: Checkpoint, keys: list[str], places: _Pl
     for key in keys:
         if key not in converted:
             put(key, functools.partial(checkpoint.__getitem__, key), key)
+    if not_finite:
+        warnings.warn(f"{checkpoint.file_of(not_finite[0])}: NaN or Inf in {shorten(not_finite)}.", stacklevel=3)
     return loaded, unexpected
 
 

@@ -66,6 +66,19 @@ def test_a_bank_s_model_says_that_no_adapter_is_active():
     assert bank.model.active_peft_config is bank.model.peft_config["law"]
 
 
+def test_a_folder_that_does_not_fit_the_bank_is_named(tmp_path):
+    """Would catch: an error about a rank or a field of some adapter's file, of the many that a server loads, that does
+    not say which."""
+    peftkern.get_peft_model(mlp(), LoraConfig(r=9, target_modules=["up"])).save_pretrained(tmp_path)
+    bank = bank_of(slots=3, max_rank=4)
+    before = fingerprint(bank.model)
+    for put in (lambda: bank.add("big", tmp_path), lambda: bank.replace("law", tmp_path)):
+        with pytest.raises(AdapterFileError, match="its rank is 9, the bank has room for 4") as error:
+            put()
+        assert error.value.file == str(tmp_path / "adapter_config.json")
+    assert fingerprint(bank.model) == before
+
+
 def test_adapters_that_go_round_the_bank_have_to_fit_it():
     """Would catch a second set of pools beside the bank's, which its ids and captured graphs know nothing of."""
     bank = bank_of(slots=3, max_rank=4)

@@ -410,6 +410,29 @@ def test_the_command_runs_as_a_module(tmp_path):
     assert done.returncode == 0 and "LlamaForCausalLM, r 16" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers: expected at most 1000, got 10000000"),
+        ({"num_hidden_layers": "two"}, "cannot read the configuration of .*num_hidden_layers"),
+        ({"dtype": "x"}, "cannot read the configuration of .*'x'"),
+        ({"attention_dropout": 10**400}, "LlamaForCausalLM: a step .* cannot be traced"),
+    ],
+    ids=["endless", "text", "dtype", "past a float"],
+)
+def test_a_damaged_configuration_is_refused(tmp_path, change, words):
+    """Would catch: building layers until the memory is full, and whatever error transformers comes upon."""
+    llama(num_hidden_layers=1).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | change))
+    with pytest.raises((ValueError, NotImplementedError), match=words):
+        estimate_memory(str(tmp_path), seq=8)
+    path.write_text(json.dumps(content)[:-1] + ', "x": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(ValueError, match=r"config\.json: its JSON is nested too deeply"):
+        estimate_memory(str(tmp_path), seq=8)
+
+
 def test_what_cannot_be_read_is_named(tmp_path, capsys, monkeypatch):
     """Would catch: a traceback for a model that needs a connection, and a wrong file or setting."""
     assert main(["somebody/no-such-model"]) == 2

@@ -365,6 +365,35 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(dense, tmp_path, monkeypatc
     same_tensors(other.state_dict(), load_quantized(tmp_path / "m").state_dict())
 
 
+def test_a_folder_on_another_disk_is_saved_into(dense, tmp_path, monkeypatch):
+    """Catches staging beside a mount point or a link: no rename comes across, and the old config.json is gone by then;
+    files that only their owner can read; what killed writers left in staging, a model's size each, piling up."""
+    model, folder = ours(dense, "nf4"), tmp_path / "mounted"
+    folder.mkdir()
+    replace = os.replace
+
+    def within(a, b):
+        if not Path(a).is_relative_to(folder):
+            raise OSError(18, "Invalid cross-device link", str(a), None, str(b))
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", within)
+    monkeypatch.setattr(os, "rename", within)
+    for age, name in ((7200, ".checkpoint_staging_old"), (10, ".checkpoint_staging_new")):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes(b"0")
+        for path in (folder / name / "model.safetensors", folder / name):
+            os.utime(path, (path.stat().st_mtime - age,) * 2)
+    for _ in range(2):
+        save_quantized(model, folder)
+        same_tensors(model.state_dict(), load_quantized(folder).state_dict())
+    assert [f.name for f in folder.iterdir() if f.name.startswith(".")] == [".checkpoint_staging_new"]
+    assert [f.name for f in tmp_path.iterdir()] == ["mounted"]
+    (tmp_path / "plain").write_text("x")
+    expected = (tmp_path / "plain").stat().st_mode
+    assert {f.stat().st_mode for f in folder.iterdir() if f.is_file()} == {expected}
+
+
 def test_what_cannot_be_saved_is_refused(dense, tmp_path):
     """Catches a dense model, a plain module or an adapted one written as a quantized checkpoint."""
     with pytest.raises(TypeError, match="transformers model, got Mlp"):
@@ -386,6 +415,7 @@ def good(dense, tmp_path_factory) -> Path:
 
 UP = "model.layers.0.mlp.up_proj."
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 
 
 def edit_tensors(change):
@@ -428,9 +458,31 @@ DAMAGE = {
         edit_config(quantization_config={"load_in_4bit": "yes"}),
         [CONFIG, "load_in_4bit", "true or false", "'yes'"],
     ),
+    "threshold past a float": (
+        edit_config(quantization_config={"load_in_8bit": True, "llm_int8_threshold": 10**400}),
+        [CONFIG, "llm_int8_threshold"],
+    ),
+    "a million layers": (edit_config(num_hidden_layers=10**6), [CONFIG, "num_hidden_layers", "1000000"]),
+    "head_dim of gigabytes": (edit_config(head_dim=2**31), [CONFIG, "head_dim", str(2**31)]),
+    "layers text": (edit_config(num_hidden_layers="2"), [CONFIG, "num_hidden_layers"]),
+    "dtype a number": (edit_config(dtype=3), [CONFIG, "transformers cannot use it"]),
+    "architectures a number": (edit_config(architectures=3), [CONFIG, "architectures", "3"]),
+    "another architecture": (edit_config(architectures=["NoSuchModel"]), [CONFIG, "NoSuchModel", "pass model_class"]),
+    "deep": (
+        lambda d: (d / CONFIG).write_text(
+            (d / CONFIG).read_text().rstrip()[:-1] + ', "x": ' + "[" * 500 + "]" * 500 + "}"
+        ),
+        [CONFIG, "recursion"],
+    ),
+    "generation settings cut": (lambda d: os.truncate(d / GENERATION, 9), [GENERATION, "JSON"]),
+    "generation settings a folder": (lambda d: ((d / GENERATION).unlink(), (d / GENERATION).mkdir()), [GENERATION]),
     "another table": (
         edit_tensors(lambda t: t.update({UP + "weight.quant_map": torch.linspace(-1, 1, 16)})),
         [WEIGHTS, UP + "weight.quant_map", "nf4"],
+    ),
+    "a state of no kind": (
+        edit_tensors(lambda t: t.update({UP + "weight.quant_state.x": torch.ones(1)})),
+        [WEIGHTS, UP + "weight.quant_state.x", "belongs to no 4-bit weight"],
     ),
     "no weights": (lambda d: (d / WEIGHTS).unlink(), [WEIGHTS, "found"]),
     "weights empty": (lambda d: (d / WEIGHTS).write_bytes(b""), [WEIGHTS, "empty"]),
@@ -495,10 +547,14 @@ def test_unknown_names_are_told_and_unknown_options_refused(good, tmp_path):
     edit_tensors(lambda t: t.update(other=torch.ones(1)))(tmp_path)
     with pytest.warns(UserWarning, match="no place in the model for 'other'"):
         load_quantized(tmp_path)
+    nan = torch.full((64,), float("nan"), dtype=torch.bfloat16)
+    edit_tensors(lambda t: t.update({"model.norm.weight": nan}))(tmp_path)
+    with pytest.warns(UserWarning, match=r"model\.safetensors: NaN or Inf in 'model\.norm\.weight'"):
+        load_quantized(tmp_path)
     with pytest.raises(TypeError, match="unknown option 'device_map'"):
         load_quantized(tmp_path, device_map="auto")
     edit_config(architectures=["NoSuchModel"])(tmp_path)
-    with pytest.raises(ValueError, match="model_class.*NoSuchModel"):
+    with pytest.raises(ValueError, match="NoSuchModel.*; pass model_class"):
         load_quantized(tmp_path)
 
 

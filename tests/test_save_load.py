@@ -14,6 +14,7 @@ from torch import nn
 
 import peftkern
 from peftkern import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peftkern.utils.adapter_error import AdapterFileError
 from tiny_models import ids, mlp, randomize, tiny_llama
 
 peft = pytest.importorskip("peft")
@@ -154,6 +155,31 @@ def test_state_dict_functions_round_trip_under_another_name(case):
     torch.testing.assert_close(output(target.eval()), output(source), rtol=0, atol=0)
     again = get_peft_model_state_dict(target, adapter_name="other")
     assert set(again) == set(state) and all(torch.equal(again[k], state[k]) for k in state)
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (None, "got NoneType"),
+        ([1.0], "got list"),
+        (torch.zeros(4, 16, device="meta"), "on the meta device"),
+        (torch.zeros(4, 16).to_sparse(), "sparse"),
+        (torch.nested.nested_tensor([torch.zeros(4, 16)]), "nested"),
+    ],
+    ids=["None", "list", "meta", "sparse", "nested"],
+)
+def test_values_that_are_no_tensors_are_refused_before_any_is_written(value, words):
+    """Would catch: an AttributeError that names nothing, or a failure in the middle, with half of an adapter loaded."""
+    model = get_peft_model(mlp(), LoraConfig(r=4, target_modules=["up", "down"]))
+    state = {key: torch.ones_like(t) for key, t in get_peft_model_state_dict(model).items()}
+    last = [key for key in state if "lora_A" in key][-1]
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    with pytest.raises(AdapterFileError, match=words) as error:
+        set_peft_model_state_dict(model, state | {last: value})
+    assert error.value.key == last and all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    for wrong in (None, [1], list(state.items()), state | {3: value}):
+        with pytest.raises(TypeError, match="state_dict: expected a dict of names to tensors"):
+            set_peft_model_state_dict(model, wrong)
 
 
 def test_several_adapters_in_subfolders(tmp_path):

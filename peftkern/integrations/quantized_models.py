@@ -5,11 +5,13 @@ Imported lazily. bitsandbytes need not be installed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import os
 import re
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +20,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from peftkern.integrations.extras import require
+from peftkern.utils.adapter_error import shown
+from peftkern.utils.checkpoint_files import CONFIG, read_json
+from peftkern.utils.quantized_files import QuantizedFileError
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit
+
+_GENERATION = "generation_config.json"
 
 
 def bitsandbytes_config(fields: dict[str, Any]) -> Any:
@@ -103,26 +110,47 @@ def build_without_weights(
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: No class is given, and the configuration names none that transformers has.
+        QuantizedFileError: transformers makes no model of `config.json`; or no class is given, and it names none that
+            transformers has.
     """
     transformers: Any = require("transformers", "load_quantized")
     trust = bool(options.get("trust_remote_code", False))
-    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust, **hub_kwargs)
+    path = os.path.join(source, hub_kwargs.get("subfolder") or "", CONFIG)
+    with _blamed_on(path):
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust, **hub_kwargs)
     if model_class is None:
         names = getattr(config, "architectures", None) or []
-        model_class = next((c for c in (getattr(transformers, str(n), None) for n in names) if c is not None), None)
+        known = [getattr(transformers, str(n), None) for n in names] if isinstance(names, list) else []
+        model_class = next((c for c in known if c is not None), None)
         if model_class is None:
-            raise ValueError(
-                f"model_class: config.json names {names}, which transformers does not have; pass the class, "
-                "AutoModelForCausalLM for one"
-            )
+            reason = f"transformers does not have {shown(names)}; pass model_class, AutoModelForCausalLM for one"
+            raise QuantizedFileError(path, reason, "architectures")
+    with _blamed_on(path):
+        return _make_without_weights(source, model_class, config, dtype, options | {"trust_remote_code": trust})
+
+
+@contextlib.contextmanager
+def _blamed_on(path: str) -> Iterator[None]:
+    """Turn what transformers raises, whatever a value led it to, into an error that names the file."""
+    try:
+        yield
+    except (OSError, ImportError, MemoryError):  # the Hub's; a package that the model's class needs
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise QuantizedFileError(path, f"transformers cannot use it: {reason}") from error
+
+
+def _make_without_weights(
+    source: str, model_class: Any, config: Any, dtype: torch.dtype | None, options: dict[str, Any]
+) -> Any:
     more: dict[str, Any] = {}
     if options.get("attn_implementation") is not None:
         more["attn_implementation"] = options["attn_implementation"]
     more["dtype"] = (config.dtype or torch.get_default_dtype()) if dtype is None else dtype
     with _EmptyOnMeta():
         if hasattr(model_class, "from_config"):
-            model = model_class.from_config(config, trust_remote_code=trust, **more)
+            model = model_class.from_config(config, trust_remote_code=options["trust_remote_code"], **more)
         else:
             model = model_class._from_config(config, **more)
     model.config.name_or_path = model.name_or_path = source
@@ -218,12 +246,21 @@ def _by_numbers(key: str) -> list[tuple[int, str]]:
 
 
 def load_generation_config(model: Any, source: str, hub_kwargs: dict[str, Any]) -> None:
-    """Give `model` the generation settings saved with it, where there are any."""
+    """Give `model` the generation settings saved with it, where there are any.
+
+    Raises:
+        QuantizedFileError: The file is damaged.
+    """
     from transformers import GenerationConfig
 
     if not callable(getattr(model, "can_generate", None)) or not model.can_generate():
         return
+    path = os.path.join(source, hub_kwargs.get("subfolder") or "", _GENERATION)
+    if os.path.lexists(path):
+        read_json(path)
     try:
-        model.generation_config = GenerationConfig.from_pretrained(source, **hub_kwargs)
+        with _blamed_on(path):
+            model.generation_config = GenerationConfig.from_pretrained(source, **hub_kwargs)
     except OSError:  # a model without the file keeps what its configuration implies
-        return
+        if os.path.lexists(path):
+            raise

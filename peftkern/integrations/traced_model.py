@@ -19,10 +19,13 @@ import torch
 from torch import nn
 
 from peftkern.integrations.extras import require
+from peftkern.utils.adapter_error import shown
+from peftkern.utils.checkpoint_files import CONFIG, read_json
 from peftkern.utils.linear_layers import is_conv1d, is_quantizable, rows_of
 from peftkern.utils.live_bytes import LiveBytes
 
 _CAUSAL = "peftkern_causal"
+_MOST_LAYERS = 1000  # several times those of the deepest models
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +49,20 @@ def read_config(name_or_path: str) -> Any:
     """The configuration of a model on the hub, in a folder or in a file.
 
     Raises:
-        ValueError: nothing of that name can be read; the message says what to do.
+        ValueError: nothing of that name can be read, or it is damaged; the message says what to do.
     """
     from transformers import AutoConfig
 
     if not os.path.exists(name_or_path) and (name_or_path.endswith(".json") or name_or_path.startswith((".", "/"))):
         raise ValueError(f"model: no such file or folder: {name_or_path}")
+    local = os.path.join(name_or_path, CONFIG) if os.path.isdir(name_or_path) else name_or_path
+    if os.path.lexists(local):
+        read_json(local)
     try:
         return AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # transformers raises whatever a value led it to
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = "expected a hub id, a folder with a config.json, or a config.json"
         if not os.path.exists(name_or_path):
@@ -87,10 +95,21 @@ class TracedModel:
         config = copy.deepcopy(config)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config  # what is quantized is asked for, not read
+        layers = getattr(config, "num_hidden_layers", None)
+        if type(layers) is int and layers > _MOST_LAYERS:  # building them would not end
+            raise ValueError(f"config: num_hidden_layers: expected at most {_MOST_LAYERS}, got {shown(layers)}")
         try:
             with torch.device("meta"), _causal_attention():
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_CAUSAL)
-        except (ValueError, KeyError, AttributeError, ImportError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            ImportError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise ValueError(
                 f"config: cannot build a causal language model of {type(config).__name__} ({error})"
             ) from error
@@ -187,7 +206,8 @@ class TracedModel:
                 f"{type(self.model).__name__}: its forward depends on the values of its tensors, so a step of it "
                 "cannot be traced without memory"
             ) from error
-        except RuntimeError as error:  # an operation that refuses fake tensors, or positions that the model lacks
+        # An operation that refuses fake tensors, or a number of the configuration; positions that the model lacks.
+        except (ArithmeticError, RuntimeError, TypeError) as error:
             raise NotImplementedError(
                 f"{type(self.model).__name__}: a step on {batch} x {seq} tokens cannot be traced without "
                 f"memory: {error}"

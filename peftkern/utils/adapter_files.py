@@ -17,10 +17,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,7 +30,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peftkern.utils.adapter_error import AdapterFileError, shorten
+from peftkern.utils.adapter_error import AdapterFileError, cut, shorten
 from peftkern.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peftkern.utils.safetensors_header import check_regular_file, check_safetensors, parse_json_object
 
@@ -43,6 +45,9 @@ _STAGING = ".adapter_staging_"
 _STAGED = {CONFIG_NAME: "config.new", SAFETENSORS_WEIGHTS_NAME: "weights.new"}
 _MAX_CONFIG = 64 * 1024 * 1024
 _STALE_SECONDS = 3600.0
+_STALE_SECONDS_LOCKED = 60.0  # under the lock that every writer takes, unless the file system keeps it to one machine
+_LONGEST_WAIT = 10.0  # seconds that a reader waits for a writer
+_FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)  # two values a byte, on which next to nothing can be computed
 
 PathLike = str | os.PathLike[str]
 
@@ -58,7 +63,8 @@ def read_config(folder_or_hub_id: PathLike, subfolder: str | None = None, **hub_
     Raises:
         AdapterFileError: The file is missing, empty, or not a JSON object.
     """
-    return read_config_file(_find(folder_or_hub_id, (CONFIG_NAME,), subfolder, hub_kwargs))
+    with reading(folder_or_hub_id, subfolder):
+        return read_config_file(_find(folder_or_hub_id, (CONFIG_NAME,), subfolder, hub_kwargs))
 
 
 def read_config_file(path: PathLike) -> dict[str, Any]:
@@ -92,18 +98,19 @@ def read_weights(
     Warns:
         UserWarning: Tensors that hold NaN or Inf, by name.
     """
-    path = _find(folder_or_hub_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), subfolder, hub_kwargs)
-    if os.path.basename(path) == WEIGHTS_NAME:
-        tensors = _read_bin(path, device)
-    else:
-        check_safetensors(path)
-        try:
-            tensors = load_file(path, device=str(device))
-        except SafetensorError as error:
-            raise AdapterFileError(path, f"not a valid safetensors file: {error}") from error
+    with reading(folder_or_hub_id, subfolder):
+        path = _find(folder_or_hub_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), subfolder, hub_kwargs)
+        if os.path.basename(path) == WEIGHTS_NAME:
+            tensors = _read_bin(path, device)
+        else:
+            check_safetensors(path)
+            try:
+                tensors = load_file(path, device=str(device))
+            except SafetensorError as error:
+                raise AdapterFileError(path, f"not a valid safetensors file: {error}") from error
     if not tensors:
         raise AdapterFileError(path, "it holds no tensors")
-    bad = [name for name, value in tensors.items() if value.is_floating_point() and not _all_finite(value)]
+    bad = [name for name, value in tensors.items() if value.is_floating_point() and not all_finite(value)]
     if bad:
         warnings.warn(f"{path}: NaN or Inf in {shorten(bad)}.", stacklevel=2)
     return tensors
@@ -117,6 +124,19 @@ def weights_file(folder_or_hub_id: PathLike, subfolder: str | None = None, **hub
 def config_file(folder_or_hub_id: PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> str:
     """The path that `read_config` reads, for messages."""
     return _find(folder_or_hub_id, (CONFIG_NAME,), subfolder, hub_kwargs)
+
+
+@contextlib.contextmanager
+def blamed_on_config(model_id: PathLike, hub_kwargs: dict[str, Any]) -> Iterator[None]:
+    """Turn an error about a configuration that was read from `model_id` into one that names the file."""
+    try:
+        yield
+    except AdapterFileError:
+        raise
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{config_file(model_id, **hub_kwargs)}: {cut(str(error))}") from error
+    except (TypeError, ValueError, re.error) as error:
+        raise AdapterFileError(config_file(model_id, **hub_kwargs), str(error)) from error
 
 
 def write_config(folder: PathLike, config: Mapping[str, Any]) -> None:
@@ -142,7 +162,9 @@ def write_adapter(folder: PathLike, config: Mapping[str, Any], state_dict: Mappi
 
 def write_text_file(path: PathLike, text: str) -> None:
     """Write `text` to `path` by way of a file beside it and one rename."""
-    handle, beside = tempfile.mkstemp(prefix=f".{os.path.basename(path)}_", dir=os.path.dirname(path) or ".")
+    prefix, folder = f".{os.path.basename(path)}_", os.path.dirname(path) or "."
+    _remove_stale(folder, prefix)
+    handle, beside = tempfile.mkstemp(prefix=prefix, dir=folder)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -154,6 +176,24 @@ def write_text_file(path: PathLike, text: str) -> None:
         if os.path.exists(beside):
             os.unlink(beside)
         raise
+
+
+@contextlib.contextmanager
+def reading(folder_or_hub_id: PathLike, subfolder: str | None = None) -> Iterator[None]:
+    """Within the block no other process replaces the files of a local adapter, so that both are of one save.
+
+    Where locks are not to be had the block runs without one, as it does when a writer takes more than ten seconds.
+    """
+    folder = os.path.join(folder_or_hub_id, subfolder or "")
+    with contextlib.ExitStack() as opened:
+        with contextlib.suppress(OSError):
+            if fcntl is not None and os.path.isdir(folder):
+                handle = os.open(folder, os.O_RDONLY)
+                opened.callback(_unlock, handle)
+                end = time.monotonic() + _LONGEST_WAIT
+                while not _is_locked_for_reading(handle) and time.monotonic() < end:
+                    time.sleep(0.002)
+        yield
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
@@ -179,7 +219,8 @@ def _find(model_id: PathLike, names: tuple[str, ...], subfolder: str | None, hub
 
 def _read_bin(path: str, device: str | torch.device) -> dict[str, torch.Tensor]:
     """Read a `.bin` file by torch's restricted unpickler, which builds tensors and containers only."""
-    check_regular_file(path)
+    size = check_regular_file(path)
+    _check_zip(path, size)
     try:
         loaded = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises whatever the damaged bytes led its readers to
@@ -189,13 +230,30 @@ def _read_bin(path: str, device: str | torch.device) -> dict[str, torch.Tensor]:
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise AdapterFileError(path, f"expected a tensor by a string, got {type(value).__name__}", key=str(name))
-        if value.is_meta or value.layout != torch.strided:
-            held = "one without values (on the meta device)" if value.is_meta else str(value.layout)
+        if value.is_meta or value.layout != torch.strided or value.is_nested or value.dtype == _FLOAT4:
+            kinds = {"nested": value.is_nested, "one without values (on the meta device)": value.is_meta}
+            held = next((kind for kind, fits in kinds.items() if fits), f"{value.layout} of {value.dtype}")
             raise AdapterFileError(path, f"expected a dense tensor, got {held}", key=name)
+        if value.nbytes > value.untyped_storage().nbytes():  # by strides of 0 a few bytes make any number of elements
+            reason = f"its shape {list(value.shape)} has more elements than the file holds values for it"
+            raise AdapterFileError(path, reason, key=name)
     return dict(loaded)
 
 
-def _all_finite(value: torch.Tensor) -> bool:
+def _check_zip(path: str, size: int) -> None:
+    """Refuse an archive that unpacks to more than its own size: torch.save compresses nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(item.file_size for item in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeError) as error:
+        raise AdapterFileError(path, f"a damaged zip archive: {error}") from error
+    if unpacked > size:
+        raise AdapterFileError(path, f"it would unpack to {unpacked} bytes, torch.save does not compress: {size} here")
+
+
+def all_finite(value: torch.Tensor) -> bool:
     """Whether no element is NaN or Inf (the one-byte floats are widened first: isfinite does not know them all)."""
     return bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all())
 
@@ -239,14 +297,18 @@ def _replace_files(folder: PathLike, writers: Mapping[str, Callable[[str], None]
     if os.path.isfile(folder):
         raise ValueError(f"save_directory: expected a folder, got a file: {folder}")
     os.makedirs(folder, exist_ok=True)
-    with _locked(folder):
-        _remove_stale(folder)
+    with _locked(folder) as is_locked:
+        _remove_stale(folder, _STAGING, _STALE_SECONDS_LOCKED if is_locked else _STALE_SECONDS)
         _finish_commit(folder)
         staging = tempfile.mkdtemp(prefix=_STAGING, dir=folder)
         try:
             for name, write in writers.items():
                 path = os.path.join(staging, _STAGED[name])
-                write(path)
+                try:
+                    write(path)
+                except (OSError, SafetensorError) as error:  # a full disk, mostly, which neither says
+                    raise OSError(f"{os.path.join(folder, name)}: {error}") from error
+                os.chmod(path, 0o666 & ~_umask())  # safetensors lets only the user read what it writes
                 _sync(path)
             _sync(staging)
             os.rename(staging, os.path.join(folder, _COMMIT))
@@ -258,19 +320,38 @@ def _replace_files(folder: PathLike, writers: Mapping[str, Callable[[str], None]
 
 
 @contextlib.contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    """Keep other writers out of `folder`, where the system and the file system have locks; a kill releases it."""
+def _locked(folder: str) -> Iterator[bool]:
+    """Keep other writers out of `folder`, where the system and the file system have locks; a kill releases it.
+
+    Yields whether they have."""
     if fcntl is None:
-        yield
+        yield False
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
+        is_locked = False
         # A network file system may have no locks; then several writers at once are the caller's affair.
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+            is_locked = True
+        yield is_locked
     finally:
-        os.close(handle)
+        _unlock(handle)
+
+
+def _unlock(handle: int) -> None:
+    """Give a lock back. To close its handle is not enough: a process that was forked meanwhile has one too."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
+
+
+def _is_locked_for_reading(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:  # a writer has it
+        return False
+    return True
 
 
 def _finish_commit(folder: str) -> None:
@@ -289,11 +370,16 @@ def _finish_commit(folder: str) -> None:
     os.rmdir(commit)
 
 
-def _remove_stale(folder: str) -> None:
-    """Remove staging folders that a killed writer left an hour or more ago (a younger one may be in use)."""
-    for entry in os.scandir(folder):
-        if entry.name.startswith(_STAGING) and time.time() - entry.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(entry.path, ignore_errors=True)
+def _remove_stale(folder: str, prefix: str, age: float = _STALE_SECONDS) -> None:
+    """Remove what a killed writer left in staging: files and folders with that beginning of a name in which nothing was
+    written for `age` seconds (a younger one may be in use)."""
+    for entry in list(os.scandir(folder)):
+        if not entry.name.startswith(prefix):
+            continue
+        with contextlib.suppress(OSError):  # another writer removes it too
+            inside = [item.stat().st_mtime for item in os.scandir(entry.path)] if entry.is_dir() else []
+            if time.time() - max(entry.stat().st_mtime, *inside, 0.0) > age:
+                shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
 
 
 def _same_bytes(first: str, second: str) -> bool:

@@ -18,13 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from peftkern.utils.adapter_error import AdapterFileError, shorten
-from peftkern.utils.adapter_files import PathLike, _locked, _sync, _umask
+from peftkern.utils.adapter_files import PathLike, _locked, _remove_stale, _sync, _umask
 from peftkern.utils.quantized_files import QuantizedFileError
 from peftkern.utils.safetensors_header import check_regular_file, check_safetensors, parse_json_object
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_STAGING = ".checkpoint_staging_"
 _MAX_JSON = 64 * 1024 * 1024
 # Names of weight files, one or sharded, that a new checkpoint puts out of date.
 _WEIGHT_FILES = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
@@ -144,12 +145,13 @@ def _as_quantized_error() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing_checkpoint(folder: PathLike) -> Iterator[str]:
-    """Yield a staging folder beside `folder`; when the body is through, its files take the places of the old ones.
+    """Yield a staging folder; when the body is through, its files take the places of the old ones.
 
-    Into a folder that is new or empty they come by one rename. Into one with files, weights come first and
-    `config.json` last, and the old `config.json` goes before anything else: a writer killed between leaves a folder
-    that loaders refuse for lack of it, never old numbers under new ones. Weight files of the checkpoint that was there
-    are removed, everything else is left.
+    A folder that is new is staged beside its place and comes by one rename. One that is there already may be a mount
+    point or a link to another disk, so it is staged inside: weights come first and `config.json` last, and the old
+    `config.json` goes before anything else. A writer killed between leaves a folder that loaders refuse for lack of it,
+    never old numbers under new ones. Weight files of the checkpoint that was there are removed, all else is left. What
+    a killed writer left in staging is removed by the next one, an hour later.
 
     Raises:
         ValueError: `folder` is a file.
@@ -158,24 +160,36 @@ def replacing_checkpoint(folder: PathLike) -> Iterator[str]:
     if os.path.isfile(folder):
         raise ValueError(f"folder: expected a folder, got a file: {folder}")
     parent, name = os.path.split(folder)
-    os.makedirs(parent, exist_ok=True)
-    staging = tempfile.mkdtemp(prefix=f".{name}_staging_", dir=parent)
+    is_there = os.path.isdir(folder)
+    where, prefix = (folder, _STAGING) if is_there else (parent, f".{name}{_STAGING}")
+    os.makedirs(where, exist_ok=True)
+    _remove_stale(where, prefix)
+    staging = tempfile.mkdtemp(prefix=prefix, dir=where)
     try:
         os.chmod(staging, 0o777 & ~_umask())
         yield staging
-        for entry in os.listdir(staging):
-            _sync(os.path.join(staging, entry))
+        for entry in os.scandir(staging):
+            if entry.is_file():
+                os.chmod(entry.path, 0o666 & ~_umask())  # safetensors lets only the user read what it writes
+            _sync(entry.path)
         _sync(staging)
-        if not os.path.isdir(folder) or not os.listdir(folder):
-            if os.path.isdir(folder):
-                os.rmdir(folder)
-            os.rename(staging, folder)
-        else:
+        if is_there or not _came_by_rename(staging, folder):
             with _locked(folder):
                 _move_into(staging, folder)
-        _sync(parent)
+        _sync(where)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _came_by_rename(staging: str, folder: str) -> bool:
+    """Rename `staging` to `folder`; False if another writer has made one with files there meanwhile."""
+    try:
+        os.rename(staging, folder)
+    except OSError:
+        if not os.path.isdir(folder):
+            raise
+        return False
+    return True
 
 
 def _move_into(staging: str, folder: str) -> None:

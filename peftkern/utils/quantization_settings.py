@@ -80,7 +80,10 @@ class QuantizationSettings:
             if kinds and (type(values[name]) not in kinds):
                 what = "true or false" if bool in kinds else "a number"
                 raise ValueError(f"{name}: expected {what}, got {shown(values[name])}")
-        values["llm_int8_threshold"] = float(values["llm_int8_threshold"])
+        try:
+            values["llm_int8_threshold"] = float(values["llm_int8_threshold"])
+        except OverflowError as error:
+            raise ValueError(f"llm_int8_threshold: {error}, got {shown(values['llm_int8_threshold'])}") from error
         for name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
             values[name] = _dtype(name, _DEFAULTS[name] if values[name] is None else values[name])
         if bool(values["load_in_4bit"]) == bool(values["load_in_8bit"]):
@@ -121,7 +124,7 @@ def check_patterns(name: str, patterns: Any) -> list[str]:
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except (re.error, RecursionError) as error:
+        except (re.error, RecursionError, OverflowError) as error:  # too deep; a{99999999999}
             raise ValueError(f"{name}: {shown(pattern, 300)} is no regular expression: {error}") from error
     return list(patterns)
 

@@ -37,6 +37,7 @@ _STATE = "weight.quant_state."
 _TENSORS_4BIT = ("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
 _EXTRAS_8BIT = ("SCB", "weight_format")
 _ROWS = 0  # the one weight_format still in use
+_TOO_MANY = 2**63  # elements
 _MAX_STATE = 16 * 1024  # bytes; bitsandbytes writes under 200
 _FIELDS = ("quant_type", "blocksize", "dtype", "shape")
 _NESTED_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
@@ -53,6 +54,14 @@ def quantized_keys(prefix: str) -> tuple[str, ...]:
     """Every name that a quantized weight of the layer may have, `prefix` ending with a dot (or empty)."""
     states = (f"{_STATE}bitsandbytes__{kind}" for kind in QUANT_TYPES)
     return tuple(prefix + name for name in ("weight", *_TENSORS_4BIT, *states, *_EXTRAS_8BIT))
+
+
+def keys_of(weight: Weight4bit | Weight8bit, prefix: str) -> tuple[str, ...]:
+    """The names that `read_quantized` takes such a weight from (`weight_format` may be missing)."""
+    if isinstance(weight, Weight8bit):
+        return tuple(prefix + name for name in ("weight", *_EXTRAS_8BIT))
+    tensors = _TENSORS_4BIT if weight.nested_absmax is not None else _TENSORS_4BIT[:2]
+    return tuple(prefix + name for name in ("weight", *tensors, f"{_STATE}bitsandbytes__{weight.quant_type}"))
 
 
 def quantized_prefixes(keys: Iterable[str]) -> dict[str, list[str]]:
@@ -269,7 +278,7 @@ def _read_state(blob: torch.Tensor, key: str, quant_type: str, nested: bool, fil
         "quant_type": (fields["quant_type"] == quant_type, f"{quant_type!r}, as the name says"),
         "blocksize": (_is_int(fields["blocksize"]) and fields["blocksize"] in BLOCKSIZES, _one_of(BLOCKSIZES)),
         "dtype": (isinstance(fields["dtype"], str) and fields["dtype"] in _DTYPES, _one_of(_DTYPES)),
-        "shape": (_is_matrix(fields["shape"]), "[out_features, in_features], each at least 1"),
+        "shape": (_is_matrix(fields["shape"]), "[out_features, in_features], each at least 1, below 2**63 elements"),
     }
     if nested:
         value = fields["nested_offset"]
@@ -318,4 +327,6 @@ def _is_int(value: object) -> bool:
 
 
 def _is_matrix(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(_is_int(item) and item > 0 for item in value)
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return all(_is_int(item) and item > 0 for item in value) and math.prod(value) < _TOO_MANY

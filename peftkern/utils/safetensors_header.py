@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 from peftkern.utils.adapter_error import AdapterFileError
 
+_MAX_DIMENSIONS = 64  # of a torch tensor
+_MAX_SIZE = 2**63 - 1
 _MAX_HEADER = 100 * 1024 * 1024  # the limit of the safetensors package itself
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -123,6 +125,8 @@ def _check_entries(path: str | os.PathLike[str], header: dict[str, Any], data_si
             raise AdapterFileError(path, f"unknown dtype {dtype!r}", key=name)
         if not _is_sizes(shape):
             raise AdapterFileError(path, f"expected a shape of non-negative integers, got {shape!r}", key=name)
+        if len(shape) > _MAX_DIMENSIONS:
+            raise AdapterFileError(path, f"expected at most {_MAX_DIMENSIONS} dimensions, got {len(shape)}", key=name)
         if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
             raise AdapterFileError(path, f"expected data_offsets [begin, end], got {offsets!r}", key=name)
         begin, end = offsets
@@ -141,5 +145,5 @@ def _check_entries(path: str | os.PathLike[str], header: dict[str, Any], data_si
 
 
 def _is_sizes(value: Any) -> bool:
-    """Whether `value` is a list of non-negative integers (a bool is not one)."""
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    """Whether `value` is a list of non-negative integers (a bool is not one) that tensors can have."""
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _MAX_SIZE for item in value)

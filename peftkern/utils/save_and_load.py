@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -15,8 +14,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from peftkern.config import PeftConfig
 from peftkern.tuners.tuner_layer import is_tuned
-from peftkern.utils.adapter_error import AdapterFileError, cut, shorten
-from peftkern.utils.adapter_files import PathLike, config_file, read_weights, weights_file
+from peftkern.utils.adapter_error import AdapterFileError, shorten, shown
+from peftkern.utils.adapter_files import PathLike, read_weights, weights_file
 from peftkern.utils.adapter_keys import (
     PREFIX,
     adapter_key_map,
@@ -157,13 +156,18 @@ def plan_load(
     """Match `state_dict` against the adapter that `model` holds.
 
     Raises:
-        AdapterFileError: A shape or kind of dtype differs; an adapted layer has one factor of its pair only; no tensor
-            of the adapter is in the file; or names are missing *and* others unknown, so that some were changed.
+        TypeError: `state_dict` is no mapping of strings.
+        AdapterFileError: A value is no dense tensor with values; a shape or kind of dtype differs; an adapted layer has
+            one factor of its pair only; no tensor of the adapter is in the file; or names are missing *and* others
+            unknown, so that some were changed.
 
     Warns:
         UserWarning: Shapes that differ, with `ignore_mismatched_sizes`.
     """
     config = _config_of(model, adapter_name)
+    if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
+        got = f"{type(state_dict).__name__} of {shorten(list(state_dict), 1)}" if state_dict else shown(state_dict)
+        raise TypeError(f"state_dict: expected a dict of names to tensors, got {got}")
     adapter = adapter_key_map(model, adapter_name)
     embeddings = embedding_key_map(model, False) | embedding_key_map(model, True)
     places = {held: held for held in embeddings.values()} | embeddings  # PEFT's name for one with copies is the first
@@ -177,6 +181,11 @@ def plan_load(
         if key not in places:
             continue
         target = held[places[key]]
+        if not isinstance(value, torch.Tensor):
+            raise AdapterFileError(source, f"expected a tensor, got {type(value).__name__}", key=key)
+        if value.is_meta or value.is_nested or value.layout != torch.strided:
+            held_as = "on the meta device" if value.is_meta else "nested" if value.is_nested else value.layout
+            raise AdapterFileError(source, f"expected a dense tensor with values, got one that is {held_as}", key=key)
         if value.is_floating_point() != target.is_floating_point() or value.is_complex():
             raise AdapterFileError(source, f"its dtype is {value.dtype}, expected one like {target.dtype}", key=key)
         if value.shape != target.shape:
@@ -287,21 +296,7 @@ def load_config(model_id: PathLike, **hub_kwargs: Any) -> PeftConfig:
         AdapterFileError: The file is missing or damaged, `peft_type` is missing or unknown, or a field is wrong.
         NotImplementedError: It asks for what is not built here, by the field's name.
     """
-    with blamed_on_config(model_id, hub_kwargs):
-        return cast(PeftConfig, PeftConfig.from_pretrained(model_id, **hub_kwargs))
-
-
-@contextlib.contextmanager
-def blamed_on_config(model_id: PathLike, hub_kwargs: dict[str, Any]) -> Iterator[None]:
-    """Turn an error about a configuration that was read from `model_id` into one that names the file."""
-    try:
-        yield
-    except AdapterFileError:
-        raise
-    except NotImplementedError as error:
-        raise NotImplementedError(f"{config_file(model_id, **hub_kwargs)}: {cut(str(error))}") from error
-    except (TypeError, ValueError, re.error) as error:
-        raise AdapterFileError(config_file(model_id, **hub_kwargs), str(error)) from error
+    return cast(PeftConfig, PeftConfig.from_pretrained(model_id, **hub_kwargs))
 
 
 def load_peft_weights(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peftkern.config import PeftConfig, _check_regex, _expect, _expect_names
+from peftkern.config import PeftConfig, _check_names_in_regex, _check_regex, _expect, _expect_names
 from peftkern.utils.peft_types import PeftType
 
 
@@ -54,6 +54,8 @@ class IA3Config(PeftConfig):
                 continue
             if isinstance(value, str) and name != "modules_to_save":
                 _check_regex(name, value)
+            elif name == "modules_to_save":
+                _check_names_in_regex(name, value)
             else:
                 _expect_names(name, value)
         for name in ("fan_in_fan_out", "init_ia3_weights"):

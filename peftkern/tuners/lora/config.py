@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from peftkern.config import PeftConfig, _check_regex, _expect, _expect_names
+from peftkern.config import PeftConfig, _check_names_in_regex, _check_regex, _expect, _expect_names
 from peftkern.tuners.lora.variant_configs import (
     ArrowConfig,
     BdLoraConfig,
@@ -200,7 +200,9 @@ class LoraConfig(PeftConfig):
             if isinstance(value, str) and name != "modules_to_save":
                 _check_regex(name, value)
                 continue
-            _expect_names(name, value)
+            # These two are put into expressions; targets and exclusions are compared as text.
+            check = _check_names_in_regex if name in ("layers_pattern", "modules_to_save") else _expect_names
+            check(name, value)
         indices = self.layers_to_transform
         if indices is not None:
             _expect("layers_to_transform", indices, (int, list, tuple), "an int, a list of ints, or None")
@@ -229,7 +231,11 @@ def _check_rank(name: str, value: Any) -> None:
 
 def _check_alpha(name: str, value: Any) -> None:
     _expect(name, value, (int, float), "a finite number")
-    if not math.isfinite(value):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        finite = False
+    if not finite:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
