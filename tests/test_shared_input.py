@@ -101,6 +101,32 @@ def test_every_known_model_gives_them_the_same_tensor(model_type, shared):
     assert len(shared) == len(groups)
 
 
+def test_the_decoder_in_a_model_that_sees(shared):
+    """Would catch a known decoder that is not tied for being part of another model, and layers of a vision tower, which
+    nobody has looked at, that are."""
+    text = tiny_llama().config
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=VOCAB - 1)
+    model = adapted(transformers.LlavaForConditionalGeneration(config), target_modules=["q_proj", "k_proj", "v_proj"])
+    names = [name for name, m in model.named_modules() if m.__dict__.get("_shared_input") is not None]
+    assert len(names) == 3 * text.num_hidden_layers and all("language_model" in name for name in names)
+    model.zero_grad()
+    together = model(input_ids=ids(), labels=ids()).loss
+    together.backward()
+    assert shared == [3] * text.num_hidden_layers
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    peftkern.share_inputs(model, enabled=False)
+    model.zero_grad()
+    model(input_ids=ids(), labels=ids()).loss.backward()
+    again = [p.grad for p in model.parameters() if p.grad is not None]
+    for one, other in zip(grads, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5)
+    model.add_adapter("later", peftkern.LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"]))
+    assert not any(m.__dict__.get("_shared_input") for m in model.modules())
+
+
 def test_small_products_are_not_tied(shared, monkeypatch):
     """Would catch Python around a group that takes longer than its products, and explain that says otherwise."""
     monkeypatch.undo()

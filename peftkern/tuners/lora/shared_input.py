@@ -276,8 +276,8 @@ def share_inputs(model: nn.Module, enabled: bool = True) -> list[tuple[str, ...]
     """Tie the LoRA layers of a model that are called with the same tensor, as told by their names; see `share_input`.
 
     Those are q_proj, k_proj and v_proj, and gate_proj and up_proj, where they are children of one module.
-    `get_peft_model` has done so already for transformers' decoders that are known to (`MODEL_TYPES`); for a model of
-    your own call it if its forward gives these children the same tensor.
+    `get_peft_model` has done so already for transformers' decoders that are known to (`MODEL_TYPES`), also inside of
+    other models; for a model of your own call it if its forward gives these children the same tensor.
 
     Args:
         model: any module that has LoRA layers.
@@ -308,11 +308,14 @@ def share_inputs(model: nn.Module, enabled: bool = True) -> list[tuple[str, ...]
 
 
 def share_known_inputs(model: nn.Module) -> None:
-    """`share_inputs` for a model that is known to call its layers so, but for layers that were untied."""
-    if getattr(getattr(model, "config", None), "model_type", None) not in MODEL_TYPES:
-        return
+    """`share_inputs` for a model that is known to call its layers so, or holds such a one, as a model that sees and
+    reads holds the one that reads; but for layers that were untied."""
     untied = [m for m in model.modules() if m.__dict__.get("_shared_input", m) is None]
-    share_inputs(model)
+    done: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name.startswith(done) and getattr(getattr(module, "config", None), "model_type", None) in MODEL_TYPES:
+            share_inputs(module)
+            done = (*done, f"{name}." if name else "")
     for layer in untied:
         layer.__dict__["_shared_input"] = None
 
