@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from peftkern.integrations.extras import require
-from peftkern.utils.adapter_error import shown
+from peftkern.utils.adapter_error import cut, shown
 from peftkern.utils.checkpoint_files import CONFIG, read_json
 from peftkern.utils.linear_layers import is_conv1d, is_quantizable, rows_of
 from peftkern.utils.live_bytes import LiveBytes
@@ -63,7 +63,7 @@ def read_config(name_or_path: str) -> Any:
     except ImportError:
         raise
     except Exception as error:  # transformers raises whatever a value led it to
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = cut(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
         advice = "expected a hub id, a folder with a config.json, or a config.json"
         if not os.path.exists(name_or_path):
             advice += "; without a connection, give the path of a config.json (only that file is needed)"
