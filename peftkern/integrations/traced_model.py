@@ -101,17 +101,9 @@ class TracedModel:
         try:
             with torch.device("meta"), _causal_attention():
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_CAUSAL)
-        except (
-            ArithmeticError,
-            AttributeError,
-            ImportError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except Exception as error:  # transformers raises whatever a value led it to
             raise ValueError(
-                f"config: cannot build a causal language model of {type(config).__name__} ({error})"
+                f"config: cannot build a causal language model of {type(config).__name__} ({cut(str(error))})"
             ) from error
         self.dtype, self.r = dtype, r
         self.head = model.get_output_embeddings()
