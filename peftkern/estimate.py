@@ -236,7 +236,10 @@ def _said_by(config: Any, given: dict[str, Any]) -> dict[str, Any]:
             f"model: quantized by {shown(method)}, whose sizes are not known here: give quant (--quant), one of "
             f"{', '.join(QUANTIZATIONS)}"
         )
-    settings = QuantizationSettings.of(fields)
+    try:
+        settings = QuantizationSettings.of(fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config: quantization_config: {error}") from error
     if settings.bits == 8:
         return {"quant": "int8"}
     return {"quant": settings.quant_type, "double_quant": settings.double_quant}

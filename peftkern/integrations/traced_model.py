@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from peftkern.integrations.extras import require
-from peftkern.utils.adapter_error import shown
+from peftkern.utils.adapter_error import cut, shown
 from peftkern.utils.checkpoint_files import CONFIG, read_json
 from peftkern.utils.linear_layers import is_conv1d, is_quantizable, rows_of
 from peftkern.utils.live_bytes import LiveBytes
@@ -63,7 +63,7 @@ def read_config(name_or_path: str) -> Any:
     except ImportError:
         raise
     except Exception as error:  # transformers raises whatever a value led it to
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = cut(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
         advice = "expected a hub id, a folder with a config.json, or a config.json"
         if not os.path.exists(name_or_path):
             advice += "; without a connection, give the path of a config.json (only that file is needed)"
@@ -101,17 +101,9 @@ class TracedModel:
         try:
             with torch.device("meta"), _causal_attention():
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_CAUSAL)
-        except (
-            ArithmeticError,
-            AttributeError,
-            ImportError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except Exception as error:  # transformers raises whatever a value led it to
             raise ValueError(
-                f"config: cannot build a causal language model of {type(config).__name__} ({error})"
+                f"config: cannot build a causal language model of {type(config).__name__} ({cut(str(error))})"
             ) from error
         self.dtype, self.r = dtype, r
         self.head = model.get_output_embeddings()
