@@ -92,7 +92,10 @@ def check(work: LinearWorkload, truth: Truth, subject: Subject) -> dict[str, flo
     }
     if p.dropout:
         subject.module.train()
-        y = subject.call()
+        # The same mask in every run, however many were drawn before: what is expected of one is a matter of chance.
+        with torch.random.fork_rng():
+            torch.manual_seed(p.M)
+            y = subject.call()
         errors |= check_dropout(work, truth, y.detach(), *torch.autograd.grad(y, subject.inputs, work.dy))
     return errors
 
