@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,18 @@ def pytest_collection_modifyitems(config, items):
 def device() -> str:
     """Where kernels run: the GPU if there is one, else the CPU under the interpreter."""
     return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The folder of a good adapter of rank 4 on `Mlp`'s `up` and `down`."""
+    from peftkern import LoraConfig, get_peft_model
+    from tiny_models import mlp, randomize
+
+    model = get_peft_model(mlp(), LoraConfig(r=4, target_modules=["up", "down"]))
+    randomize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+from peftkern import reference
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -28,6 +32,21 @@ def padded_randn(
     view = storage[..., :columns]
     view.copy_(torch.randn(*shape, generator=generator).to(dtype))
     return view
+
+
+def lora_linear_truth(
+    tensors: list[torch.Tensor], dy: torch.Tensor, scaling: float, keep: torch.Tensor | None, p: float
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """y and the gradients of x, weight, A, B and bias (`tensors`) in fp64: the truth, and the magnitude for
+    `assert_rounded`."""
+
+    def exact(transform: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        wide = [transform(t.detach().double()).requires_grad_() for t in tensors]
+        y = reference.lora_linear(*wide[:4], scaling, wide[4], keep, p)
+        y.backward(transform(dy.detach().double()))
+        return [y.detach(), *(t.grad for t in wide)]
+
+    return exact(lambda t: t), exact(torch.abs)
 
 
 def assert_rounded(

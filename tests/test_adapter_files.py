@@ -26,20 +26,11 @@ from peftkern.utils.adapter_files import (
     read_config,
     read_weights,
 )
-from tiny_models import fingerprint, mlp, randomize
+from tiny_models import fingerprint, mlp
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 A_UP = "base_model.model.up.lora_A.weight"
 B_UP = "base_model.model.up.lora_B.weight"
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """The folder of a good adapter of rank 4 on `Mlp`'s `up` and `down`."""
-    model = get_peft_model(mlp(), LoraConfig(r=4, target_modules=["up", "down"]))
-    randomize(model)
-    model.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
 
 
 def header_file(path: Path, header: object, data: bytes = b"") -> None:

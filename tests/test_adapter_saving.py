@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,18 +24,9 @@ from peftkern.utils.adapter_files import (
     write_text_file,
     write_weights,
 )
-from tiny_models import mlp, randomize
+from tiny_models import mlp
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """The folder of a good adapter of rank 4 on `Mlp`'s `up` and `down`."""
-    model = get_peft_model(mlp(), LoraConfig(r=4, target_modules=["up", "down"]))
-    randomize(model)
-    model.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
 
 
 def test_shared_and_strided_tensors_are_saved(tmp_path):

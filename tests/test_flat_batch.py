@@ -17,7 +17,7 @@ import peftkern
 from peftkern import IA3Config, LoraConfig
 from peftkern.ops.adapter_route import AdapterBatch, FlatBatch
 from peftkern.tuners.token_order import FLATTENING
-from test_mixed_batch import NAMES, gradients, separately
+from test_mixed_batch import NAMES, gradients, separately, together_and_apart
 from tiny_models import VOCAB, ids, randomize
 
 transformers = pytest.importorskip("transformers")
@@ -58,39 +58,17 @@ def adapted(base, *configs):
     return model.eval()
 
 
-def logits(out):
-    return getattr(out, "logits", out)
-
-
 def assert_as_apart(model, x, names=NAMES, tolerance=1e-10):
     """Output and every gradient of a batch are those of each row run alone, relative to the largest output or gradient:
     one that is 0 in exact arithmetic, as k_proj's for a single token, is the rounding of such terms."""
-    learn = [name for name in model.peft_config if name in names]
-    model.set_requires_grad(list(model.peft_config))
-    model.zero_grad()
-    y = logits(model(x, adapter_names=names))
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
-    y.backward(dy)
-    together = gradients(model)
-    model.zero_grad()
-
-    def alone(i):
-        model.set_requires_grad(learn)
-        row = logits(model(x[i : i + 1]))
-        if row.requires_grad:
-            row.backward(dy[i : i + 1])
-        return row.detach()
-
-    want = torch.cat(separately(model, names, alone))
-    apart = gradients(model)
+    y, together, want, apart = together_and_apart(model, x, names)
     assert together and set(together) == set(apart)
-    torch.testing.assert_close(y.detach(), want, rtol=0, atol=tolerance * want.abs().max().item())
+    torch.testing.assert_close(y, want, rtol=0, atol=tolerance * want.abs().max().item())
     atol = tolerance * max(gradient.abs().max().item() for gradient in apart.values())
     for key, true in apart.items():
         torch.testing.assert_close(together[key], true, rtol=0, atol=atol, msg=lambda m, k=key: f"{k}: {m}")
     for name in set(model.peft_config) - set(names):
         assert not any(f".{name}" in key for key in together)
-    model.set_requires_grad(learn)
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -460,7 +438,7 @@ def test_a_layer_with_two_places():
     first, second = (layer.fc1 for layer in model.get_base_model().model.decoder.layers)
     model.get_base_model().elsewhere.fc1 = first
     with model.base_model.mixed_batch(["one"] * 4):
-        assert not first._mixed.batch.is_flat and second._mixed.batch.is_flat
+        assert type(first._mixed.batch) is AdapterBatch and type(second._mixed.batch) is FlatBatch
 
 
 def test_models_without_such_layers_pay_nothing():

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import peftkern
-from test_mixed_batch import NAMES, gradients, separately
+from test_mixed_batch import NAMES, gradients, separately, together_and_apart
 from tiny_models import VOCAB, ids, mlp, randomize, tiny_llama
 
 pytest.importorskip("transformers")
@@ -42,38 +42,16 @@ def spread(model, seed=1):
             p.data.mul_(3).add_(before[name])
 
 
-def logits(out):
-    return getattr(out, "logits", out)
-
-
 def assert_as_apart(model, x, names=NAMES, tolerance=1e-5, **kwargs):
     """The batch's output and gradients are those of each row run alone, and absent adapters have no gradient."""
-    learn = [name for name in model.peft_config if name in names]
-    model.set_requires_grad(list(model.peft_config))
-    model.zero_grad()
-    y = logits(model(x, adapter_names=names, **kwargs))
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
-    y.backward(dy)
-    together = gradients(model)
-    model.zero_grad()
-
-    def alone(i):
-        model.set_requires_grad(learn)
-        row = logits(model(x[i : i + 1], **kwargs))
-        if row.requires_grad:
-            row.backward(dy[i : i + 1])
-        return row.detach()
-
-    want = torch.cat(separately(model, names, alone))
-    torch.testing.assert_close(y.detach(), want, rtol=tolerance, atol=tolerance)
-    apart = gradients(model)
+    y, together, want, apart = together_and_apart(model, x, names, **kwargs)
+    torch.testing.assert_close(y, want, rtol=tolerance, atol=tolerance)
     assert set(together) == set(apart) and any("ia3_l" in name for name in apart)
     for name, gradient in apart.items():
         scale = gradient.abs().max().item()
         torch.testing.assert_close(together[name], gradient, rtol=tolerance, atol=10 * tolerance * scale, msg=name)
     for name in set(model.peft_config) - set(names):
         assert not any(f".{name}" in key for key in together)
-    model.set_requires_grad(learn)
 
 
 @pytest.mark.parametrize("how", ["fused", "hooked", "whole"])

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from numerics import assert_rounded, padded_randn
+from numerics import assert_rounded, lora_linear_truth, padded_randn
 from peftkern import reference, use_backend
 from peftkern.ops import lora_linear
 from peftkern.ops import plan as plans
@@ -154,12 +154,7 @@ def test_output_and_gradients_match_fp64(M, N, K, R, p, dtype, masters, launched
     assert launched.count("_weight_gradient_kernel") == 1 and launched.count("_lora_shrink_kernel") == int(p > 0)
 
     keep = reference.dropout_mask(seed, M, K, p) if p else None
-    results = []
-    for transform in (lambda t: t.detach().double(), lambda t: t.detach().double().abs()):
-        wide = [transform(t).requires_grad_() for t in tensors]
-        truth = reference.lora_linear(*wide[:4], SCALING, wide[4], keep, p)
-        truth.backward(transform(dy))
-        results.append([truth.detach(), *(t.grad for t in wide)])
+    results = lora_linear_truth(tensors, dy, SCALING, keep, p)
     # Rounded on the way: S; dS (and with dropout the expand into dX); dS; S. Masters twice more.
     casts = 2 if masters else 0
     outputs = [y.detach(), *(t.grad for t in tensors)]

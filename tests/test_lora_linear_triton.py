@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from numerics import assert_rounded, padded_randn
+from numerics import assert_rounded, lora_linear_truth, padded_randn
 from peftkern import reference, use_backend
 from peftkern.ops import lora_linear
 from peftkern.ops import plan as plans
@@ -65,12 +65,7 @@ def test_output_and_gradients_match_fp64(M, N, K, R, dtype, masters, dropout_p, 
     outputs = run(tensors, dy, dropout_p=dropout_p, seed=seed)
 
     keep = reference.dropout_mask(seed, M, K, dropout_p) if dropout_p else None
-    results = []
-    for transform in (lambda t: t.detach().double(), lambda t: t.detach().double().abs()):
-        wide = [transform(t).requires_grad_() for t in tensors]
-        truth = reference.lora_linear(*wide[:4], SCALING, wide[4], keep, dropout_p)
-        truth.backward(transform(dy))
-        results.append([truth.detach(), *(t.grad for t in wide)])
+    results = lora_linear_truth(tensors, dy, SCALING, keep, dropout_p)
     # Rounded on the way: S, its base product on cuBLAS; dS, likewise; dS; S. Masters are rounded to x's dtype as well,
     # and their gradients, though fp32, carry the 16-bit roundings.
     eps = torch.finfo(dtype).eps

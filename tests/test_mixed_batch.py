@@ -122,6 +122,35 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def together_and_apart(model, x, names, **kwargs):
+    """Output and gradients of a batch, and of each of its rows run alone under its adapter; the adapters that are named
+    learn afterwards."""
+    learn = [name for name in model.peft_config if name in names]
+    model.set_requires_grad(list(model.peft_config))
+    model.zero_grad()
+    y = _logits(model(x, adapter_names=names, **kwargs))
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+    y.backward(dy)
+    together = gradients(model)
+    model.zero_grad()
+
+    def alone(i):
+        model.set_requires_grad(learn)
+        row = _logits(model(x[i : i + 1], **kwargs))
+        if row.requires_grad:
+            row.backward(dy[i : i + 1])
+        return row.detach()
+
+    want = torch.cat(separately(model, names, alone))
+    apart = gradients(model)
+    model.set_requires_grad(learn)
+    return y.detach(), together, want, apart
+
+
+def _logits(out):
+    return getattr(out, "logits", out)
+
+
 @pytest.mark.parametrize(
     "how, lora_bias", [("fused", False), ("fused", True), ("hooked", False), ("hooked", True), ("embedding", False)]
 )

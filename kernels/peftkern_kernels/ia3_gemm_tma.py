@@ -16,8 +16,8 @@ import triton.language as tl
 from .gemm_tables import Tile
 from .gemm_tile import tile_of_program
 from .ia3_gemm import ia3_epilogue
-from .launch import Call, cdiv, is_aligned
-from .lora_linear_tma import descriptor
+from .launch import Call, cdiv
+from .lora_linear_tma import descriptor, weight_descriptor
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -53,9 +53,7 @@ def tma_calls(
     a must have 16-byte aligned rows, and weight or weight.t() too (`launch.is_aligned`); the others need not.
     """
     (M, K), N = a.shape, weight.shape[0]
-    weight_is_kn = not is_aligned(weight)
-    stored = weight.t() if weight_is_kn else weight
-    weight_block = (tile.block_k, tile.block_n) if weight_is_kn else (tile.block_n, tile.block_k)
+    w_desc, weight_is_kn = weight_descriptor(weight, tile)
     return [
         Call(
             name="GEMM + scale",
@@ -64,7 +62,7 @@ def tma_calls(
             args={
                 **epilogue,
                 "a_desc": descriptor(a, tile.block_m, tile.block_k),
-                "w_desc": descriptor(stored, *weight_block),
+                "w_desc": w_desc,
                 "M": M,
                 "N": N,
                 "K": K,

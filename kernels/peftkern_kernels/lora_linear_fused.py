@@ -26,7 +26,7 @@ from .gemm_tile import tile_of_program
 from .launch import Call, cdiv, compile_options, is_aligned, nbytes, scratch, strides
 from .lora_expand import triton_dtype
 from .lora_linear_persistent import finish_tile, multiprocessors
-from .lora_linear_tma import descriptor
+from .lora_linear_tma import descriptor, weight_descriptor
 
 MOST_RANK = 64  # more columns of s beside a tile of 256 would spill
 _PREPARED = 4096  # elements of `a` that a program of the small launch takes
@@ -182,9 +182,7 @@ def fused_calls(
         programs: in place of the device's multiprocessors (tests).
     """
     (M, N), (R, K) = out.shape, a.shape
-    weight_is_kn = not is_aligned(weight)
-    stored = weight.t() if weight_is_kn else weight
-    weight_block = (tile.block_k, tile.block_n) if weight_is_kn else (tile.block_n, tile.block_k)
+    w_desc, weight_is_kn = weight_descriptor(weight, tile)
     block_r = max(16, 1 << (R - 1).bit_length())
     tiles_m = cdiv(M, tile.block_m)
     interpreted = x.device.type == "cpu"
@@ -221,7 +219,7 @@ def fused_calls(
         grid=(min(tiles_m * cdiv(N, tile.block_n), programs), 1, 1),
         args={
             "x_desc": descriptor(x, tile.block_m, tile.block_k),
-            "w_desc": descriptor(stored, *weight_block),
+            "w_desc": w_desc,
             "a_desc": descriptor(thin, block_r, tile.block_k),
             "out_desc": descriptor(out, tile.block_m, tile.block_n // 2),
             "s_ptr": s,

@@ -18,9 +18,9 @@ import triton.language as tl
 
 from .gemm_tables import MULTIPROCESSORS, Tile, rank_block
 from .gemm_tile import tile_of_program
-from .launch import Call, cdiv, is_aligned, nbytes, strides
+from .launch import Call, cdiv, nbytes, strides
 from .lora_expand import triton_dtype
-from .lora_linear_tma import descriptor
+from .lora_linear_tma import descriptor, weight_descriptor
 from .reduction_tables import vectorizes
 
 
@@ -129,9 +129,7 @@ def persistent_calls(
     x, weight or weight.t(), and out must have 16-byte aligned rows (`launch.is_aligned`), and out x's dtype.
     """
     (M, N), K, R = out.shape, x.shape[1], b.shape[1]
-    weight_is_kn = not is_aligned(weight)
-    stored = weight.t() if weight_is_kn else weight
-    weight_block = (tile.block_k, tile.block_n) if weight_is_kn else (tile.block_n, tile.block_k)
+    w_desc, weight_is_kn = weight_descriptor(weight, tile)
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     processors = multiprocessors(x.device, arch)
     block_r = rank_step(x, b)
@@ -145,7 +143,7 @@ def persistent_calls(
                 "b_ptr": b,
                 "bias_ptr": bias,
                 "x_desc": descriptor(x, tile.block_m, tile.block_k),
-                "w_desc": descriptor(stored, *weight_block),
+                "w_desc": w_desc,
                 "out_desc": descriptor(out, tile.block_m, tile.block_n // 2),
                 "M": M,
                 "N": N,

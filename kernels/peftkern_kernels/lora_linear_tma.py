@@ -71,9 +71,7 @@ def tma_calls(
     x must have 16-byte aligned rows, and weight or weight.t() too (`launch.is_aligned`); the others need not.
     """
     (M, N), K, R = out.shape, x.shape[1], b.shape[1]
-    weight_is_kn = not is_aligned(weight)
-    stored = weight.t() if weight_is_kn else weight
-    weight_block = (tile.block_k, tile.block_n) if weight_is_kn else (tile.block_n, tile.block_k)
+    w_desc, weight_is_kn = weight_descriptor(weight, tile)
     through_descriptor = is_aligned(out) and out.dtype == x.dtype
     return [
         Call(
@@ -83,7 +81,7 @@ def tma_calls(
             args={
                 **expand_arguments(s, b, bias, dropout),
                 "x_desc": descriptor(x, tile.block_m, tile.block_k),
-                "w_desc": descriptor(stored, *weight_block),
+                "w_desc": w_desc,
                 "out_desc": descriptor(out, tile.block_m, tile.block_n) if through_descriptor else None,
                 "out_ptr": None if through_descriptor else out,
                 "M": M,
@@ -107,6 +105,14 @@ def tma_calls(
             flops=2 * M * N * (K + R),
         )
     ]
+
+
+def weight_descriptor(weight: torch.Tensor, tile: Tile) -> tuple[TensorDescriptor, bool]:
+    """The descriptor of a weight [N, K] as it is stored, and whether that is [K, N]: weight or weight.t() has aligned
+    rows."""
+    if is_aligned(weight):
+        return descriptor(weight, tile.block_n, tile.block_k), False
+    return descriptor(weight.t(), tile.block_k, tile.block_n), True
 
 
 def descriptor(matrix: torch.Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from peftkern.ops._common import rank_columns, refuse_double_backward
+from peftkern.ops._common import PLAIN_PATHS, rank_columns, refuse_double_backward
 from peftkern.ops._lora_linear_shared_call import Optional, backward_shared, forward_shared, launched_apart
 from peftkern.ops._projection_group import Group
-from peftkern.ops.lora_linear import PLAIN_PATHS
 from peftkern.ops.lora_linear_quantized import flatten, unflatten
 from peftkern.ops.plan import DECODE_PATHS
 from peftkern.weights import Weight

@@ -14,9 +14,8 @@ import torch
 from peftkern.adapter_pool import LayerAdapters, Layout
 from peftkern.ops import _multi_lora_linear_torch as plain
 from peftkern.ops._base_product import add_base_backward, base
-from peftkern.ops._common import unflattened, without_autocast
+from peftkern.ops._common import PLAIN_PATHS, unflattened, without_autocast
 from peftkern.ops.adapter_route import AdapterBatch
-from peftkern.ops.lora_linear import PLAIN_PATHS
 from peftkern.ops.quantize import dequantize
 from peftkern_kernels.adapters import Adapters
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from peftkern.ops.lora_linear import PLAIN_PATHS
+from peftkern.ops._common import PLAIN_PATHS
 
 
 @dataclasses.dataclass(slots=True)

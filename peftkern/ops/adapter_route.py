@@ -23,7 +23,6 @@ class AdapterBatch:
 
     Attributes:
         named: whether `host` was given: then torch.compile takes what occurs as a constant.
-        is_flat: whether it is a `FlatBatch`.
 
     What is made while a CUDA graph is captured is the graph's: not computed before its replays, and made by each of
     them anew. So a batch that is captured but was not made in the same capture keeps nothing of it, nor gives it what
@@ -32,8 +31,6 @@ class AdapterBatch:
     Raises:
         TypeError, ValueError: `ids` is no such tensor.
     """
-
-    is_flat: bool = False
 
     def __init__(self, ids: torch.Tensor, slots: int, host: Sequence[int] | None = None) -> None:
         if not isinstance(ids, torch.Tensor):
@@ -101,12 +98,12 @@ class AdapterBatch:
         if x.shape[0] == n:
             return x
         row = x.shape[x.dim() - features :]
-        each = self._rows_of_an_id(x, x.dim() - features)
+        each = self.rows_of_an_id(x, x.dim() - features)
         if each:
             return x.reshape(n, each, *row)
         return x.reshape(n, *row) if x.shape[: x.dim() - features].numel() == n else None
 
-    def _rows_of_an_id(self, x: torch.Tensor, axes: int = 1) -> int:
+    def rows_of_an_id(self, x: torch.Tensor, axes: int = 1) -> int:
         """How many rows of an x with so many axes of rows each id stands for, if these lie in one axis; 0 elsewhere."""
         return 0
 
@@ -176,37 +173,37 @@ class AdapterBatch:
         return is_capturing(self.ids) is not self._captured
 
 
-class FlatBatch(AdapterBatch):
+class _BatchView(AdapterBatch):
+    """A batch as a layer sees it that does not see it as it is. What is worked out for the batch is shared.
+
+    Args:
+        batch: the batch that other layers see.
+    """
+
+    def __init__(self, batch: AdapterBatch) -> None:
+        self.__dict__.update(batch.__dict__)
+
+
+class FlatBatch(_BatchView):
     """A batch as a layer sees it whose input is the plain flattening of the batch's tokens.
 
     x [n * T, K] is then [n, T, K] with its first two dimensions taken together: row m is a token of entry m // T. That
     x has n entries at all, and not a number that n divides, must have been seen where they still had a dimension.
-
-    Args:
-        batch: the batch that other layers see. What is worked out for it is shared.
     """
 
-    is_flat: bool = True
-
-    def __init__(self, batch: AdapterBatch) -> None:
-        self.__dict__.update(batch.__dict__)
-
     def check_rows(self, x: torch.Tensor, operation: str = "multi_lora_linear") -> int:
-        return x.shape[0] if self._rows_of_an_id(x, x.dim() - 1) else super().check_rows(x, operation)
+        return x.shape[0] if self.rows_of_an_id(x, x.dim() - 1) else super().check_rows(x, operation)
 
-    def _rows_of_an_id(self, x: torch.Tensor, axes: int = 1) -> int:
+    def rows_of_an_id(self, x: torch.Tensor, axes: int = 1) -> int:
         n = self.ids.shape[0]
         return x.shape[0] // n if axes == 1 and n and x.shape[0] % n == 0 else 0
 
 
-class ScatteredBatch(AdapterBatch):
+class ScatteredBatch(_BatchView):
     """A batch as a layer sees it that is given some of its tokens, in an order that is not known: an expert.
 
     Such a layer may by chance get as many rows as there are ids, which `AdapterBatch` would take for the batch's.
     """
-
-    def __init__(self, batch: AdapterBatch) -> None:
-        self.__dict__.update(batch.__dict__)
 
     def check_rows(self, x: torch.Tensor, operation: str = "multi_lora_linear") -> int:
         if x.dim() > 2:
@@ -218,14 +215,11 @@ class ScatteredBatch(AdapterBatch):
         )
 
 
-class TokensFirstBatch(AdapterBatch):
+class TokensFirstBatch(_BatchView):
     """A batch as a layer sees it whose input is [tokens, batch, K].
 
     With as many tokens as there are ids, `AdapterBatch` would take a token for an entry of the batch.
     """
-
-    def __init__(self, batch: AdapterBatch) -> None:
-        self.__dict__.update(batch.__dict__)
 
     def check_rows(self, x: torch.Tensor, operation: str = "multi_lora_linear") -> int:
         what = "adapter_names" if self.named else f"{operation}: adapter_ids"

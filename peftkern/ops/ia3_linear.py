@@ -24,6 +24,7 @@ from peftkern.backend import backend_in_force, device_info
 from peftkern.ops import _ia3_linear_torch
 from peftkern.ops._common import (
     FLOATS,
+    PLAIN_PATHS,
     apply_directly,
     ask,
     autocast_dtype,
@@ -34,7 +35,6 @@ from peftkern.ops._common import (
     unflattened,
     without_autocast,
 )
-from peftkern.ops.lora_linear import PLAIN_PATHS
 from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
 from peftkern.ops.lora_linear_quantized import flatten, unflatten
 from peftkern.ops.plan import Plan, plan_ia3_linear

@@ -17,6 +17,7 @@ import torch
 
 from peftkern.backend import backend_in_force, device_info
 from peftkern.ops._common import (
+    PLAIN_PATHS,
     adapters_fit,
     ask,
     autocast_dtype,
@@ -30,7 +31,6 @@ from peftkern.ops._common import (
     unflattened,
     without_autocast,
 )
-from peftkern.ops.lora_linear import PLAIN_PATHS
 from peftkern.ops.lora_linear import _backward as dense_backward
 from peftkern.ops.lora_linear import _forward as dense_forward
 from peftkern.ops.plan import Plan, plan_lora_linear_quantized

@@ -3,9 +3,9 @@
 Some modules of transformers take [batch, tokens, K] and hand their children its plain flattening [batch * tokens, K]:
 `FLATTENING` lists those, and a layer in one of these places is served, each id for as many rows as it has tokens. The
 shape alone would not do: experts get such a tensor too, of tokens in another order, and the layers of `TOKENS_FIRST`
-have tokens where others have the batch. What a place is, is decided once,
-when the layers are looked for; that as many sequences come as there are ids is seen where the batch still has a
-dimension, by a hook on the module that flattens, for as long as the batch is in force.
+have tokens where others have the batch. What a place is, is decided once, when the layers are looked for; that as many
+sequences come as there are ids is seen where the batch still has a dimension, by a hook on the module that flattens,
+for as long as the batch is in force.
 """
 
 from __future__ import annotations

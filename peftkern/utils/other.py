@@ -174,8 +174,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         n = len(batch)
         if isinstance(x, torch.Tensor) and x.dim() == 2 and x.is_floating_point():
             batch.check_rows(x, "adapter_names")
-        if batch.is_flat and n and isinstance(x, torch.Tensor) and x.dim() == 2 and x.shape[0] % n == 0:
-            each, n = x.shape[0] // n, x.shape[0]  # rows are tokens
+        each = batch.rows_of_an_id(x, x.dim() - 1) if isinstance(x, torch.Tensor) else 0
+        if each:
+            n *= each  # rows are tokens
             rows_of = {name: [row * each + i for row in rows for i in range(each)] for name, rows in rows_of.items()}
         if not isinstance(x, torch.Tensor) or x.dim() == 0 or x.shape[0] != n:
             if isinstance(x, torch.Tensor) and x.dim() > 0:

@@ -102,8 +102,9 @@ def linear_forward(
     if not args and not kwargs and not layer._why_not_fused(mixed.here):
         return layer._fused(x, table, mixed.batch.places_of_rows(x))
     scale = mixed.of_batch(table, x.device)
-    if mixed.batch.is_flat and x.dim() == 2 and len(mixed.batch):
-        scale = scale.repeat_interleave(M // len(mixed.batch), dim=0, output_size=M)
+    each = mixed.batch.rows_of_an_id(x, x.dim() - 1)
+    if each:
+        scale = scale.repeat_interleave(each, dim=0, output_size=M)
     by_rows = x.shape[:-1] if scale.shape[0] == M else (len(mixed.batch), *(1,) * (x.dim() - 2))
     return layer._scaled_plain(x, scale.view(*by_rows, scale.shape[1]), *args, **kwargs)
 
