@@ -3,10 +3,13 @@
 Rows come sorted by expert. A program takes one tile of a `Grouping`, rows of one expert, so that no row is moved and no
 size is read on the host; the low-rank part is in the accumulator, so that out is written once and W + B A of an expert
 never exists. The same kernel gives `dX = dY W_e + dS A_e` with weight := W.transpose(1, 2), b := A.transpose(1, 2).
-Rows of no expert are written as zeros.
+Rows of no expert are written as zeros. On plain pointers, which take any strides; where operands are aligned, newer
+architectures load them through descriptors (grouped_gemm_tma.py).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -14,9 +17,10 @@ import triton.language as tl
 
 from .gemm_tables import rank_block
 from .gemm_tile import accumulate_base, tile_of_program
+from .grouped_gemm_tma import _grouped_gemm_tma_kernel, takes_descriptors, tma_operands
 from .grouped_tables import Tile, grouped_tile
+from .grouped_tile import expert_start, store_rows
 from .launch import Call, cdiv, compile_options, nbytes, strides
-from .lora_expand import low_rank_product
 from .multi_tile import piece_of
 from .reduction_tables import vectorizes
 
@@ -34,31 +38,21 @@ def _grouped_gemm_kernel(
     slot, first, length = piece_of(tiles_ptr, P, pid_m)
     if length > 0:
         expert = tl.maximum(slot, 0).to(tl.int64)
-        # Of rows without an expert nothing is added up: zeros are stored.
-        depth = tl.where(slot >= 0, K, 0)
-        ranks = tl.where(slot >= 0, R, 0)
         offs_m = tl.arange(0, BLOCK_M)
         # Rows past the expert's last are that one again: their products are never stored, and loads stay unpredicated.
         rows = first.to(tl.int64) + tl.minimum(offs_m, length - 1)
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         columns = offs_n % N
-        if s_ptr is not None:
-            acc = low_rank_product(
-                s_ptr, b_ptr + expert * stride_be, rows, columns, ranks, ranks, stride_sm, stride_sr,
-                stride_bn, stride_br, x_ptr.dtype.element_ty, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
-            )  # fmt: skip
-        else:
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + expert * stride_bias_e + columns * stride_bias_n).to(tl.float32)
-            acc += tl.where(slot >= 0, bias, 0.0)[None, :]
-        acc = accumulate_base(
-            acc, x_ptr, w_ptr + expert * stride_we, rows, columns, 0, depth, stride_xm, stride_xk, stride_wn, stride_wk,
-            BLOCK_K, EVEN_K, PRECISION,
+        acc = expert_start(
+            s_ptr, b_ptr, bias_ptr, slot, expert, rows, columns, R, stride_sm, stride_sr, stride_be, stride_bn,
+            stride_br, stride_bias_e, stride_bias_n, x_ptr.dtype.element_ty, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
         )  # fmt: skip
-        out_ptrs = out_ptr + rows[:, None] * stride_om + offs_n[None, :] * stride_on
-        mask = (offs_m < length)[:, None] & (offs_n < N)[None, :]
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        # Of rows without an expert nothing is added up: zeros are stored.
+        acc = accumulate_base(
+            acc, x_ptr, w_ptr + expert * stride_we, rows, columns, 0, tl.where(slot >= 0, K, 0), stride_xm, stride_xk,
+            stride_wn, stride_wk, BLOCK_K, EVEN_K, PRECISION,
+        )  # fmt: skip
+        store_rows(out_ptr, acc, rows, offs_m, length, offs_n, N, stride_om, stride_on)
 
 
 def stack_vectorizes(stack: torch.Tensor) -> bool:
@@ -112,14 +106,20 @@ def grouped_gemm_calls(
     P, R = tiles.shape[1], 0 if s is None else s.shape[1]
     wide_factor = b is not None and b.dtype.itemsize > x.dtype.itemsize
     present = min(E, T)
+    kernel: Any = _grouped_gemm_kernel
+    operands: dict[str, Any] = {"x_ptr": x, "w_ptr": weight, **strides(x, "xm", "xk")}
+    operands |= strides(weight, "we", "wn", "wk")
+    kinds: dict[str, Any] = {"EVEN_K": K % tile.block_k == 0}
+    if tile.tma and takes_descriptors(x, weight):
+        kernel = _grouped_gemm_tma_kernel
+        operands, kinds = tma_operands(x, weight, tile)
     return [
         Call(
             name="base + expand of experts",
-            kernel=_grouped_gemm_kernel,
+            kernel=kernel,
             grid=(P * cdiv(N, tile.block_n), 1, 1),
             args={
-                "x_ptr": x,
-                "w_ptr": weight,
+                **operands,
                 "s_ptr": s,
                 "b_ptr": b,
                 "bias_ptr": bias,
@@ -129,8 +129,6 @@ def grouped_gemm_calls(
                 "N": N,
                 "K": K,
                 "R": R,
-                **strides(x, "xm", "xk"),
-                **strides(weight, "we", "wn", "wk"),
                 **strides(s, "sm", "sr"),
                 **strides(b, "be", "bn", "br"),
                 **strides(bias, "bias_e", "bias_n"),
@@ -142,7 +140,7 @@ def grouped_gemm_calls(
                 "BLOCK_K": tile.block_k,
                 "BLOCK_R": min(tile.block_r, rank_block(max(R, 1), x.dtype, narrow=wide_factor)),
                 "GROUP_M": tile.group_m,
-                "EVEN_K": K % tile.block_k == 0,
+                **kinds,
                 "PRECISION": precision,
             },
             num_warps=tile.num_warps,

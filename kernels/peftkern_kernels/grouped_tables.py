@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import torch
 
-from .gemm_tables import _family
 from .gemm_tables import Tile as Tile
+from .gemm_tables import _family
 
 SOURCE = "predicted"
 
 # (family) -> tile by rows of an expert: "large" above 64, "small" up to 64, "tiny" up to 16. 16-bit, aligned. Hopper's
 # and Blackwell's matrix instructions take 64 rows or more.
 _TILES: dict[str, dict[str, Tile]] = {
-    "hopper": {"large": Tile(128, 128, 64, 8, 4), "small": Tile(64, 128, 64, 4, 4), "tiny": Tile(64, 128, 64, 4, 4)},
-    "blackwell": {"large": Tile(128, 128, 64, 8, 4), "small": Tile(64, 128, 64, 4, 4), "tiny": Tile(64, 128, 64, 4, 4)},
+    "hopper": {
+        "large": Tile(128, 256, 64, 8, 3, tma=True),
+        "small": Tile(64, 128, 64, 4, 4, tma=True),
+        "tiny": Tile(64, 128, 64, 4, 4, tma=True),
+    },
+    "blackwell": {
+        "large": Tile(128, 256, 64, 8, 3, tma=True),
+        "small": Tile(64, 128, 64, 4, 4, tma=True),
+        "tiny": Tile(64, 128, 64, 4, 4, tma=True),
+    },
     "ampere": {"large": Tile(128, 128, 32, 8, 4), "small": Tile(64, 128, 64, 4, 4), "tiny": Tile(16, 128, 64, 4, 4)},
     "consumer": {"large": Tile(128, 128, 32, 8, 4), "small": Tile(64, 64, 32, 4, 4), "tiny": Tile(16, 64, 64, 4, 4)},
     "cdna": {"large": Tile(128, 128, 64, 4, 2), "small": Tile(64, 64, 64, 4, 2), "tiny": Tile(16, 64, 64, 4, 2)},
