@@ -28,7 +28,7 @@ def tables(offsets, T, block_m, *, adapters=True):
     held = [found.tiles, *([] if found.routing is None else found.routing.tensors)]
     for t in held:
         t.fill_(-77)  # what is left unwritten shows
-    run_all(grouped_route_calls(offsets, found, T, block_m, R=4, scaling=0.5))
+    run_all(grouped_route_calls(offsets, found, T, block_m, R=4, scaling=0.5, arch=arch_of(offsets.device.type)))
     return found
 
 
@@ -169,7 +169,7 @@ def test_refused(device):
         grouped_gemm_calls(x, weight, out, torch.zeros(1, 4, 4), found.tiles, out, **options)
     for offsets in (torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)[::2]):
         with pytest.raises(ValueError, match="offsets: expected contiguous int32"):
-            grouped_route_calls(offsets, found, 6, 16)
+            grouped_route_calls(offsets, found, 6, 16, arch=0)
 
 
 @pytest.mark.parametrize("arch", [0, *SHARED_MEMORY])

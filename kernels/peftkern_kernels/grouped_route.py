@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Call, cdiv, nbytes, scratch
+from .launch import Call, cdiv, compile_options, nbytes, scratch
 from .reduction_tables import next_power_of_2
 from .routing import Routing, block_rows, chunk_rows, pieces
 
@@ -144,13 +144,13 @@ def _grouped_route_kernel(
 
 
 def grouped_route_calls(
-    offsets: torch.Tensor, grouping: Grouping, T: int, block_m: int, *, R: int = 0, scaling: float = 0.0
+    offsets: torch.Tensor, grouping: Grouping, T: int, block_m: int, *, R: int = 0, scaling: float = 0.0, arch: int
 ) -> list[Call]:
     """The launch that fills an `empty_grouping` of T rows for tiles of `block_m` rows.
 
     Args:
         offsets: int32 [E], contiguous: the end of each expert's rows. What is past T counts as T.
-        R, scaling: of the adapters, if the grouping has room for them.
+        R, scaling: of the adapters, if the grouping has room for them. arch: see `gemm_tables`.
 
     Raises:
         ValueError: offsets that are not so.
@@ -201,6 +201,7 @@ def grouped_route_calls(
             },
             num_warps=4,
             num_stages=1,
+            options=compile_options(arch),
             bytes=nbytes(offsets, grouping.tiles, grouping.row_offset, grouping.rank, grouping.scaling, *written),
         )
     ]

@@ -63,12 +63,12 @@ def forward_calls(
     tile = gemm_tile(x, weight, y, arch)
     grouping = empty_grouping(T, E, tile.block_m, x.device, adapters=lora_A is not None)
     if lora_A is None or grouping.routing is None:
-        calls: Calls = [*grouped_route_calls(offsets, grouping, T, tile.block_m)]
+        calls: Calls = [*grouped_route_calls(offsets, grouping, T, tile.block_m, arch=arch)]
         calls += grouped_gemm_calls(x, weight, None, None, grouping.tiles, y, bias=bias, tile=tile, **common)
         return y, None, calls
     R = lora_A.shape[1]
     s = x.new_empty(T, R)
-    calls = [*grouped_route_calls(offsets, grouping, T, tile.block_m, R=R, scaling=scaling)]
+    calls = [*grouped_route_calls(offsets, grouping, T, tile.block_m, R=R, scaling=scaling, arch=arch)]
     a = lora_A if _is_stack(lora_A) else _packed(lora_A, x.dtype, calls)
     b = lora_B if 1 in lora_B.stride()[1:] else _packed(lora_B, x.dtype, calls)
     adapters = _adapters(a, a.new_empty(0), grouping, N)  # no launch here reads the pool of B
@@ -100,12 +100,12 @@ def backward_calls(
     tile = gemm_tile(dy, turned, dy.new_empty(0, K) if dx is None else dx, arch)
     grouping = empty_grouping(T, E, tile.block_m, dy.device, adapters=lora_A is not None)
     if lora_A is None or grouping.routing is None:
-        calls: Calls = [*grouped_route_calls(offsets, grouping, T, tile.block_m)]
+        calls: Calls = [*grouped_route_calls(offsets, grouping, T, tile.block_m, arch=arch)]
         if dx is not None:
             calls += grouped_gemm_calls(dy, turned, None, None, grouping.tiles, dx, tile=tile, **common)
         return dx, None, None, calls
     R = lora_A.shape[1]
-    calls = [*grouped_route_calls(offsets, grouping, T, tile.block_m, R=R, scaling=scaling)]
+    calls = [*grouped_route_calls(offsets, grouping, T, tile.block_m, R=R, scaling=scaling, arch=arch)]
     da = lora_A.new_empty(E, R, K) if needs_a else None
     db = lora_B.new_empty(E, N, R) if needs_b else None
     # One fill of memory: the weight gradient writes nothing for experts without rows.
