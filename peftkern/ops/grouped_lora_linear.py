@@ -113,8 +113,9 @@ def plan_for(x: torch.Tensor, weight: torch.Tensor, backend: str) -> Plan:
     (T, K), N = x.shape, weight.shape[1]
     aligned = True
     if not x.is_cpu:
-        rows = (x.stride(0), N, *sorted(weight.stride())[1:])
-        aligned = all(stride * x.element_size() % 16 == 0 for stride in rows)
+        least, *rows = sorted(weight.stride())
+        aligned = x.stride(1) == least == 1
+        aligned = aligned and all(stride * x.element_size() % 16 == 0 for stride in (x.stride(0), N, *rows))
     return ask(plan_grouped_lora_linear, T, N, K, x.dtype, device_info(x.device), aligned, backend)
 
 
