@@ -99,8 +99,8 @@ def grouped_gemm_calls(
         shapes = [list(t.shape) for t in (x, weight, out)]
         raise ValueError(f"x, weight, out: expected [T, K], [E, N, K] and [T, N], got {shapes}")
     if (s is None) != (b is None) or (s is not None and b is not None and b.shape != (E, N, s.shape[1])):
-        shapes = [None if t is None else list(t.shape) for t in (s, b)]
-        raise ValueError(f"s, b: expected [T, R] and [{E}, {N}, R], or neither, got {shapes}")
+        given = [None if t is None else list(t.shape) for t in (s, b)]
+        raise ValueError(f"s, b: expected [T, R] and [{E}, {N}, R], or neither, got {given}")
     if T == 0:
         return []
     P, R = tiles.shape[1], 0 if s is None else s.shape[1]
