@@ -56,9 +56,13 @@ def _grouped_gemm_kernel(
 
 
 def stack_vectorizes(stack: torch.Tensor) -> bool:
-    """Whether each matrix of a stack [E, rows, columns], or its transpose, is one whose rows `vectorizes`."""
+    """Whether each matrix of a stack [E, rows, columns], or its transpose, is one whose rows `vectorizes`.
+
+    Matrices that lie on each other, as those of an expanded one, are not: no descriptor takes them.
+    """
     one = stack[0]
-    return stack.stride(0) % 16 == 0 and (vectorizes(one) or vectorizes(one.t()))
+    apart = stack.stride(0) % 16 == 0 and stack.stride(0) >= one.numel()
+    return apart and (vectorizes(one) or vectorizes(one.t()))
 
 
 def gemm_tile(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, arch: int) -> Tile:
