@@ -86,8 +86,8 @@ class GatedProjection:
     def check(self, got, truth):
         """Every result within the bound of its arithmetic.
 
-        Roundings on the way to y: act, h, S, the base's sum, and what masters and a mask add; to dgate and dup: dS, dX's
-        sum, dh * up; to dA and dB: act, h, S or dS. fp32's functions are right to a few eps, which count as terms.
+        Roundings on the way to y: act, h, S, the base's sum, and what masters and a mask add; to dgate and dup: dS,
+        dX's sum, dh * up; to dA and dB: act, h, S or dS. fp32's functions are right to a few eps, which count as terms.
         """
         M, N = self.dy.shape
         terms = M + N + sum(self.A.shape) + 16

@@ -22,8 +22,8 @@ from peftkern.ops import (
     quantize_8bit,
 )
 from peftkern.ops import plan as plans
-from peftkern.ops._lora_linear_torch import keep_mask
 from peftkern.ops._lora_linear_shared_operator import flatten_all
+from peftkern.ops._lora_linear_torch import keep_mask
 
 MODULE = importlib.import_module("peftkern.ops.gated_lora_linear")
 DENSE = importlib.import_module("peftkern.ops.lora_linear")
@@ -126,7 +126,7 @@ def test_only_what_is_asked_for(asked):
 
 
 def test_keeps_gate_and_up_and_no_product_of_them():
-    """Would catch h or act(gate) being kept, which is what the operation exists to avoid, and anything under no_grad."""
+    """Would catch h or act(gate) being kept, which the operation exists to avoid, and anything under no_grad."""
     operands = GatedProjection(64, 8, 256, 4)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

@@ -175,12 +175,13 @@ def _backward(
         h = gated(*rows, activation, path)
     elif needs_h:
         h = torch.empty_like(rows[0], memory_format=torch.contiguous_format)  # room for dup
-    saved: Any = (h, weight, lora_A, lora_B, s, mask, seed, scaling, dropout_p, path)
+    saved: Any = (dy.reshape(-1, N), h, weight, lora_A, lora_B, s, mask, seed, scaling, dropout_p, path)
     if isinstance(weight, torch.Tensor):
-        wanted: Any = (needs_h, False, needs_a, needs_b, False)
-        dh, _, da, db, _ = dense_backward(dy.reshape(-1, N), *saved, wanted, None)
+        wanted: Any = ((needs_h, False, needs_a, needs_b, False), None)
+        dh, _, da, db, _ = dense_backward(*saved, *wanted)
     else:
-        dh, da, db, _ = quantized_backward(dy.reshape(-1, N), *saved, (needs_h, needs_a, needs_b, False), None)
+        wanted = ((needs_h, needs_a, needs_b, False), None)
+        dh, da, db, _ = quantized_backward(*saved, *wanted)
     if not needs_h:
         return None, None, da, db
     dgate, dup = gated_gradients(dh, *rows, h, activation, path)  # type: ignore[arg-type]
@@ -210,8 +211,8 @@ class _GatedLoraLinear(torch.autograd.Function):
         refuse_double_backward("gated_lora_linear")
         gate, up, lora_A, lora_B, s, mask, seed, dense = ctx.saved_tensors
         weight = dense if ctx.weight is None else ctx.weight
-        saved: Any = (gate, up, weight, lora_A, lora_B, taken_s(s), mask, seed)
-        dgate, dup, da, db = _backward(dy, *saved, *ctx.numbers, ctx.needs)
+        saved: Any = (dy, gate, up, weight, lora_A, lora_B, taken_s(s), mask, seed, *ctx.numbers, ctx.needs)
+        dgate, dup, da, db = _backward(*saved)
         needs_gate, needs_up, *_ = ctx.needs_input_grad
         return dgate if needs_gate else None, dup if needs_up else None, da, db, None, None
 

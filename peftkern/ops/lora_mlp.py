@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,8 +35,8 @@ def lora_mlp(
 ) -> torch.Tensor:
     """`y = down(act(gate(x)) * up(x))`, each of the three a `lora_linear` (Shazeer 2020, arXiv:2002.05202).
 
-    gate and up share one pass over x (`lora_linear_shared`); down takes `act(gate) * up`, which is not kept for backward
-    (`gated_lora_linear`). Kept are x, gate(x) and up(x) by reference, and each S [M, r].
+    gate and up share one pass over x (`lora_linear_shared`); down takes `act(gate) * up`, which is not kept for
+    backward (`gated_lora_linear`). Kept are x, gate(x) and up(x) by reference, and each S [M, r].
 
     Args:
         x: [..., in_features], as for `lora_linear`.
@@ -61,6 +61,6 @@ def lora_mlp(
     seed_down = None
     if p and seed is not None:
         seed_down = dropout_seed(seed, x.device) + 1
-    weights, As, Bs, scalings, biases = zip(gate, up, strict=True)
-    rows = lora_linear_shared(x, weights, As, Bs, scalings, biases, dropout_p=p, seed=seed)
-    return gated_lora_linear(*rows, *down, activation=activation, dropout_p=p, seed=seed_down)
+    operands: Any = zip(gate, up, strict=True)
+    rows = lora_linear_shared(x, *operands, dropout_p=p, seed=seed)
+    return gated_lora_linear(rows[0], rows[1], *down, activation=activation, dropout_p=p, seed=seed_down)
