@@ -1,5 +1,6 @@
 """The grid of real calls whose kernel launches the static check compiles; over 4-bit weights, of IA3, over many
-adapters, of projections that share x, of gated MLPs: static_cases_4bit.py, _ia3.py, _multi.py, _shared.py, _gated.py.
+adapters, of projections that share x, of gated MLPs and over experts: static_cases_4bit.py, _ia3.py, _multi.py,
+_shared.py, _gated.py and _experts.py.
 
 A case is an operation with its sizes, dtypes and options. Its launches are the library's own: tensors on the meta
 device go through `plan` and the functions that an operation takes its launches from; what is compiled would run.
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from bench.static_cases_4bit import Case4bit, all_cases_4bit, quick_cases_4bit
+from bench.static_cases_experts import Experts, all_cases_experts, quick_cases_experts
 from bench.static_cases_gated import Gated, all_cases_gated, quick_cases_gated
 from bench.static_cases_ia3 import IA3Linear, all_cases_ia3, quick_cases_ia3
 from bench.static_cases_multi import MultiLoraLinear, MultiLoraLinearShared, all_cases_multi
@@ -145,6 +147,7 @@ Case = (
     | MultiLoraLinear
     | LoraLinearShared
     | MultiLoraLinearShared
+    | Experts
     | Gated
 )
 
@@ -157,6 +160,7 @@ def quick_cases() -> list[Case]:
         *quick_cases_4bit(),
         *quick_cases_ia3(),
         *quick_cases_gated(),
+        *quick_cases_experts(),
     ]
 
 
@@ -206,4 +210,4 @@ def all_cases() -> list[Case]:
     ]
     linear = dict.fromkeys([*headline, *llama, *variants, *awkward, *options, *forced])
     others = [*all_cases_4bit(), *all_cases_ia3(), *all_cases_multi(), *all_cases_shared(), *all_cases_gated()]
-    return [*linear, *embedding_cases(), *others]
+    return [*linear, *embedding_cases(), *others, *all_cases_experts()]
