@@ -94,6 +94,31 @@ def multi_lora_linear(
     return y
 
 
+def grouped_lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor | None,
+    lora_B: torch.Tensor | None,
+    scaling: float,
+    offsets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`y[t] = x[t] W_e^T + b_e + scaling * (x[t] A_e^T) B_e^T`, e the expert of row t; 0 for rows of no expert.
+
+    x [T, K], rows sorted by expert; offsets int [E], the end of each expert's rows; weight [E, N, K], lora_A [E, R, K],
+    lora_B [E, N, R] (both None: the experts alone), bias [E, N] or None.
+    """
+    parts, start = [], 0
+    for expert, stop in enumerate(offsets.tolist()):
+        rows = x[start:stop]
+        y = rows @ weight[expert].T if bias is None else rows @ weight[expert].T + bias[expert]
+        if lora_A is not None and lora_B is not None:
+            y = y + scaling * (rows @ lora_A[expert].T) @ lora_B[expert].T
+        parts.append(y)
+        start = stop
+    return torch.cat([*parts, x.new_zeros(x.shape[0] - start, weight.shape[1])])
+
+
 def lora_embedding(
     input: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
 ) -> torch.Tensor:

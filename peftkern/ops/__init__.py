@@ -1,5 +1,6 @@
 """Differentiable operations, one file each, and quantized weights; CONTRIBUTING.md tells how they fit together."""
 
+from peftkern.ops.grouped_lora_linear import grouped_linear, grouped_lora_linear
 from peftkern.ops.ia3_linear import ia3_linear, multi_ia3_linear
 from peftkern.ops.linear_cross_entropy import linear_cross_entropy
 from peftkern.ops.lora_embedding import lora_embedding
@@ -13,6 +14,8 @@ __all__ = [
     "dequantize",
     "dequantize_4bit",
     "dequantize_8bit",
+    "grouped_linear",
+    "grouped_lora_linear",
     "ia3_linear",
     "linear_cross_entropy",
     "lora_embedding",

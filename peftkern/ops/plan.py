@@ -18,6 +18,11 @@ and over a quantized weight:
     "decode_4bit"  "decode", likewise.
     "dequantize:PATH"  the weight written out dense by one launch, then PATH.
 
+Paths of `grouped_lora_linear`, over a stack of experts:
+    "torch", "torch_fp32"  an expert after the other.
+    "grouped_mm:torch"  the frozen products of all experts by torch's grouped_mm, the low-rank ones as on "torch".
+    "triton"  a table of the experts' tiles; shrink; the base GEMMs of all experts, each with its expand, in one launch.
+
 Paths of `ia3_linear`: "torch" and "torch_fp32" as above;
     "cublas"  cuBLAS for the products; one elementwise kernel scales, in backward with the column sums of dl on the way.
     "triton"  the product beside the scaling as a GEMM with an epilogue: z and y = z * l stored together in forward, or
@@ -273,6 +278,34 @@ def plan_multi_lora_linear_shared(plans: tuple[Plan, ...], unlike: str = "") -> 
     else:
         shared = "one shrink"
     return Plan(path, f"{len(plans)} projections of one x: {shared}, one dX; {reason}")
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_grouped_lora_linear(
+    T: int, N: int, K: int, dtype: torch.dtype, device: DeviceInfo, aligned: bool = True, backend: str = "auto"
+) -> Plan:
+    """The path of `grouped_lora_linear`, forward and backward.
+
+    Args:
+        T, N, K: rows of all experts, out_features, in_features.
+        dtype, device, backend: as for `plan_lora_linear`.
+        aligned: whether rows of x, of each expert's weight and of y start on 16-byte boundaries.
+
+    Raises:
+        RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
+    """
+    reason = _why_plain("grouped_lora_linear", T, dtype, device, backend)
+    if not reason and dtype == torch.float32 and backend == "auto" and device.arch:
+        reason = "fp32: cuBLAS has the faster exact products (predicted)"
+    if not reason:
+        return Plan("triton", "all experts in one GEMM with the expand in its accumulator, y written once (predicted)")
+    if device.type == "cuda" and T:
+        # torch's own kernel; for other dtypes it is a loop as ours, and so it is on older cards.
+        if dtype == torch.bfloat16 and 80 <= device.arch < 900 and aligned:
+            return Plan("grouped_mm:torch", f"{reason}; frozen experts by grouped_mm, offsets read on the host")
+        return Plan("torch", f"{reason}; an expert after the other, offsets read on the host")
+    plan = _plain(reason, dtype, device, T * N * K)
+    return Plan(plan.path, f"{plan.reason}; an expert after the other")
 
 
 @functools.lru_cache(maxsize=1024)
