@@ -354,7 +354,9 @@ def check_lora_tensors(source: PathLike, tensors: Mapping[str, torch.Tensor], co
             text = f"expected a matrix, got shape {list(value.shape)}: was a sharded model saved without gathering?"
             raise AdapterFileError(source, text, key=key)
         rank = value.shape[0 if match["name"].endswith("A") else 1]
-        if rank not in ranks:
+        # The factors of a stack of matrices (target_parameters) hold the rank rows of each, however many there are.
+        stacked = bool(config.target_parameters) and any(rank % r == 0 for r in ranks)
+        if rank not in ranks and not stacked:
             text = f"its rank is {rank} (shape {list(value.shape)}), adapter_config.json says {sorted(ranks)}"
             raise AdapterFileError(source, text, key=key)
         found[match["module"], match["name"], match["rest"]] = value

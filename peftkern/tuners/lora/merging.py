@@ -51,10 +51,10 @@ def check_mergeable(layer: LoraLayer, adapter_names: list[str]) -> None:
         ValueError: The weight is on the meta device, or there is no bias to merge a `lora_bias` into.
     """
     base = layer.get_base_layer()
-    weight: Any = getattr(base, "weight", None)
     kind = type(base).__name__
     if "parametrizations" in base._modules:
         raise TypeError(f"cannot merge into a {kind} whose weight is parametrized: remove the parametrization first")
+    weight: Any = getattr(layer, "weight", None)
     if weight_of(base) is None and (type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point()):
         found = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, torch.Tensor) else repr(weight)
         raise TypeError(f"cannot merge into a {kind} whose weight is {found}: it must be a plain floating-point tensor")
