@@ -170,7 +170,7 @@ def match_targets(
     if is_all_linear(config.target_modules):
         linear = {k for k, m in layers.items() if is_tuned(m) and "Linear" in type(m).__name__}
         config.target_modules = all_linear_names(model, config.task_type, inside, linear)
-        _warn_of_stacked_experts(model)
+        _warn_of_stacked_experts(model, set(parameters))
     targets = config.target_modules
     if targets is not None and not isinstance(targets, str) and len(targets) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
         short = shortest_suffixes(set(targets), [k for k in names if not ends_with_name(k, targets)])
@@ -207,9 +207,10 @@ def match_targets(
     return matched
 
 
-def _warn_of_stacked_experts(model: nn.Module) -> None:
+def _warn_of_stacked_experts(model: nn.Module, adapted: set[str]) -> None:
     """Warns that "all-linear" does not mean the experts of a mixture that are stacked in one parameter."""
-    stacked = [name for name, p in model.named_parameters() if p.dim() > 2 and "experts" in name.split(".")]
+    every = {name.replace(".base_layer", ""): p for name, p in model.named_parameters()}
+    stacked = [n for n, p in every.items() if p.dim() > 2 and "experts" in n.split(".") and n not in adapted]
     if stacked:
         warnings.warn(
             f'target_modules="all-linear": the stacked experts stay frozen, for they are no linear layers: '

@@ -205,7 +205,7 @@ class ParamWrapper(LoraLayer, nn.Module):
         in_force = {wrapper: wrapper._names_in_force() for wrapper in self._chain()}
         if any(in_force.values()) and experts_forward.takes(args, kwargs) and not self._why_not_fused(in_force[self]):
             adapters = {w.parameter_name: w._factors(names) for w, names in in_force.items() if names}
-            return experts_forward.forward(self.get_base_layer(), *args, adapters)
+            return experts_forward.forward(self.get_base_layer(), adapters, *args)
         if not in_force[self]:
             return self.base_layer(*args, **kwargs)
         # Wrappers inside this one see to their own parameters.

@@ -92,15 +92,15 @@ def takes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 
 def forward(
-    base: Any, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, adapters: dict[str, Factors]
+    base: Any, adapters: dict[str, Factors], x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """The experts' output [T, hidden] in x's dtype.
 
     Args:
         base: experts of which `why_not_grouped` says "".
+        adapters: a projection's name -> its adapter; of one that has none the base product alone is taken.
         x: tokens [T, hidden].
         top_k_index, top_k_weights: [T, k], what the router chose for each.
-        adapters: a projection's name -> its adapter; of one that has none the base product alone is taken.
     """
     up, down = projections(base)
     by_expert = expert_order(top_k_index, getattr(base, down).shape[0])

@@ -96,8 +96,11 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _outermost(model: nn.Module, name: str) -> str:
     """The name of the outermost wrapper around the module `name`, or `name`."""
-    while name.endswith(".base_layer") and isinstance(model.get_submodule(name.removesuffix(".base_layer")), ParamWrapper):
-        name = name.removesuffix(".base_layer")
+    while name.endswith(".base_layer"):
+        around = name.removesuffix(".base_layer")
+        if not isinstance(model.get_submodule(around), ParamWrapper):
+            break
+        name = around
     return name
 
 
@@ -136,7 +139,7 @@ def settle_expert_targets(model: nn.Module, config: Any) -> None:
         ValueError: Of the layers that one parameter holds, some are targeted and others not.
 
     Warns:
-        UserWarning: Linear layers of such a name, which are left out (shared experts, dense layers between), as in PEFT.
+        UserWarning: Linear layers of such a name (shared experts, dense layers between), left out as in PEFT.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     stacked = EXPERTS_THAT_WERE_LAYERS.get(model_type) if isinstance(model_type, str) else None
@@ -188,8 +191,8 @@ def _named_by(
         return _named_by_expression(model, config, stacked, parameters)
     found = {t: next((old for old in stacked if t == old or t.endswith(f".{old}")), None) for t in targets or ()}
     named = {old for old in found.values() if old is not None}
-    linear = [k for k, m in model.named_modules() if isinstance(m, nn.Linear)]
-    _warn_of_left_out([k for k in linear if ends_with_name(k, [t for t, old in found.items() if old is not None])])
+    moved = [t for t, old in found.items() if old is not None]
+    _warn_of_left_out([k for k, m in model.named_modules() if isinstance(m, nn.Linear) and ends_with_name(k, moved)])
     return {t for t, old in found.items() if old is None}, named, {stacked[old] for old in named}
 
 
@@ -219,7 +222,7 @@ def _named_by_expression(
 def _warn_of_left_out(names: list[str]) -> None:
     if names:
         warnings.warn(
-            f"target_modules: {shorten(names, 3)} get no adapter: in this architecture their names mean the experts that "
-            "are stacked in one parameter, as in PEFT",
+            f"target_modules: {shorten(names, 3)} get no adapter: in this architecture their names mean the experts "
+            "that are stacked in one parameter, as in PEFT",
             stacklevel=6,
         )

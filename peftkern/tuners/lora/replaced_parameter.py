@@ -41,7 +41,7 @@ def call_with(
     """
     parent, _, name = path.rpartition(".")
     owner = module.get_submodule(parent)
-    parametrized = owner._modules.get("parametrizations")
+    parametrized: Any = owner._modules.get("parametrizations")
     if parametrized is not None and name in parametrized:
         steps: Any = parametrized[name]
         steps.append(_Changed(change))
