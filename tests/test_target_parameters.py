@@ -1,4 +1,4 @@
-"""`target_parameters`: LoRA on stacked experts and other parameters, beside PEFT's: numbers, names, files, switching."""
+"""`target_parameters`, LoRA on stacked experts and other parameters, beside PEFT's: numbers, names, files, switching."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_an_expression_keeps_its_layers():
 
 
 def test_what_all_linear_leaves_out_is_said():
-    """Catches shared experts that get no adapter without a word, in models where PEFT takes their names for experts'."""
+    """Catches shared experts without an adapter and without a word, where PEFT takes their names for the experts'."""
     import transformers
 
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=40)

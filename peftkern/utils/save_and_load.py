@@ -23,6 +23,7 @@ from peftkern.utils.adapter_keys import (
     embedding_is_targeted,
     embedding_key_map,
 )
+from peftkern.utils.expert_files import stack_experts
 
 _PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 # A rank that no tensor of a file has is believed up to here, or up to the file's largest dimension.
@@ -173,6 +174,7 @@ def plan_load(
     places = {held: held for held in embeddings.values()} | embeddings  # PEFT's name for one with copies is the first
     places |= {key: key for key in base_bias_keys(model, config)} | adapter
     wrapped = any(key.startswith(PREFIX) for key in places)
+    state_dict = stack_experts(model, state_dict, adapter_name, source)
     if not wrapped:  # adapters injected into a bare model: the file's names still carry the prefix
         state_dict = {key.removeprefix(PREFIX): value for key, value in state_dict.items()}
     held = model.state_dict()
