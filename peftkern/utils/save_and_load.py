@@ -174,9 +174,9 @@ def plan_load(
     places = {held: held for held in embeddings.values()} | embeddings  # PEFT's name for one with copies is the first
     places |= {key: key for key in base_bias_keys(model, config)} | adapter
     wrapped = any(key.startswith(PREFIX) for key in places)
-    state_dict = stack_experts(model, state_dict, adapter_name, source)
     if not wrapped:  # adapters injected into a bare model: the file's names still carry the prefix
         state_dict = {key.removeprefix(PREFIX): value for key, value in state_dict.items()}
+    state_dict = stack_experts(model, state_dict, adapter_name, source)
     held = model.state_dict()
     tensors, mismatched = {}, []
     for key, value in state_dict.items():
