@@ -15,8 +15,8 @@ NEMOTRON |= dict(moe_shared_expert_intermediate_size=24, n_group=1, topk_group=1
 NEMOTRON |= dict(mamba_head_dim=8, n_groups=1)
 LLAMA4: dict[str, Any] = dict(num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=24, head_dim=8)
 LLAMA4 |= dict(interleave_moe_layer_step=1, attn_temperature_tuning=False)
-# Name -> configuration's class, model's class, fields. Experts: gated; gated, an odd number; transposed, with biases, gate
-# and up interleaved; without a gate; with a forward of their own.
+# Name -> configuration's class, model's class, fields. Experts: gated; gated, an odd number of them; transposed, with
+# biases, gate and up interleaved; without a gate; with a forward of their own.
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", dict(num_local_experts=4)),
     "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", dict(num_experts=5, moe_intermediate_size=24, head_dim=8)),

@@ -48,16 +48,16 @@ def stack_experts(
         if not isinstance(wrapper, ParamWrapper) or adapter_name not in wrapper.scaling:
             continue
         module = name.replace(".base_layer", "")
-        old = [
-            layer for layer, now in table.items() if now in (wrapper.parameter_name, f"gate.{wrapper.parameter_name}")
-        ]
-        for container in (module, module.replace(_NOW, _BEFORE)):
-            if wrapper.num_experts == 1 and old == ["gate"]:  # the router, a layer of the same sizes
-                keys = {factor: f"{container}.lora_{factor}.weight" for factor in "AB"}
-                moved = {factor: found.pop(key) for factor, key in keys.items() if container != module and key in found}
-            else:
-                moved = _stacked(found, container, wrapper.num_experts, old, source)
-            found.update({f"{name}.lora_{factor}.weight": tensor for factor, tensor in moved.items()})
+        key, old_module = f"{module}.{wrapper.parameter_name}", module.replace(_NOW, _BEFORE)
+        layers = [layer for layer, now in table.items() if key.endswith(f".{now}")]
+        if layers == ["gate"]:  # the router, a layer of the same sizes
+            for factor in "AB" if old_module != module else "":
+                if f"{old_module}.lora_{factor}.weight" in found:
+                    found[f"{name}.lora_{factor}.weight"] = found.pop(f"{old_module}.lora_{factor}.weight")
+            continue
+        for container in dict.fromkeys((module, old_module)) if layers else ():
+            stacked = _stacked(found, container, wrapper.num_experts, layers, source)
+            found.update({f"{name}.lora_{factor}.weight": tensor for factor, tensor in stacked.items()})
     return found
 
 
