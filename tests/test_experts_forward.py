@@ -90,7 +90,7 @@ def merged(model: Any, dtype: torch.dtype) -> Any:
 
 
 def grads_of(y: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    return list(torch.autograd.grad((y.double() ** 2).sum(), inputs))
+    return list(torch.autograd.grad((y.double() ** 2).sum(), inputs, retain_graph=True))
 
 
 @pytest.mark.parametrize("kind", [Gated, Normed])
@@ -386,7 +386,8 @@ def test_adapters_of_sixteen_bit_experts_are_wide():
 
 
 def test_estimates_count_stacked_adapters():
-    """Catches a table that leaves the adapters of the experts out, most of what such a step trains."""
+    """Catches a table that leaves the adapters of the experts out, most of what such a step trains, or traces their
+    unfused path."""
     config = moe("mixtral", tie_word_embeddings=False).config
     made = peftkern.estimate_memory(config, seq=32, r=2, quant="none")
     model = peftkern.get_peft_model(
@@ -394,3 +395,5 @@ def test_estimates_count_stacked_adapters():
     )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert made.part("adapters") == 4 * trained
+    note = next(part.note for part in made.parts if part.name == "one layer, run and differentiated")
+    assert "S of 6 adapters" in note  # four of attention, two of the experts; the router's is part of its weight

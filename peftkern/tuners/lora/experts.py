@@ -198,7 +198,8 @@ class ParamWrapper(LoraLayer, nn.Module):
         return ""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.pop("adapter_names", None) is not None or batch_in_force(self) is not None:
+        mixed = kwargs.pop("adapter_names", None) is not None or batch_in_force(self) is not None
+        if mixed and self.scaling:
             raise NotImplementedError("adapter_names: an adapter on a parameter (target_parameters) cannot be mixed")
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()

@@ -64,12 +64,17 @@ def why_not_grouped(base: nn.Module) -> str:
     dtypes = set()
     for name in (*names, *(f"{name}_bias" for name in names if held.has_bias)):
         parameter = held._parameters.get(name, held.__dict__.get(name))
-        if type(parameter) not in _PLAIN_TENSORS or parameter.is_meta or parameter.dtype not in _FLOATS:
+        if not _is_plain(parameter) or parameter.is_meta or parameter.dtype not in _FLOATS:
             return f"its {name} is {_described(parameter)}"
         dtypes.add(parameter.dtype)
     if len(dtypes) > 1:
         return f"its parameters are of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
     return ""
+
+
+def _is_plain(parameter: Any) -> bool:
+    """Whether it is an ordinary tensor, or one without memory that stands for one (as in an estimate)."""
+    return type(parameter) in _PLAIN_TENSORS or type(parameter).__name__ == "FakeTensor"
 
 
 def _described(parameter: Any) -> str:
@@ -130,10 +135,10 @@ def plan(base: Any, name: str, tokens: int) -> Plan:
     weight = weight_of(base, name)
     # One row seen as often as tokens have choices: the plan looks at sizes, strides and dtype only.
     rows = torch.empty(1, weight.shape[2], dtype=weight.dtype, device=weight.device)
-    return plan_for(rows.expand(tokens * _choices(base.config), -1), weight, current_backend())
+    return plan_for(rows.expand(tokens * choices_of(base.config), -1), weight, current_backend())
 
 
-def _choices(config: Any) -> int:
+def choices_of(config: Any) -> int:
     """How many experts each token takes, as the model's configuration names it; 1 where it does not say."""
     names = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
     found = next((value for value in (getattr(config, name, None) for name in names) if isinstance(value, int)), 1)
