@@ -1,4 +1,4 @@
-"""`ops.grouped_lora_linear`, experts in a stack, on the plain paths: meaning, gradients, torch's machinery around it."""
+"""`ops.grouped_lora_linear`, experts in a stack, on the plain paths: meaning, gradients, torch around it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peftkern.ops.plan import Plan, plan_grouped_lora_linear
 # The package exports the function under its module's name.
 MODULE = importlib.import_module("peftkern.ops.grouped_lora_linear")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Roundings on the way: y: S, its scaling, the base's sum, S B^T; dX: likewise; dW: none; dA and dB: dS or S, its scaling.
+# Roundings on the way. y and dX: S, its scaling, the base, the sum; dW: none; dA and dB: dS or S, its scaling.
 ROUNDED = [4, 4, 0, 2, 2, 0]
 
 

@@ -177,7 +177,12 @@ def _forward(
     path: str,
 ) -> tuple[torch.Tensor, Kept]:
     """y [T, N] and S [T, R], None without adapters."""
-    return _grouped_lora_linear_torch.forward(x, weight, lora_A, lora_B, scaling, bias, offsets, path)
+    operands: Any = (x, weight, lora_A, lora_B, scaling, bias, offsets)
+    if path == "triton":
+        from peftkern.ops import _grouped_lora_linear_triton as kernels
+
+        return kernels.forward(*operands)
+    return _grouped_lora_linear_torch.forward(*operands, path)
 
 
 @without_autocast
@@ -195,8 +200,14 @@ def _backward(
     bias_dtype: torch.dtype | None,
 ) -> tuple[Kept, ...]:
     """Gradients of (x, weight, lora_A, lora_B, bias), None where `needs` does not ask."""
-    rest: Any = (dy, x, weight, lora_A, lora_B, s, scaling, offsets)
-    grads = _grouped_lora_linear_torch.backward(*rest, path, needs)
+    operands: Any = (dy, x, weight, lora_A, lora_B, s, scaling, offsets)
+    grads: tuple[Kept, ...]
+    if path == "triton":
+        from peftkern.ops import _grouped_lora_linear_triton as kernels
+
+        grads = kernels.backward(*operands, needs)
+    else:
+        grads = _grouped_lora_linear_torch.backward(*operands, path, needs)
     like = (None, weight, lora_A, lora_B, None)
     dx, dw, da, db, dbias = (
         g if g is None or t is None or g.dtype == t.dtype else g.to(t.dtype) for g, t in zip(grads, like, strict=True)
