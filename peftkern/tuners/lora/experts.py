@@ -127,7 +127,7 @@ class ParamWrapper(LoraLayer, nn.Module):
         parameter = self.get_param()
         where = getattr(getattr(self.get_base_layer(), "_hf_hook", None), "execution_device", None)
         device = torch.device(where) if parameter.is_meta and where is not None else parameter.device
-        return device, parameter.dtype
+        return device, parameter.dtype if parameter.dtype.itemsize > 1 else None  # eight bits hold no adapter
 
     def _factors(self, names: list[str]) -> Factors:
         """These adapters as one, joined along the rank: A [E, R, in] and B [E, out, R], views where there is one."""
