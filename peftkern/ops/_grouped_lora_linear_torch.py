@@ -11,6 +11,7 @@ Path "torch_fp32": 16-bit tensors on a CPU without 16-bit matrix instructions, a
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,16 +45,28 @@ def groups_of(offsets: torch.Tensor, T: int) -> tuple[Groups, int]:
     return groups, start
 
 
-def _packed(factor: torch.Tensor, few: bool) -> torch.Tensor:
+def _pieces(t: torch.Tensor, groups: Groups) -> Sequence[torch.Tensor]:
+    """The rows of t [T, columns] that are each group's, views."""
+    if not groups:
+        return ()
+    sizes = [stop - start for _, start, stop in groups]
+    return t.split_with_sizes([*sizes, t.shape[0] - groups[-1][2]])[:-1]
+
+
+def _matrices(stack: torch.Tensor, groups: Groups, dtype: torch.dtype) -> Iterable[torch.Tensor]:
+    """Each group's matrix of a stack, a view, or cast to `dtype` when its turn comes."""
+    every = len(groups) == stack.shape[0]  # then one call for all, for a call costs as much as a small product
+    held = stack.unbind(0) if every else [stack[expert] for expert, _, _ in groups]
+    return held if stack.dtype is dtype else (matrix.to(dtype) for matrix in held)
+
+
+def _packed(factor: torch.Tensor, groups: Groups) -> torch.Tensor:
     """A factor whose experts' matrices a BLAS reads as they lie: PEFT's lora_B has the experts innermost.
 
-    `few`: so few experts have rows that copying those, on the way into each product, costs less.
+    Where few experts have rows, copying those on the way into each product costs less.
     """
+    few = 4 * len(groups) < factor.shape[0]
     return factor if few or 1 in factor.stride()[1:] else factor.contiguous()
-
-
-def _few(groups: Groups, factor: torch.Tensor) -> bool:
-    return 4 * len(groups) < factor.shape[0]
 
 
 def forward(
@@ -83,23 +96,28 @@ def forward(
     if path == "torch_fp32":
         _forward_fp32(x, weight, lora_A, lora_B, scaling, bias, groups, y, s)
         return y, s
-    dtype = x.dtype
-    for expert, start, stop in groups:
-        rows, out = x[start:stop], y[start:stop]
-        if path == "grouped_mm:torch":
-            if bias is not None:
-                out += bias[expert].to(dtype)
-        elif bias is None:
-            torch.mm(rows, weight[expert].to(dtype).t(), out=out)
-        else:
-            torch.addmm(bias[expert].to(dtype), rows, weight[expert].to(dtype).t(), out=out)
-        if s is not None:
-            torch.mm(rows, lora_A[expert].to(dtype).t(), out=s[start:stop])
-    if s is not None:
-        s.mul_(scaling)
-        lora_B = _packed(lora_B, _few(groups, lora_B))
-        for expert, start, stop in groups:
-            y[start:stop].addmm_(s[start:stop], lora_B[expert].to(dtype).t())
+    dtype, rows, outs = x.dtype, _pieces(x, groups), _pieces(y, groups)
+    weights = _matrices(weight.transpose(1, 2), groups, dtype)
+    biases = None if bias is None else _matrices(bias, groups, dtype)
+    if path == "grouped_mm:torch":
+        for out, b in zip(outs, biases or (), strict=False):
+            out += b
+    elif biases is None:
+        for row, out, w in zip(rows, outs, weights, strict=True):
+            torch.mm(row, w, out=out)
+    else:
+        for row, out, w, b in zip(rows, outs, weights, biases, strict=True):
+            torch.addmm(b, row, w, out=out)
+    if s is None:
+        return y, s
+    parts = _pieces(s, groups)
+    for row, part, a in zip(rows, parts, _matrices(lora_A.transpose(1, 2), groups, dtype), strict=True):
+        torch.mm(row, a, out=part)
+    s.mul_(scaling)
+    for part, out, b in zip(
+        parts, outs, _matrices(_packed(lora_B, groups).transpose(1, 2), groups, dtype), strict=True
+    ):
+        out.addmm_(part, b)
     return y, s
 
 
@@ -183,31 +201,31 @@ def _backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Kept, Kept, Kept]:
     needs_x, needs_a, needs_b = needs
-    dtype = dy.dtype
+    dtype, rows = dy.dtype, _pieces(dy, groups)
     dx = da = db = ds = None
     if needs_x and path == "grouped_mm:torch":
         dx = grouped_mm(dy, weight.to(dtype), offs=offsets)
     elif needs_x:
         dx = dy.new_empty(dy.shape[0], weight.shape[2])
-        for expert, start, stop in groups:
-            torch.mm(dy[start:stop], weight[expert].to(dtype), out=dx[start:stop])
+        for row, out, w in zip(rows, _pieces(dx, groups), _matrices(weight, groups, dtype), strict=True):
+            torch.mm(row, w, out=out)
     if lora_A is not None and (needs_x or needs_a):
         ds = dy.new_empty(dy.shape[0], lora_A.shape[1])
-        factor = _packed(lora_B, _few(groups, lora_B))
-        for expert, start, stop in groups:
-            torch.mm(dy[start:stop], factor[expert].to(dtype), out=ds[start:stop])
+        parts = _pieces(ds, groups)
+        for row, part, b in zip(rows, parts, _matrices(_packed(lora_B, groups), groups, dtype), strict=True):
+            torch.mm(row, b, out=part)
         ds.mul_(scaling)
-    if ds is not None and dx is not None:
-        for expert, start, stop in groups:
-            dx[start:stop].addmm_(ds[start:stop], lora_A[expert].to(dtype))
-    if ds is not None and needs_a:
-        da = dy.new_zeros(lora_A.shape)
-        for expert, start, stop in groups:
-            torch.mm(ds[start:stop].t(), x[start:stop], out=da[expert])
+        if dx is not None:
+            for part, out, a in zip(parts, _pieces(dx, groups), _matrices(lora_A, groups, dtype), strict=True):
+                out.addmm_(part, a)
+        if needs_a:
+            da = dy.new_zeros(lora_A.shape)
+            for part, row, out in zip(parts, _pieces(x, groups), _matrices(da, groups, dtype), strict=True):
+                torch.mm(part.t(), row, out=out)
     if needs_b:
         db = dy.new_zeros(lora_B.shape)
-        for expert, start, stop in groups:
-            torch.mm(dy[start:stop].t(), s[start:stop], out=db[expert])
+        for row, part, out in zip(rows, _pieces(s, groups), _matrices(db, groups, dtype), strict=True):
+            torch.mm(row.t(), part, out=out)
     return dx, da, db
 
 
