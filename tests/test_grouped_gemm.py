@@ -156,6 +156,17 @@ def test_a_neighbour_that_is_nan_stays_where_it_is(device):
         assert out[:10].isfinite().all() and out[10:].isnan().all()
 
 
+def test_a_stack_of_one_matrix_for_all_takes_no_descriptor(device):
+    """Bugs: a stride of 0 between experts given to a descriptor, or such a stack refused."""
+    x, one = torch.randn(24, 32, device=device), torch.randn(16, 32, device=device)
+    weight, out, offsets = one.expand(3, 16, 32), torch.empty(24, 16, device=device), offsets_of((10, 9, 5), device)
+    assert not gemm_tile(x.half(), weight.half()[:1].expand(3, 16, 32), out.half(), 90).tma
+    tile = gemm_tile(x, weight, out, arch_of(device))
+    found = tables(offsets, 24, tile.block_m, adapters=False)
+    run_all(grouped_gemm_calls(x, weight, None, None, found.tiles, out, arch=arch_of(device), tile=tile))
+    torch.testing.assert_close(out, x @ one.T, rtol=1e-5, atol=1e-5)
+
+
 def test_refused(device):
     """Bugs: operands of other experts or widths read out of bounds."""
     x, weight, out = (torch.zeros(*shape, device=device) for shape in ((6, 8), (2, 4, 8), (6, 4)))

@@ -13,8 +13,11 @@ pytest.importorskip("triton")
 from grouped_data import COUNTS, SCALING, make, truth_and_magnitude  # noqa: E402
 from numerics import assert_rounded, padded_randn  # noqa: E402
 from peftkern import use_backend  # noqa: E402
+from peftkern.ops import _grouped_lora_linear_triton as kernels  # noqa: E402
 from peftkern.ops import grouped_linear, grouped_lora_linear  # noqa: E402
 from peftkern.ops.grouped_lora_linear import _operator  # noqa: E402
+from peftkern_kernels import replay  # noqa: E402
+from peftkern_kernels.launch import Call, recorded_scratch  # noqa: E402
 
 # Roundings on the way: S and dS, once each; fp32 masters are rounded too, and B once more where it is packed.
 ROUNDED = {False: [1, 1, 0, 1, 1, 0], True: [3, 3, 0, 2, 2, 0]}
@@ -151,3 +154,22 @@ def test_a_forward_that_is_computed_again_on_another_path_is_refused(device):
     y = torch.utils.checkpoint.checkpoint(step, *tensors, use_reentrant=False)
     with pytest.raises(torch.utils.checkpoint.CheckpointError):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("R", [1, 16])
+def test_every_launch_can_be_replayed(R, arch, monkeypatch):
+    """Would catch an address that a recording cannot account for: each call would then be built anew, in Python."""
+    monkeypatch.setattr(Call, "run", lambda call: {call.grid: call})  # a compiled kernel, as far as a recording asks
+    (x, weight, a, b, bias), offsets = make("mixed", 32, 48, R, torch.float16, torch.float32, grad=False)
+    x, weight = x.contiguous(), weight.contiguous()
+    dy = torch.randn(x.shape[0], 32).half()
+    for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        with recorded_scratch() as taken:
+            y, s, calls = kernels.forward_calls(x, weight, a, b, SCALING, bias, offsets, arch)
+        assert replay.record(calls, [x, weight, a, b, bias, offsets, y, s], taken) is not None
+        with recorded_scratch() as taken:
+            *grads, calls = kernels.backward_calls(dy, x, weight, a, b, s, SCALING, offsets, arch, needs)
+        found = [dy, x if needs[1] else None, weight, a, b, s, offsets, *grads]
+        assert replay.record(calls, found, taken) is not None
+        assert [g is not None for g in grads] == list(needs)

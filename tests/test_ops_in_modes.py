@@ -11,6 +11,8 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from multi_data import layer
 from peftkern import use_backend
 from peftkern.ops import (
+    grouped_linear,
+    grouped_lora_linear,
     ia3_linear,
     linear_cross_entropy,
     lora_embedding,
@@ -45,6 +47,16 @@ def ids(x):
     return torch.tensor([0, 2, -1, 0, 2])[: x.shape[0]]
 
 
+def two(t):
+    """A stack of two experts."""
+    return torch.stack([t, 2 * t])
+
+
+def ends(x):
+    """Where the rows of two experts end; the last row is of neither."""
+    return torch.tensor([2, 4], dtype=torch.int32).clamp(max=x.shape[0])
+
+
 def frozen(t):
     return t["w"].detach()
 
@@ -74,6 +86,10 @@ OPERATIONS = {
     "linear_cross_entropy": lambda t, pool: linear_cross_entropy(
         t["x"], t["w"], ids(t["x"]).clamp(0), bias=t["bias"], reduction="sum"
     ),
+    "grouped_lora_linear": lambda t, pool: grouped_lora_linear(
+        t["x"], two(t["w"]), two(t["A"]), two(t["B"]), 0.7, ends(t["x"]), two(t["bias"])
+    ),
+    "linear_of_experts": lambda t, pool: grouped_linear(t["x"], two(frozen(t)), ends(t["x"])),
     "linear_quantized": lambda t, pool: linear_quantized(t["x"], nf4(t), t["bias"]),
 }
 each_operation = pytest.mark.parametrize("operation", OPERATIONS)

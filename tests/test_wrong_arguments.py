@@ -9,6 +9,7 @@ from multi_data import layer
 from peftkern.ops import (
     dequantize,
     dequantize_4bit,
+    grouped_lora_linear,
     ia3_linear,
     linear_cross_entropy,
     lora_embedding,
@@ -26,6 +27,10 @@ X, W, A, B, BIAS = (torch.randn(*shape) for shape in ((5, K), (N, K), (R, K), (N
 LABELS = torch.tensor([0, 1, 2, 5, -100])
 
 
+def grouped(scaling):
+    return grouped_lora_linear(X, W[None], A[None], B[None], scaling, torch.tensor([5], dtype=torch.int32))
+
+
 def shared(weights=(W, W), scalings=(1.0, 1.0), biases=None):
     return lora_linear_shared(X, weights, (A, A), (B, B), scalings, biases)
 
@@ -39,6 +44,7 @@ def test_a_scaling_that_is_no_number_is_named(scaling):
     for call in (
         lambda: lora_linear(X, W, A, B, scaling),
         lambda: shared(scalings=(1.0, scaling)),
+        lambda: grouped(scaling),
         lambda: lora_embedding(LABELS[:3], torch.randn(K, N), A, B, scaling),
     ):
         with pytest.raises(TypeError, match="scaling"):
@@ -48,7 +54,7 @@ def test_a_scaling_that_is_no_number_is_named(scaling):
 @pytest.mark.parametrize("nan", [float("nan"), torch.tensor(float("nan"))])
 def test_a_scaling_of_nan_is_refused(nan):
     """Would catch a broken configuration that trains to NaN without a word."""
-    for call in (lambda: lora_linear(X, W, A, B, nan), lambda: shared(scalings=(1.0, nan))):
+    for call in (lambda: lora_linear(X, W, A, B, nan), lambda: shared(scalings=(1.0, nan)), lambda: grouped(nan)):
         with pytest.raises(ValueError, match="scaling"):
             call()
 

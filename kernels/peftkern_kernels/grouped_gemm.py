@@ -56,9 +56,13 @@ def _grouped_gemm_kernel(
 
 
 def stack_vectorizes(stack: torch.Tensor) -> bool:
-    """Whether each matrix of a stack [E, rows, columns], or its transpose, is one whose rows `vectorizes`."""
+    """Whether each matrix of a stack [E, rows, columns], or its transpose, is one whose rows `vectorizes`.
+
+    Matrices that lie on each other, as those of an expanded one, are not: no descriptor takes them.
+    """
     one = stack[0]
-    return stack.stride(0) % 16 == 0 and (vectorizes(one) or vectorizes(one.t()))
+    apart = stack.stride(0) % 16 == 0 and stack.stride(0) >= one.numel()
+    return apart and (vectorizes(one) or vectorizes(one.t()))
 
 
 def gemm_tile(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, arch: int) -> Tile:
@@ -99,8 +103,8 @@ def grouped_gemm_calls(
         shapes = [list(t.shape) for t in (x, weight, out)]
         raise ValueError(f"x, weight, out: expected [T, K], [E, N, K] and [T, N], got {shapes}")
     if (s is None) != (b is None) or (s is not None and b is not None and b.shape != (E, N, s.shape[1])):
-        shapes = [None if t is None else list(t.shape) for t in (s, b)]
-        raise ValueError(f"s, b: expected [T, R] and [{E}, {N}, R], or neither, got {shapes}")
+        given = [None if t is None else list(t.shape) for t in (s, b)]
+        raise ValueError(f"s, b: expected [T, R] and [{E}, {N}, R], or neither, got {given}")
     if T == 0:
         return []
     P, R = tiles.shape[1], 0 if s is None else s.shape[1]

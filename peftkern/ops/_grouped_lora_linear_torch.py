@@ -204,7 +204,7 @@ def _backward(
     dtype, rows = dy.dtype, _pieces(dy, groups)
     dx = da = db = ds = None
     if needs_x and path == "grouped_mm:torch":
-        dx = grouped_mm(dy, weight.to(dtype), offs=offsets)
+        dx = grouped_mm(dy.contiguous(), weight.to(dtype), offs=offsets)  # a gradient may be an expanded one
     elif needs_x:
         dx = dy.new_empty(dy.shape[0], weight.shape[2])
         for row, out, w in zip(rows, _pieces(dx, groups), _matrices(weight, groups, dtype), strict=True):

@@ -37,12 +37,12 @@ def _packed(factor: torch.Tensor, dtype: torch.dtype, calls: Calls) -> torch.Ten
     return held
 
 
-def _adapters(pool_a: torch.Tensor, pool_b: torch.Tensor, grouping: Grouping, N: int) -> Adapters:
-    """The experts' adapters; `pool_a` is [E, R, K], rows contiguous, `pool_b` contiguous."""
-    E, R, K = pool_a.shape
-    tables: Any = (grouping.row_offset, grouping.rank, grouping.scaling)
-    row = pool_a.stride(0) if R == 1 else pool_a.stride(1)
-    return Adapters(pool_a.as_strided((E * R, K), (row, 1)), pool_b.view(-1), *tables, max_rank=R, N=N)
+def _adapters(a: torch.Tensor, b: Kept, grouping: Grouping, N: int) -> Adapters:
+    """The experts' adapters; `a` is [E, R, K], rows contiguous, `b` contiguous."""
+    E, R, K = a.shape
+    tables: Any = {"row_offset": grouping.row_offset, "rank": grouping.rank, "scaling": grouping.scaling}
+    row = a.stride(0) if R == 1 else a.stride(1)
+    return Adapters(pool_a=a.as_strided((E * R, K), (row, 1)), pool_b=b.view(-1), **tables, max_rank=R, N=N)
 
 
 def forward_calls(

@@ -113,8 +113,9 @@ def plan_for(x: torch.Tensor, weight: torch.Tensor, backend: str) -> Plan:
     (T, K), N = x.shape, weight.shape[1]
     aligned = True
     if not x.is_cpu:
-        rows = (x.stride(0), N, *sorted(weight.stride())[1:])
-        aligned = all(stride * x.element_size() % 16 == 0 for stride in rows)
+        least, *rows = sorted(weight.stride())
+        aligned = x.stride(1) == least == 1
+        aligned = aligned and all(stride * x.element_size() % 16 == 0 for stride in (x.stride(0), N, *rows))
     return ask(plan_grouped_lora_linear, T, N, K, x.dtype, device_info(x.device), aligned, backend)
 
 
@@ -177,12 +178,11 @@ def _forward(
     path: str,
 ) -> tuple[torch.Tensor, Kept]:
     """y [T, N] and S [T, R], None without adapters."""
-    operands: Any = (x, weight, lora_A, lora_B, scaling, bias, offsets)
     if path == "triton":
         from peftkern.ops import _grouped_lora_linear_triton as kernels
 
-        return kernels.forward(*operands)
-    return _grouped_lora_linear_torch.forward(*operands, path)
+        return kernels.forward(x, weight, lora_A, lora_B, scaling, bias, offsets)
+    return _grouped_lora_linear_torch.forward(x, weight, lora_A, lora_B, scaling, bias, offsets, path)
 
 
 @without_autocast
@@ -200,14 +200,14 @@ def _backward(
     bias_dtype: torch.dtype | None,
 ) -> tuple[Kept, ...]:
     """Gradients of (x, weight, lora_A, lora_B, bias), None where `needs` does not ask."""
-    operands: Any = (dy, x, weight, lora_A, lora_B, s, scaling, offsets)
     grads: tuple[Kept, ...]
     if path == "triton":
         from peftkern.ops import _grouped_lora_linear_triton as kernels
 
-        grads = kernels.backward(*operands, needs)
+        grads = kernels.backward(dy, x, weight, lora_A, lora_B, s, scaling, offsets, needs)
     else:
-        grads = _grouped_lora_linear_torch.backward(*operands, path, needs)
+        plain = _grouped_lora_linear_torch.backward
+        grads = plain(dy, x, weight, lora_A, lora_B, s, scaling, offsets, path, needs)
     like = (None, weight, lora_A, lora_B, None)
     dx, dw, da, db, dbias = (
         g if g is None or t is None or g.dtype == t.dtype else g.to(t.dtype) for g, t in zip(grads, like, strict=True)

@@ -289,7 +289,7 @@ def plan_grouped_lora_linear(
     Args:
         T, N, K: rows of all experts, out_features, in_features.
         dtype, device, backend: as for `plan_lora_linear`.
-        aligned: whether rows of x, of each expert's weight and of y start on 16-byte boundaries.
+        aligned: whether rows of x, of each expert's weight and of y are contiguous and start on 16-byte boundaries.
 
     Raises:
         RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
