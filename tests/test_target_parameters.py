@@ -512,10 +512,14 @@ def test_a_parametrized_parameter():
 
 
 def test_no_warning_in_ordinary_use(tmp_path):
-    """Catches warnings about patterns that decided for a parameter, which PEFT has."""
+    """Catches warnings about patterns that decided for a parameter, which PEFT has; and "all-linear" that means other
+    layers to a second adapter."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning)
         mine = adapted(peftkern, "qwen3_moe", target_modules="all-linear", target_parameters=None)
         mine.save_pretrained(tmp_path)
-        peftkern.PeftModel.from_pretrained(moe("qwen3_moe"), Path(tmp_path))
+        again = peftkern.PeftModel.from_pretrained(moe("qwen3_moe"), Path(tmp_path))
+        again.add_adapter("other", peftkern.LoraConfig(r=2, target_modules="all-linear"))
+    names = [{n for n, _ in again.named_parameters() if f".{adapter}." in n} for adapter in ("default", "other")]
+    assert {name.replace(".default.", ".other.") for name in names[0]} == names[1] and len(names[1]) == 2 * 2 * (4 + 3)

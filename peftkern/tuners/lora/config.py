@@ -59,6 +59,7 @@ class LoraConfig(PeftConfig):
         r: Rank of the adapters, at least 1.
         target_modules: Which modules to adapt: names or dotted suffixes of names; or a regular expression that a whole
             name must match; or "all-linear": every linear layer but the output head. None: the architecture's default.
+            Where transformers 5 stacked layers in one parameter, their names, and "all-linear", mean that parameter.
         exclude_modules: Names, suffixes or a regular expression of modules to leave alone.
         lora_alpha: Numerator of the scaling.
         lora_dropout: Probability, in [0, 1), that an element of the adapter's input is dropped in training.
