@@ -128,9 +128,32 @@ def mixed_table(result: dict[str, Any]) -> str:
     return markdown_table(header, lines)
 
 
+def experts_table(result: dict[str, Any]) -> str:
+    """A mixture's training step with LoRA on its stacked experts."""
+    header = [
+        "training",
+        "peftkern ms",
+        "PEFT ms",
+        "ratio",
+        "10-90 %",
+        "frozen ms",
+        "saved in all MB",
+        "PEFT's",
+        "ratio",
+    ]
+    lines = []
+    for row in result["rows"]:
+        saved = row["saved_bytes"]
+        times = [f"{row[f'{name}_ms']:.0f}" for name in ("peftkern", "peft")]
+        spread = f"{row['ratio_p10']:.2f}-{row['ratio_p90']:.2f}"
+        bytes_ = [megabytes(saved["peftkern"]), megabytes(saved["peft"]), f"{row['saved_ratio']:.2f}"]
+        lines.append([row["mode"], *times, f"{row['ratio']:.2f}", spread, f"{row['frozen_ms']:.0f}", *bytes_])
+    return markdown_table(header, lines)
+
+
 def table(result: dict[str, Any]) -> str:
     """A result as Markdown, with its conditions; "" for a kind that has no table."""
-    own = {"headline": headline_table, "step": step_table, "mixed": mixed_table}
+    own = {"headline": headline_table, "step": step_table, "mixed": mixed_table, "experts": experts_table}
     tables = {**own, **report_quantized.TABLES, **report_many.TABLES}
     if result["kind"] not in tables:
         return ""

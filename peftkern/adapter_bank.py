@@ -19,12 +19,13 @@ from peftkern.config import PeftConfig
 from peftkern.mapping_func import get_peft_model
 from peftkern.peft_model_base import PeftModel
 from peftkern.tuners.lora import LoraConfig, LoraModel
+from peftkern.tuners.lora.experts import ParamWrapper
 from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.mixed import MixedAdapters
 from peftkern.tuners.lora.model import highest_rank
 from peftkern.tuners.mixed import BASE
 from peftkern.tuners.tuner_layer import is_tuned
-from peftkern.utils.adapter_error import AdapterFileError, shorten
+from peftkern.utils.adapter_error import AdapterFileError, shorten, shown
 from peftkern.utils.adapter_files import PathLike, blamed_on_config, reading, write_adapter
 from peftkern.utils.adapter_keys import PREFIX
 from peftkern.utils.model_snapshot import restored_on_error
@@ -102,6 +103,7 @@ class AdapterBank:
         if isinstance(model, PeftModel):
             if not isinstance(model.base_model, LoraModel):
                 raise TypeError(f"model: expected LoRA adapters, got {type(model.base_model).__name__}")
+            model.base_model.refuse_parameters("model: a bank cannot mix what is part of a weight")
             if len(model.peft_config) > slots:
                 raise BankFullError(f"slots: expected at least {len(model.peft_config)} for the adapters that are here")
             self.model = model
@@ -418,6 +420,7 @@ class AdapterBank:
         called = called or name
         if not isinstance(config, LoraConfig):
             raise ValueError(f"adapter {called!r}: expected a LoRA configuration, got {type(config).__name__}")
+        _refuse_parameters(called, config)
         highest = highest_rank(config)
         if highest > self.max_rank:
             raise ValueError(f"adapter {called!r}: its rank is {highest}, the bank has room for {self.max_rank}")
@@ -446,7 +449,14 @@ class AdapterBank:
 
 def _with_layers_alone(model: nn.Module, target_modules: list[str] | str | None) -> PeftModel:
     """A `PeftModel` whose layers are in place, without an adapter in them."""
-    made = get_peft_model(model, LoraConfig(r=1, target_modules=target_modules), adapter_name=_PLACE)
+    with restored_on_error(model):
+        made = get_peft_model(model, LoraConfig(r=1, target_modules=target_modules), adapter_name=_PLACE)
+        stacked = [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
+        if stacked:
+            raise ValueError(
+                f"target_modules={shown(target_modules, 300)} means parameters in this model ({shorten(stacked, 2)}), "
+                "whose adapters are part of a weight that all rows share: name linear layers"
+            )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made.delete_adapter(_PLACE)
@@ -473,6 +483,15 @@ def _parameters_of(module: Any, name: str) -> Iterator[Any]:
             yield from [held] if isinstance(held, torch.Tensor) else held.parameters()
 
 
+def _refuse_parameters(name: str, config: LoraConfig) -> None:
+    """Raises ValueError for an adapter on parameters."""
+    if config.target_parameters:
+        raise ValueError(
+            f"adapter {name!r}: target_parameters={shown(sorted(config.target_parameters), 300)}: an adapter on a "
+            "parameter is part of a weight, which all rows share"
+        )
+
+
 def _blamed(config: PeftConfig | PathLike | None) -> contextlib.AbstractContextManager[None]:
     """Where the configuration is a folder's, errors about it name the file."""
     if config is None or isinstance(config, PeftConfig):
@@ -489,6 +508,7 @@ def _read(name: str, folder: PathLike, hub: dict[str, Any]) -> tuple[LoraConfig,
             raise NotImplementedError(f"adapter {name!r}: {error}") from error  # which names the file
         if not isinstance(config, LoraConfig):
             raise ValueError(f"adapter {name!r}: {os.fspath(folder)} holds a {config.peft_type} adapter, expected LoRA")
+        _refuse_parameters(name, config)
         tensors = load_peft_weights(folder, **hub)
         check_lora_tensors(weights_file(folder, **hub), tensors, config)
     return config, tensors

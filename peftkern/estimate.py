@@ -328,8 +328,8 @@ def _of_a_layer(traced: TracedModel, s: Settings) -> str:
     config = traced.model.config
     tokens, item = s.batch * s.seq, DTYPES[s.dtype].itemsize
     layers = max(1, getattr(config, "num_hidden_layers", 1))
-    adapted = sum(name.endswith("lora_A.default.weight") for name in traced.adapters) / layers
-    notes = [f"S of {adapted:.0f} adapters {tokens * s.r * adapted * item / GB:.3f}"]
+    adapted, elements = traced.elements_of_s(tokens)
+    notes = [f"S of {adapted / layers:.0f} adapters {elements / layers * item / GB:.3f}"]
     heads = getattr(config, "num_attention_heads", None)
     if isinstance(heads, int) and heads > 0:
         dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -276,3 +276,21 @@ def test_many_adapters_run_end_to_end(tmp_path, capsys):
     assert all(row["speedup"] > 0 and row["errors"]["logits"] < 1e-4 for row in result["rows"])
     assert report.main([str(tmp_path)]) == 0 and "8 rows of 2 tokens, training" in capsys.readouterr().out
     assert cpu_many.main(["--smoke"]) == 2
+
+
+def test_experts_run_end_to_end(tmp_path, capsys):
+    """Bug: a benchmark of stacked experts that times a wrong result, or no longer runs."""
+    pytest.importorskip("peft")
+    from bench import cpu_experts
+
+    threads = torch.get_num_threads()
+    try:
+        assert cpu_experts.main(["--smoke", "--out", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    result = records.read(tmp_path / "experts.json")
+    assert [row["experts"] for row in result["rows"]] == ["grouped_mm", "eager"]
+    assert all(row["ratio"] > 0 and row["paths"] == ["torch"] for row in result["rows"])
+    assert all(row["errors"]["gradients, peftkern"] < 1e-4 for row in result["rows"])
+    assert report.main([str(tmp_path)]) == 0 and "experts by grouped_mm" in capsys.readouterr().out
+    assert cpu_experts.main(["--smoke"]) == 2

@@ -23,7 +23,8 @@ FLOORS = {
     "peftkern.ops": 2,
     "peftkern.utils": 3,  # with config: what the tuners share
     "peftkern.config": 3,
-    "peftkern.utils.adapter_keys": 5,  # these two read and write the adapters of a whole model, so they know tuners
+    "peftkern.utils.adapter_keys": 5,  # these three read and write the adapters of a whole model, so they know tuners
+    "peftkern.utils.expert_files": 5,
     "peftkern.utils.save_and_load": 5,
     "peftkern.tuners": 4,
     "peftkern": 5,  # the face (nn, peft_model, mapping, auto, explain) and integrations

@@ -170,7 +170,6 @@ NON_DEFAULT = {
     "monteclora_config": lora.MontecloraConfig(),
     "layer_replication": [(0, 1)],
     "runtime_config": lora.LoraRuntimeConfig(ephemeral_gpu_offload=True),
-    "target_parameters": ["x"],
     "use_bdlora": lora.BdLoraConfig(),
     "arrow_config": lora.ArrowConfig(),
     "kasa_config": lora.KasaConfig(),
@@ -180,7 +179,7 @@ BUILT = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
     *("bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern"),
-    *("rank_pattern", "alpha_pattern", "lora_bias", "loftq_config"),
+    *("rank_pattern", "alpha_pattern", "lora_bias", "loftq_config", "target_parameters"),
 }
 
 

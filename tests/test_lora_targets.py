@@ -353,9 +353,13 @@ def test_pattern_and_suffix_rules():
 def test_stacked_experts_are_no_linear_layers():
     """Catches a mixture whose experts, most of it, stay frozen under "all-linear" without a word."""
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
-    config = transformers.MixtralConfig(num_local_experts=2, num_key_value_heads=1, **sizes)
+    sizes |= dict(num_local_experts=2, num_key_value_heads=1)
+    config = transformers.GptOssConfig(head_dim=8, layer_types=["full_attention"], **sizes)
     with pytest.warns(UserWarning, match="stacked experts stay frozen.*layers.0.mlp.experts.gate_up_proj"):
-        LoraModel(transformers.MixtralForCausalLM(config), LoraConfig(target_modules="all-linear"), "default")
+        LoraModel(transformers.GptOssForCausalLM(config), LoraConfig(target_modules="all-linear"), "default")
+    both = LoraConfig(target_modules="all-linear", target_parameters=["experts.gate_up_proj"])
+    with pytest.warns(UserWarning, match=r"stacked experts stay frozen.*: 'model.layers.0.mlp.experts.down_proj' \("):
+        LoraModel(transformers.GptOssForCausalLM(config), both, "default")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LoraModel(mlp(), LoraConfig(target_modules="all-linear"), "default")

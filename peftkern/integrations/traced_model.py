@@ -130,6 +130,24 @@ class TracedModel:
         sizes = [tuple(rows_of(m).shape) for m in self.linears]
         return [(N, K) for N, K in sizes]
 
+    def elements_of_s(self, tokens: int) -> tuple[int, int]:
+        """How many adapters make an S of their own in forward, and the elements of them all for so many tokens.
+
+        Stacked experts have a row for each choice of a token; a parameter whose module is called as it is has no S.
+        """
+        from peftkern.tuners.lora import ParamWrapper
+        from peftkern.tuners.lora.experts_forward import choices_of
+
+        count = elements = 0
+        for layer in (m for m in self.model.modules() if "lora_A" in m._modules):
+            stacked = isinstance(layer, ParamWrapper)
+            if stacked and not layer.explain_row().fused:
+                continue
+            count += len(layer.r)
+            rows = tokens * (choices_of(layer.get_base_layer().config) if stacked else 1)
+            elements += rows * sum(layer.r.values())
+        return count, elements
+
     @property
     def edges(self) -> int:
         """Bytes of the embedding and the lm_head; once, if they are tied."""

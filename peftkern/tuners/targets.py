@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,7 @@ def match_targets(
     defaults: Mapping[str, list[str] | str],
     prefix: str,
     state_dict: Mapping[str, torch.Tensor] | None = None,
+    parameters: Sequence[str] = (),
 ) -> list[str]:
     """Names of the modules of `model` to adapt, in the model's order.
 
@@ -151,6 +152,7 @@ def match_targets(
         defaults: `model_type` -> default `target_modules`.
         prefix: What the method's parameter names start with, such as "lora_".
         state_dict: If given, the modules that its keys name are taken, with a warning where the config says otherwise.
+        parameters: Names of parameters that are adapted besides: patterns may be for them, and no module need match.
 
     Raises:
         ValueError: None matched, or no default is known.
@@ -162,15 +164,15 @@ def match_targets(
     layers = {k: m for k, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
     inside = set(layers)
     names = [k for k, _ in model.named_modules() if k and not lies_under(k, inside)]
-    asked = config.target_modules
+    asked, asked_parameters = config.target_modules, getattr(config, "target_parameters", None)
     if asked is None:
-        config.target_modules = _default_targets(model, defaults)
+        config.target_modules = _default_targets(model, defaults, may_lack=bool(asked_parameters))
     if is_all_linear(config.target_modules):
         linear = {k for k, m in layers.items() if is_tuned(m) and "Linear" in type(m).__name__}
         config.target_modules = all_linear_names(model, config.task_type, inside, linear)
-        _warn_of_stacked_experts(model)
+        _warn_of_stacked_experts(model, set(parameters))
     targets = config.target_modules
-    if not isinstance(targets, str) and len(targets) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
+    if targets is not None and not isinstance(targets, str) and len(targets) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION:
         short = shortest_suffixes(set(targets), [k for k in names if not ends_with_name(k, targets)])
         if len(short) < len(targets):
             config.target_modules = short
@@ -185,29 +187,34 @@ def match_targets(
             message = f"state_dict adapts other modules than target_modules does: {more} more, {less} not"
             warnings.warn(message, stacklevel=4)
         matched = chosen
-    if not matched:
+    if parameters and not matched and config.target_modules:
+        warnings.warn(f"target_modules={shown(config.target_modules, 300)} matched no module", stacklevel=4)
+    if matched and asked_parameters and not parameters:
+        warnings.warn(f"target_parameters={shown(asked_parameters, 300)} matched no parameter", stacklevel=4)
+    if not matched and not parameters:
         unlimited = dataclasses.replace(config, exclude_modules=None, modules_to_save=None)
         excluded = [k for k in names if is_excluded(config, k) and check_target_module_exists(unlimited, k)]
         raise ValueError(no_match_message(config, names, excluded))
     # The names of a state dict, or of a default (a saved configuration spells it out), are nobody's slip.
-    given = asked is not None and not isinstance(asked, str) and state_dict is None
+    given = asked is not None and not isinstance(asked, str) and state_dict is None and bool(matched)
     if given and set(asked) != set(defaults.get(_model_type(model) or "", ())):
         missed = _without_a_match(asked, names)
         if missed:
             near = _near_names(missed, names)
             hint = f" (near names: {', '.join(near)})" if near else ""
             warnings.warn(f"target_modules={missed!r} matched no module{hint}: no adapter there", stacklevel=4)
-    _warn_of_unused_patterns(config, matched, names)
+    _warn_of_unused_patterns(config, [*matched, *parameters], names)
     return matched
 
 
-def _warn_of_stacked_experts(model: nn.Module) -> None:
+def _warn_of_stacked_experts(model: nn.Module, adapted: set[str]) -> None:
     """Warns that "all-linear" does not mean the experts of a mixture that are stacked in one parameter."""
-    stacked = [name for name, p in model.named_parameters() if p.dim() > 2 and "experts" in name.split(".")]
+    every = {name.replace(".base_layer", ""): p for name, p in model.named_parameters()}
+    stacked = [n for n, p in every.items() if p.dim() > 2 and "experts" in n.split(".") and n not in adapted]
     if stacked:
         warnings.warn(
             f'target_modules="all-linear": the stacked experts stay frozen, for they are no linear layers: '
-            f"{shorten(stacked, 2)} (PEFT adapts those of some models by target_parameters, which is not built here)",
+            f"{shorten(stacked, 2)} (LoRA adapts those that target_parameters names)",
             stacklevel=5,
         )
 
@@ -228,10 +235,14 @@ def _model_type(model: nn.Module) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _default_targets(model: nn.Module, defaults: Mapping[str, list[str] | str]) -> set[str] | str:
-    """The architecture's default `target_modules`."""
+def _default_targets(
+    model: nn.Module, defaults: Mapping[str, list[str] | str], may_lack: bool = False
+) -> set[str] | str | None:
+    """The architecture's default `target_modules`; None where there is none and it `may_lack` one."""
     model_type = _model_type(model)
     default = None if model_type is None else defaults.get(model_type)
+    if default is None and may_lack:
+        return None
     if default is None:
         of = "a model without a model_type" if model_type is None else f"model_type {model_type!r}"
         raise ValueError(f"target_modules must be given: no default is known for {of}")
@@ -405,6 +416,11 @@ def no_match_message(config: Any, names: list[str], excluded: list[str]) -> str:
     targets = config.target_modules
     asked_for = targets if isinstance(targets, str) or targets is None else sorted(targets)
     message = f"target_modules={cut(repr(asked_for))} matched no module of the base model that can be adapted"
+    parameters = getattr(config, "target_parameters", None)
+    if parameters:
+        message += f", and target_parameters={cut(repr(sorted(parameters)))} no parameter of a module"
+        if not targets:
+            return message
     for name in ("layers_to_transform", "layers_pattern"):
         if getattr(config, name, None) is not None:
             message += f", with {name}={shown(getattr(config, name), 300)}"

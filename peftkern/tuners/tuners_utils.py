@@ -88,6 +88,7 @@ class BaseTuner(nn.Module, ABC):
         self.peft_config: dict[str, PeftConfig] = new
         self.active_adapter: str | list[str] = adapter_name
         self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
         self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
         # As in PEFT, so that code which sees the bare model knows of its adapters.
         self.model.peft_config = self.peft_config  # type: ignore[assignment]
@@ -101,6 +102,16 @@ class BaseTuner(nn.Module, ABC):
     @abstractmethod
     def create_layer(self, config: Any, adapter_name: str, key: str, target: nn.Module) -> BaseTunerLayer:
         """The layer that takes `target`'s place: a new one, or `target` with one more adapter."""
+
+    def match_parameters(
+        self, model: nn.Module, config: Any, state_dict: Mapping[str, torch.Tensor] | None
+    ) -> Sequence[Any]:
+        """The parameters to adapt besides modules, each with its name as `key`; nothing in the model is changed yet."""
+        return ()
+
+    def adapt_parameter(self, model: nn.Module, parameter: Any, adapter_name: str, config: Any) -> None:
+        """Puts an adapter on one of `match_parameters`."""
+        raise NotImplementedError(f"{type(self).__name__} adapts no parameters")
 
     def settle_config(self, config: Any) -> None:
         """Makes fields explicit that depend on the model, once `target_modules` is; called before `check_target`."""
@@ -129,8 +140,10 @@ class BaseTuner(nn.Module, ABC):
         self.__dict__["_layers_changed"] = True
         config: Any = self.peft_config[adapter_name]
         config.check()
+        parameters = self.match_parameters(model, config, state_dict)
         self._check_new_adapter_config(config)
-        keys = match_targets(model, config, self.target_module_mapping, self.prefix, state_dict)
+        names = [parameter.key for parameter in parameters]
+        keys = match_targets(model, config, self.target_module_mapping, self.prefix, state_dict, names)
         self.settle_config(config)
         for key in keys:
             if getattr(model.get_submodule(key), "stands_alone", False):
@@ -143,7 +156,7 @@ class BaseTuner(nn.Module, ABC):
         check_modules_to_save(model, whole)
         if any(adapter_name in m.merged_adapters for m in model.modules() if is_tuned(m)):
             raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before making it anew")
-        warn_of_tied_targets(model, config, keys)
+        warn_of_tied_targets(model, config, [*keys, *(name.rpartition(".")[0] for name in names)])
         warn_of_uncalled_targets(model, keys)
 
         # A further adapter leaves what was there as trainable as it was. Layers of `peftkern.nn` are part of the base.
@@ -157,8 +170,11 @@ class BaseTuner(nn.Module, ABC):
                 layer: Any = self.create_layer(config, adapter_name, key, target)
             if layer is not target:
                 setattr(parent, name, layer)
-        known = set(self.targeted_module_names)
-        self.targeted_module_names += [key for key in keys if key not in known]
+        for parameter in parameters:
+            with torch.device("meta") if low_cpu_mem_usage else contextlib.nullcontext():
+                self.adapt_parameter(model, parameter, adapter_name, config)
+        for known, new in ((self.targeted_module_names, keys), (self.targeted_parameter_names, names)):
+            known += [key for key in new if key not in known]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._mark_only_adapters_as_trainable(model)
         if whole:

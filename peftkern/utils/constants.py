@@ -42,6 +42,20 @@ TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING: dict[str, list[str] | str] =
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
 }
 
+# Mixtures of experts whose experts and router transformers 4 had as linear layers, and 5 has stacked in parameters:
+# `model_type` -> what each layer is part of now. As PEFT 0.21.2 with transformers 5.23 has it.
+_MIXTRAL = {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
+_QWEN_MOE = {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+_QWEN_MOE_TYPES = """
+    afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe
+    glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe longcat_flash mellum olmoe qwen3_moe qwen3_next qwen3_omni_moe
+    qwen3_omni_moe_text qwen3_omni_moe_thinker solar_open
+"""
+EXPERTS_THAT_WERE_LAYERS: dict[str, dict[str, str]] = {
+    **{name: _MIXTRAL for name in ("minimax", "minimax_m2", "mixtral")},
+    **{name: _QWEN_MOE for name in _QWEN_MOE_TYPES.split()},
+}
+
 # Of IA3: `model_type`s that share a default, its `target_modules`, and those of them that are feed-forward.
 _IA3_TARGETS: list[tuple[list[str], list[str], list[str]]] = [
     (["llama", "mistral"], ["k_proj", "v_proj"], ["down_proj"]),

@@ -23,6 +23,7 @@ from peftkern.utils.adapter_keys import (
     embedding_is_targeted,
     embedding_key_map,
 )
+from peftkern.utils.expert_files import stack_experts
 
 _PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 # A rank that no tensor of a file has is believed up to here, or up to the file's largest dimension.
@@ -175,6 +176,7 @@ def plan_load(
     wrapped = any(key.startswith(PREFIX) for key in places)
     if not wrapped:  # adapters injected into a bare model: the file's names still carry the prefix
         state_dict = {key.removeprefix(PREFIX): value for key, value in state_dict.items()}
+    state_dict = stack_experts(model, state_dict, adapter_name, source)
     held = model.state_dict()
     tensors, mismatched = {}, []
     for key, value in state_dict.items():
@@ -354,7 +356,9 @@ def check_lora_tensors(source: PathLike, tensors: Mapping[str, torch.Tensor], co
             text = f"expected a matrix, got shape {list(value.shape)}: was a sharded model saved without gathering?"
             raise AdapterFileError(source, text, key=key)
         rank = value.shape[0 if match["name"].endswith("A") else 1]
-        if rank not in ranks:
+        # The factors of a stack of matrices (target_parameters) hold the rank rows of each, however many there are.
+        stacked = bool(config.target_parameters) and any(rank % r == 0 for r in ranks)
+        if rank not in ranks and not stacked:
             text = f"its rank is {rank} (shape {list(value.shape)}), adapter_config.json says {sorted(ranks)}"
             raise AdapterFileError(source, text, key=key)
         found[match["module"], match["name"], match["rest"]] = value

@@ -2,6 +2,7 @@
 
 from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.embedding import Embedding
+from peftkern.tuners.lora.experts import ParamWrapper
 from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.model import LoraModel
 from peftkern.tuners.lora.variant_configs import (
@@ -32,5 +33,6 @@ __all__ = [
     "LoraModel",
     "LoraRuntimeConfig",
     "MontecloraConfig",
+    "ParamWrapper",
     "VeloraConfig",
 ]

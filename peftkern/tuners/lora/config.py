@@ -27,7 +27,7 @@ from peftkern.utils.peft_types import PeftType
 # Initializations that PEFT knows and peftkern has not built; `pissa_niter_<n>` is one more.
 _UNBUILT_INITS = ("eva", "olora", "pissa", "corda", "orthogonal", "mica", "lora_ga")
 # Fields whose empty value means the same as their default.
-_OFF_WHEN_EMPTY = ("alora_invocation_tokens", "layer_replication", "target_parameters")
+_OFF_WHEN_EMPTY = ("alora_invocation_tokens", "layer_replication")
 # Fields that must keep their default until what they ask for is built.
 _UNBUILT: dict[str, Any] = {
     "megatron_config": None,
@@ -44,7 +44,6 @@ _UNBUILT: dict[str, Any] = {
     "monteclora_config": None,
     "layer_replication": None,
     "runtime_config": LoraRuntimeConfig(),
-    "target_parameters": None,
     "use_bdlora": None,
     "arrow_config": None,
     "kasa_config": None,
@@ -60,6 +59,7 @@ class LoraConfig(PeftConfig):
         r: Rank of the adapters, at least 1.
         target_modules: Which modules to adapt: names or dotted suffixes of names; or a regular expression that a whole
             name must match; or "all-linear": every linear layer but the output head. None: the architecture's default.
+            Where transformers 5 stacked layers in one parameter, their names, and "all-linear", mean that parameter.
         exclude_modules: Names, suffixes or a regular expression of modules to leave alone.
         lora_alpha: Numerator of the scaling.
         lora_dropout: Probability, in [0, 1), that an element of the adapter's input is dropped in training.
@@ -78,9 +78,12 @@ class LoraConfig(PeftConfig):
         alpha_pattern: The same for `lora_alpha`.
         loftq_config: `LoftQConfig`, or a dict of its fields, where `init_lora_weights` is "loftq"; a dict from then on.
         lora_bias: Give `lora_B` a trained bias.
+        target_parameters: Names, or dotted tails of names, of parameters to adapt in modules that are no layers, such
+            as "experts.gate_up_proj": a matrix, or a stack of matrices that each get an adapter of rank r. All adapters
+            of a model that have any must have the same.
         megatron_config, megatron_core, trainable_token_indices, eva_config, corda_config, lora_ga_config,
         use_dora, velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config,
-        layer_replication, runtime_config, target_parameters, use_bdlora, arrow_config, kasa_config,
+        layer_replication, runtime_config, use_bdlora, arrow_config, kasa_config,
         ensure_weight_tying: PEFT's, not built; anything but the default raises NotImplementedError.
 
     Raises:
@@ -193,11 +196,11 @@ class LoraConfig(PeftConfig):
                 check(f"{name}[{pattern!r}]", value)
 
     def _check_names(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters"):
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, str) and name != "modules_to_save":
+            if isinstance(value, str) and name not in ("modules_to_save", "target_parameters"):
                 _check_regex(name, value)
                 continue
             # These two are put into expressions; targets and exclusions are compared as text.

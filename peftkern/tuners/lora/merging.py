@@ -51,11 +51,11 @@ def check_mergeable(layer: LoraLayer, adapter_names: list[str]) -> None:
         ValueError: The weight is on the meta device, or there is no bias to merge a `lora_bias` into.
     """
     base = layer.get_base_layer()
-    weight: Any = getattr(base, "weight", None)
     kind = type(base).__name__
     if "parametrizations" in base._modules:
         raise TypeError(f"cannot merge into a {kind} whose weight is parametrized: remove the parametrization first")
-    if weight_of(base) is None and (type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point()):
+    weight: Any = getattr(layer, "weight", None)
+    if weight_of(base) is None and not _is_plain_float(weight):
         found = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, torch.Tensor) else repr(weight)
         raise TypeError(f"cannot merge into a {kind} whose weight is {found}: it must be a plain floating-point tensor")
     if weight.device.type == "meta":
@@ -63,6 +63,12 @@ def check_mergeable(layer: LoraLayer, adapter_names: list[str]) -> None:
     for name in adapter_names:
         if layer.lora_bias.get(name) and getattr(base, "bias", None) is None:
             raise ValueError(f"cannot merge adapter {name!r} with lora_bias=True: the base layer has no bias")
+
+
+def _is_plain_float(weight: Any) -> bool:
+    """Whether it is an ordinary tensor of floats that can be added to: those of eight bits cannot."""
+    plain = type(weight) in (nn.Parameter, torch.Tensor)
+    return plain and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 @torch.no_grad()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from peftkern.tuners.lora.embedding import Embedding
+from peftkern.tuners.lora.experts import ParamWrapper
 from peftkern.tuners.lora.gated_mlp import fuse_known_mlps, release_mlps
 from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.merging import check_mergeable, checked_merge
 from peftkern.tuners.lora.mixed import MixedAdapters
+from peftkern.tuners.lora.parameter_targets import ParameterTarget, match_parameters, settle_expert_targets, wrap
 from peftkern.tuners.lora.shared_input import share_known_inputs
 from peftkern.tuners.mixed import MixedRows
 from peftkern.tuners.targets import check_is_called, fit_fan_in_fan_out, get_pattern_key, is_linear
@@ -33,7 +37,8 @@ def rank_and_alpha(config: Any, key: str) -> tuple[int, int | float]:
 class LoraModel(BaseTuner):
     """A model with LoRA adapters (Hu et al. 2021, arXiv:2106.09685) in its linear layers and embeddings.
 
-    Changes `model` in place: a `Linear` or `Embedding` of `peftkern.tuners.lora` is put around each targeted module.
+    Changes `model` in place: a `Linear` or `Embedding` of `peftkern.tuners.lora` is put around each targeted module, a
+    `ParamWrapper` around the module of each targeted parameter.
     The arguments and errors are those of `BaseTuner`; the configuration is a `LoraConfig`.
 
     PEFT's `add_weighted_adapter` and `subtract_mutated_init` are not built.
@@ -67,6 +72,21 @@ class LoraModel(BaseTuner):
         fit_fan_in_fan_out(config, target)
         return Linear(target, adapter_name, config, r=r, lora_alpha=lora_alpha)
 
+    def match_parameters(
+        self, model: nn.Module, config: Any, state_dict: Mapping[str, torch.Tensor] | None
+    ) -> list[ParameterTarget]:
+        if state_dict is None:
+            settle_expert_targets(model, config)
+        elif config.target_parameters:
+            raise ValueError(
+                "state_dict: its names do not tell which parameter of a module is adapted, so it does not go with "
+                f"target_parameters={config.target_parameters!r}"
+            )
+        return match_parameters(model, config)
+
+    def adapt_parameter(self, model: nn.Module, parameter: Any, adapter_name: str, config: Any) -> None:
+        wrap(model, parameter, adapter_name, config, *rank_and_alpha(config, parameter.key))
+
     def settle_layers(self, model: nn.Module) -> None:
         share_known_inputs(model)
         fuse_known_mlps(model)
@@ -85,13 +105,34 @@ class LoraModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
+        self._check_same_parameters(config)
         mixed = self.__dict__.get("_mixed_adapters")
         highest = highest_rank(config)
         if isinstance(mixed, MixedAdapters) and mixed.is_fixed and highest > mixed.max_rank:
             name = next(name for name, held in self.peft_config.items() if held is config)
             raise ValueError(f"adapter {name!r}: its rank is {highest}, the bank has room for {mixed.max_rank}")
 
+    def _check_same_parameters(self, config: Any) -> None:
+        """Raises ValueError for another set of target_parameters than other adapters have: which parameter a wrapper's
+        weights belong to is told by its place among the wrappers, so files would be read wrongly."""
+        wanted = set(config.target_parameters or ())
+        for name, other in self.peft_config.items():
+            held = set(getattr(other, "target_parameters", None) or ())
+            if other is not config and wanted and held and held != wanted:
+                raise ValueError(
+                    f"target_parameters: all adapters that have any must have the same, got {sorted(wanted)} beside "
+                    f"{sorted(held)} of {name!r}"
+                )
+
+    def refuse_parameters(self, what: str) -> None:
+        """Raises NotImplementedError, for `what` cannot be done with an adapter on a parameter, if there is one."""
+        wrapped = [wrapper for wrapper in self._layers() if isinstance(wrapper, ParamWrapper)]
+        names = sorted({name for wrapper in wrapped for name in wrapper.scaling})
+        if names:
+            raise NotImplementedError(f"{what}: adapters {names} are on parameters (target_parameters)")
+
     def make_room(self, mixed: MixedRows | None) -> MixedRows:
+        self.refuse_parameters("adapter_names cannot mix what is part of a weight")
         slots = len(self.peft_config)
         highest = max((r for layer in self._layers() for r in layer.r.values()), default=1)
         if isinstance(mixed, MixedAdapters) and mixed.slots >= slots and mixed.max_rank >= highest:
