@@ -17,6 +17,7 @@ from peftkern.utils.adapter_error import AdapterFileError
 from peftkern.utils.adapter_files import PathLike, read_config
 
 __all__ = [
+    "DoraCaching",
     "check_if_peft_model",
     "rescale_adapter_scale",
     "update_forward_signature",
@@ -34,6 +35,23 @@ def check_if_peft_model(model_name_or_path: PathLike) -> bool:
         return isinstance(read_config(model_name_or_path).get("peft_type"), str)
     except AdapterFileError:
         return False
+
+
+class DoraCaching:
+    """PEFT's cache of DoRA's norms and of B A for inference: not built.
+
+    Here nothing is kept between calls but what is asked for; forward never makes B A, and computes the norms in one
+    pass over the weight. For inference without that pass merge the adapter (`merge_adapter`, `merge_and_unload`).
+
+    Raises:
+        NotImplementedError: always.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        raise NotImplementedError(
+            f"DoraCaching(enabled={enabled!r}) is not built in peftkern: for inference without the cost of DoRA's norms "
+            "call merge_adapter or merge_and_unload"
+        )
 
 
 @contextlib.contextmanager
