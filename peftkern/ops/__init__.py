@@ -1,5 +1,6 @@
 """Differentiable operations, one file each, and quantized weights; CONTRIBUTING.md tells how they fit together."""
 
+from peftkern.ops.dora_linear import dora_linear, dora_norm
 from peftkern.ops.ia3_linear import ia3_linear, multi_ia3_linear
 from peftkern.ops.linear_cross_entropy import linear_cross_entropy
 from peftkern.ops.lora_embedding import lora_embedding
@@ -13,6 +14,8 @@ __all__ = [
     "dequantize",
     "dequantize_4bit",
     "dequantize_8bit",
+    "dora_linear",
+    "dora_norm",
     "ia3_linear",
     "linear_cross_entropy",
     "lora_embedding",
