@@ -1,4 +1,4 @@
-"""Small helpers of PEFT 0.21.2's `peft.helpers`: those that mean something for LoRA and IA3."""
+"""Small helpers of PEFT 0.21.2's `peft.helpers`: those that mean something for LoRA, DoRA and IA3."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import functools
 import inspect
 import types
 from collections.abc import Iterator
+from contextvars import Token
 from typing import Any
 
 from torch import nn
 
 from peftkern.peft_model_base import PeftModel
+from peftkern.tuners.lora.dora import keeps_norms
 from peftkern.tuners.lora.layer import LoraLayer
 from peftkern.utils.adapter_error import AdapterFileError
 from peftkern.utils.adapter_files import PathLike, read_config
@@ -38,20 +40,32 @@ def check_if_peft_model(model_name_or_path: PathLike) -> bool:
 
 
 class DoraCaching:
-    """PEFT's cache of DoRA's norms and of B A for inference: not built.
+    """DoRA's norms, kept from one forward to the next, for inference: `with DoraCaching(): ...`.
 
-    Here nothing is kept between calls but what is asked for; forward never makes B A, and computes the norms in one
-    pass over the weight. For inference without that pass merge the adapter (`merge_adapter`, `merge_and_unload`).
+    Each forward of a DoRA layer takes the norms of its adapted rows, a pass over the weight. In eval mode and without
+    gradients (`torch.no_grad`, `inference_mode`) they are kept, [out_features] in float32 for a layer, and made anew
+    when the weight, the adapter or its scaling was changed, but for writing to a parameter's `.data`. Under
+    torch.compile, on embeddings and on layers that `explain` calls unfused they are made at each forward. B A, which
+    PEFT keeps too, is never made.
 
-    Raises:
-        NotImplementedError: always.
+    It holds within the block, or from `DoraCaching()(enabled)` on, for the thread that calls it.
+
+    Args:
+        enabled: False: within the block they are made at each forward.
     """
 
     def __init__(self, enabled: bool = True) -> None:
-        raise NotImplementedError(
-            f"DoraCaching(enabled={enabled!r}) is not built in peftkern: for inference without the cost of DoRA's norms "
-            "call merge_adapter or merge_and_unload"
-        )
+        self.enabled = enabled
+        self._before: list[Token[bool]] = []
+
+    def __enter__(self) -> None:
+        self._before.append(keeps_norms.set(bool(self.enabled)))
+
+    def __exit__(self, *_: object) -> None:
+        keeps_norms.reset(self._before.pop())
+
+    def __call__(self, enabled: bool = True) -> None:
+        keeps_norms.set(bool(enabled))
 
 
 @contextlib.contextmanager

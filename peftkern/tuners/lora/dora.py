@@ -16,7 +16,9 @@ zero has c = 0, where PEFT divides by zero.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -30,6 +32,9 @@ from peftkern.tuners.merging_quantized import quantized_base
 from peftkern.utils.quantized_modules import weight_of
 from peftkern.weights import Weight
 
+# `peftkern.helpers.DoraCaching`, for the thread that asks for it.
+keeps_norms: ContextVar[bool] = ContextVar("peftkern_keeps_norms", default=False)
+
 
 class Magnitude(nn.Module):
     """An adapter's magnitude, [N]. A module, since its parameter's name in the model is PEFT's: `<adapter>.weight`.
@@ -41,6 +46,7 @@ class Magnitude(nn.Module):
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+        self._kept_norm = _KeptNorm()
 
     def forward(self) -> torch.Tensor:
         """The magnitude; a call rather than an attribute, so that what gathers a sharded one by hooks can do so."""
@@ -103,15 +109,56 @@ def _base_weight(layer: Any) -> Weight:
 
 
 @torch.no_grad()
-def weight_norm(layer: Any, adapter: str) -> torch.Tensor:
-    """The norms of the rows of W + scaling * B A, without gradient: [N], float32 (float64 of such a weight)."""
+def weight_norm(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The norms of the rows of W + scaling * B A, without gradient: [N], float32 (float64 of such a weight).
+
+    A quantized weight is decoded to `dtype`, by default that which the layer computes in, if it has one of its own.
+    """
     weight = _base_weight(layer)
     A, B = _factors(layer, adapter)
-    if not isinstance(weight, torch.Tensor) or A.dtype is not weight.dtype:
-        A, B = A.float(), B.float()
-    if isinstance(weight, torch.Tensor) and type(weight) not in (torch.Tensor, nn.Parameter):
+    if not isinstance(weight, torch.Tensor):
+        dtype = dtype or getattr(layer.get_base_layer(), "compute_dtype", None)
+        return dora_norm(weight, A, B, layer.scaling[adapter], dtype=dtype)
+    if type(weight) not in (torch.Tensor, nn.Parameter):
         return torch.linalg.vector_norm(weight + layer.scaling[adapter] * (B @ A), dim=1)
     return dora_norm(weight, A, B, layer.scaling[adapter])
+
+
+class _KeptNorm:
+    """The norms of an adapter, and what they were made of. A copy of its layer, or a pickled one, starts empty."""
+
+    __slots__ = ("_held", "_norm", "_state")
+
+    def __init__(self) -> None:
+        self._norm: torch.Tensor | None = None
+        self._held: list[Any] = []
+        self._state: tuple[Any, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _KeptNorm, ()
+
+    def get(self, layer: Any, adapter: str, dtype: torch.dtype) -> torch.Tensor | None:
+        """The norms, made anew if the weight, A, B or the scaling are others or were written to; None of inference
+        tensors, which do not tell."""
+        base = layer.get_base_layer()
+        quantized = weight_of(base)
+        holders = [base.weight, *_factors(layer, adapter)]
+        parts = holders if quantized is None else [*quantized.tensors(), *holders]
+        tensors = [t for t in parts if t is not None]
+        if any(t.is_inference() for t in tensors):
+            return None
+        state = (layer.scaling[adapter], dtype, *((t.data_ptr(), t._version) for t in tensors))
+        same = state == self._state and all(held() is t for held, t in zip(self._held, holders, strict=False))
+        if self._norm is None or not same:
+            self._norm, self._state = weight_norm(layer, adapter, dtype), state
+            self._held = [weakref.ref(t) for t in holders]  # an address alone may be another's by now
+        return self._norm
+
+
+def norms_are_kept(layer: Any) -> bool:
+    """Whether a forward of `layer` now takes norms that are kept from one to the next."""
+    quiet = not layer.training and not torch.is_grad_enabled()
+    return keeps_norms.get() and quiet and not torch.compiler.is_compiling()
 
 
 def row_scale(layer: Any, adapter: str) -> torch.Tensor:
@@ -152,10 +199,12 @@ def fused(layer: Any, x: torch.Tensor, adapter: str) -> torch.Tensor:
     p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
     options: dict[str, Any] = {"dropout_p": p, "training": dropout.training}
     weight, bias = layer._weight_by_rows(), base.bias
+    # As a quantized layer does by itself: computed in its own dtype, whatever x has.
+    dtype = x.dtype if isinstance(weight, torch.Tensor) else compute_dtype(base, x.dtype)
+    if not torch.compiler.is_compiling() and norms_are_kept(layer):
+        options["norm"] = held["lora_magnitude_vector"]._modules[adapter]._kept_norm.get(layer, adapter, dtype)
     if isinstance(weight, torch.Tensor):
         return dora_linear(x, weight, A, B, magnitude, scaling, bias, **options)
-    # As a quantized layer does by itself: computed in its own dtype, whatever x has.
-    dtype = compute_dtype(base, x.dtype)
     A, B, magnitude, bias = (
         t if t is None or t.dtype in (dtype, torch.float32) else t.to(dtype) for t in (A, B, magnitude, bias)
     )

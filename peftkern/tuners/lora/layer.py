@@ -335,7 +335,7 @@ class Linear(LoraLayer, nn.Module):
         # One row seen `tokens` times: the plan looks at sizes, strides and dtype only.
         x = torch.empty(1, 1, self.in_features, dtype=dtype, device=weight.device).expand(tokens, 1, -1)
         if self.use_dora[self._active_here()[0]]:
-            return plan_for_dora(x, weight, row.r, current_backend())
+            return plan_for_dora(x, weight, row.r, current_backend(), norm_is_known=dora.norms_are_kept(self))
         if isinstance(weight, torch.Tensor):
             return plan_for(x, weight, row.r, current_backend())
         return plan_for_quantized(x, weight, row.r, current_backend())
