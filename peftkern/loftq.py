@@ -84,7 +84,9 @@ def replace_lora_weights_loftq(
     try:
         for task in tasks:
             A, B = task.layer.lora_A[adapter_name].weight, task.layer.lora_B[adapter_name].weight
-            magnitude = [held[adapter_name].weight for held in [task.layer.lora_magnitude_vector] if adapter_name in held]
+            magnitude = [
+                held[adapter_name].weight for held in [task.layer.lora_magnitude_vector] if adapter_name in held
+            ]
             before = [(parameter, parameter.detach().clone()) for parameter in (A, B, *magnitude)]
             undo += before
             write_factors(A, B, *low_rank_factors(_residual(task, checkpoint), A.shape[0]))

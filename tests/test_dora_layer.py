@@ -44,7 +44,8 @@ def one_plain_one_dora(base, order, **arguments):
     models = []
     for tuner, make in ((LoraModel, LoraConfig), (peft.LoraModel, peft.LoraConfig)):
         configs = {
-            name: make(target_modules=["layer"], r=3, use_dora=name == "dora", **arguments) for name in ("plain", "dora")
+            name: make(target_modules=["layer"], r=3, use_dora=name == "dora", **arguments)
+            for name in ("plain", "dora")
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
