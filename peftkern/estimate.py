@@ -131,8 +131,9 @@ class Estimate:
     def __str__(self) -> str:
         s = self.settings
         quant = "" if s.quant not in ("nf4", "fp4") else " double-quantized" if s.double_quant else " single-quantized"
+        method = "DoRA r" if s.use_dora else "r"
         lines = [
-            f"{self.model}, {'DoRA ' if s.use_dora else ''}r {s.r} on {s.target}, {s.quant}{quant}, {s.batch} x {s.seq} tokens, {s.optim}, "
+            f"{self.model}, {method} {s.r} on {s.target}, {s.quant}{quant}, {s.batch} x {s.seq} tokens, {s.optim}, "
             f"{'' if s.checkpointing else 'no '}checkpointing, {'chunked' if s.chunked_loss else 'whole'} loss",
             *self._assumed(),
             "",

@@ -489,7 +489,7 @@ def count_norms(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["dense", "4-bit"])
 def test_kept_norms_are_those_of_the_layer_as_it_is(count_norms, kind):
-    """Catches norms of a weight, an adapter or a scaling that are others by now, and norms that are made all the same."""
+    """Catches norms of a weight, an adapter or a scaling that are others by now, and norms that are made again."""
     base = nn.Linear(128, 80) if kind == "dense" else quantized(kind)
     layer = LoraLinear.from_linear(base, r=4, use_dora=True, init_lora_weights=False).eval()
     twin = copy.deepcopy(layer)

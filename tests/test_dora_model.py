@@ -300,7 +300,7 @@ def two(library, active):
 
 @pytest.mark.parametrize("active", [["default"], ["other", "plain"], ["plain", "default", "other"]], ids=len)
 def test_several_adapters_switch_merge_and_go(active):
-    """Catches an order, a switch, a disabled model or a merge that is not PEFT's, and a base that does not come back."""
+    """Catches an order, a switch, a disabled model or a merge that is not PEFT's, and a base that stays changed."""
     ours, theirs = two(peftkern, active), two(peft, active)
     (losses, _), (want, _) = steps(ours, 2), steps(theirs, 2)
     torch.testing.assert_close(losses, want, rtol=1e-5, atol=1e-6)

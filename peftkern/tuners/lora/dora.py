@@ -27,7 +27,7 @@ from torch import nn
 
 from peftkern.ops import dora_linear, dora_norm
 from peftkern.ops.linear_quantized import linear_quantized
-from peftkern.tuners.fusing import compute_dtype, plain_weight, quantized_weight, why_called_as_is
+from peftkern.tuners.fusing import compute_dtype, plain_weight, why_called_as_is
 from peftkern.tuners.merging_quantized import quantized_base
 from peftkern.utils.quantized_modules import weight_of
 from peftkern.weights import Weight
@@ -205,9 +205,9 @@ def fused(layer: Any, x: torch.Tensor, adapter: str) -> torch.Tensor:
         options["norm"] = held["lora_magnitude_vector"]._modules[adapter]._kept_norm.get(layer, adapter, dtype)
     if isinstance(weight, torch.Tensor):
         return dora_linear(x, weight, A, B, magnitude, scaling, bias, **options)
-    A, B, magnitude, bias = (
-        t if t is None or t.dtype in (dtype, torch.float32) else t.to(dtype) for t in (A, B, magnitude, bias)
-    )
+    A, B, magnitude = (t if t.dtype in (dtype, torch.float32) else t.to(dtype) for t in (A, B, magnitude))
+    if bias is not None and bias.dtype not in (dtype, torch.float32):
+        bias = bias.to(dtype)
     return dora_linear(x.to(dtype), weight, A, B, magnitude, scaling, bias, **options).to(x.dtype)
 
 

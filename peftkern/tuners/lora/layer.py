@@ -3,8 +3,8 @@
 `y = base(x) + sum over active adapters of scaling * dropout(x) A^T B^T` (Hu et al. 2021, arXiv:2106.09685). Attribute
 and parameter names are PEFT 0.21.2's, so state dicts are the same. Forward is one call of `peftkern.ops`; where the
 base layer does more than a linear layer does (hooks, a parametrization, a forward of its own), it is called as it is
-and the adapter is added by plain PyTorch. `explain_row` says which of the two, and why. An adapter with `use_dora` has a
-magnitude too: see peftkern/tuners/lora/dora.py.
+and the adapter is added by plain PyTorch. `explain_row` says which of the two, and why. What an adapter with `use_dora`
+has beside A and B is in peftkern/tuners/lora/dora.py.
 """
 
 from __future__ import annotations
