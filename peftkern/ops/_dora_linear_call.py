@@ -230,7 +230,7 @@ def _products_backward(
         dx, da, db, dc, g = kernels.backward(dy, *saved, (*wanted, needs_m), makes_g)
     else:
         if needs_m:
-            dc = column_sums(dy, u, c, None)
+            dc = column_sums(dy, u, inverse, None)
         if any(wanted):
             g = scaled(dy, c, None)
             frozen = (None, None, numbers.scaling, 0.0, numbers.path, (needs_x, False, needs_a, needs_b, False), None)

@@ -73,7 +73,6 @@ def mixed(h: torch.Tensor, t: torch.Tensor, mask: torch.Tensor, p: float) -> tor
     """keep / (1 - p) * h + (1 - keep / (1 - p)) * t, in h's memory."""
     wide = wide_dtype(h.dtype)
     for rows in _row_blocks(h.shape[0]):
-        part = t[rows].to(wide)
         share = _as_number(mask[rows], wide).mul_(1.0 / (1.0 - p))
-        h[rows] = part + share * (h[rows].to(wide) - part)
+        h[rows] = share * h[rows] + (1.0 - share) * t[rows]
     return h
