@@ -52,8 +52,8 @@ def replace_lora_weights_loftq(
     For each layer B A becomes the nearest matrix of rank r to `W - dequantize(Q)`, W the original weight and Q the
     layer's, as forward dequantizes it; in float32. The quantized weights stay. One original weight is held at a time.
     As in PEFT the scaling is not divided out: make the adapter with `lora_alpha` equal to r. Layers in 8 bits, dense
-    ones and embeddings are left alone. A magnitude of DoRA becomes the norms of dequantize(Q) + scaling * B A's rows, as
-    in a new adapter; PEFT leaves it at those of dequantize(Q).
+    ones and embeddings are left alone. A magnitude of DoRA becomes the norms of the rows of dequantize(Q) + scaling *
+    B A, as in a new adapter; PEFT leaves it at those of dequantize(Q).
 
     Args:
         peft_model: Of `get_peft_model`, with LoRA on 4-bit layers (peftkern's or bitsandbytes').

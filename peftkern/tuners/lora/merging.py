@@ -1,8 +1,8 @@
 """Adding LoRA adapters to the base weight and taking them out again.
 
 `W <- W + scaling * B A`, and with `lora_bias` also `b <- b + scaling * b_B`. The sum is taken in the wider of the two
-dtypes and rounded once, into the weight's own storage, so that what is tied to the weight stays tied. With `use_dora` its
-rows are scaled too, `W <- c o (W + scaling * B A)`. A quantized weight is merged in another way: see
+dtypes and rounded once, into the weight's own storage, so that what is tied to the weight stays tied. With `use_dora`
+its rows are scaled too, `W <- c o (W + scaling * B A)`. A quantized weight is merged in another way: see
 peftkern/tuners/merging_quantized.py.
 """
 
