@@ -163,6 +163,22 @@ def dy_pass_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool
     return Tile(32, 256, block_r, 8, 3)  # two copies: 90 KB of shared memory
 
 
+def dora_norm_tile(*, arch: int, dtype: torch.dtype, R: int, aligned: bool) -> Tile:
+    """Tile of the row norms of W + scaling * B A: block_m rows of W by block_c of its columns, block_r of the rank.
+
+    Bound by reading W; A is read again by every block of rows (from the L2 cache), so wider ranks take taller tiles.
+    Beside the loads' registers there are two fp32 numbers an element of the tile: the product, and the sum of squares.
+    """
+    if arch == 0:
+        return Tile(32, 32, rank_block(R, 16), 4, 1)
+    if dtype == torch.float32:
+        return Tile(32, 32 if not aligned or arch >= 900 else 64, 16, 4, 2)
+    if arch >= 900 or not aligned:
+        return Tile(64, 64 if aligned else 32, rank_block(R, 32), 4, 2)
+    rows = 128 if R > 32 else 64
+    return Tile(rows, 64, rank_block(R, 64), 8 if rows == 128 else 4, 4 if arch in (80, 90, 100) else 3)
+
+
 def embedding_tile(*, arch: int, dtype: torch.dtype, T: int, R: int) -> Tile:
     """Tile of the embedding's gather: BLOCK_M tokens by BLOCK_C columns of the table."""
     rows = 16 if T <= 2048 else 32
