@@ -19,8 +19,6 @@ import triton.language as tl
 from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .reduction_tables import Tile, best_splits, dora_norm_tile, vectorizes
 
-MOST_UNROLLED = 4  # steps of the rank; a loop within the loop over K keeps that one from being pipelined
-
 
 @triton.jit
 def _store_factors(norm, magnitude_ptr, norm_ptr, c_ptr, inverse_ptr, offs_n, mask_n, stride_magnitude):
@@ -36,24 +34,24 @@ def _store_factors(norm, magnitude_ptr, norm_ptr, c_ptr, inverse_ptr, offs_n, ma
 
 
 @triton.jit
-def _add_product(
-    delta, b_ptrs, a_ptrs, offs_r, mask_n, mask_k, R, stride_br, stride_ar, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """delta [BLOCK_N, BLOCK_K] + b a for the ranks offs_r; mask_k is None where all of the columns are there."""
-    mask_r = offs_r < R
-    b = tl.load(b_ptrs + offs_r[None, :] * stride_br, mask=mask_n & mask_r[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
-    mask_a = mask_r[:, None] if mask_k is None else mask_r[:, None] & mask_k
-    a = tl.load(a_ptrs + offs_r[:, None] * stride_ar, mask=mask_a, other=0.0)  # [BLOCK_R, BLOCK_K]
-    return tl.dot(b.to(DTYPE), a.to(DTYPE), delta, input_precision=PRECISION)
+def _b_tile(b_ptrs, offs_r, mask_n, R, stride_br, DTYPE: tl.constexpr):
+    """b [BLOCK_N, BLOCK_R] of the ranks offs_r."""
+    return tl.load(b_ptrs + offs_r[None, :] * stride_br, mask=mask_n & (offs_r < R)[None, :], other=0.0).to(DTYPE)
+
+
+@triton.jit
+def _a_tile(a_ptrs, offs_r, mask_k, R, stride_ar, DTYPE: tl.constexpr):
+    """a [BLOCK_R, BLOCK_K] of the ranks offs_r; mask_k is None where all of the columns are there."""
+    mask = (offs_r < R)[:, None] if mask_k is None else (offs_r < R)[:, None] & mask_k
+    return tl.load(a_ptrs + offs_r[:, None] * stride_ar, mask=mask, other=0.0).to(DTYPE)
 
 
 @triton.jit
 def _dora_norm_kernel(
     w_ptr, a_ptr, b_ptr, magnitude_ptr, norm_ptr, c_ptr, inverse_ptr, planes_ptr,  # [N, K] [R, K] [N, R] [N] -> [N] ...
     N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_magnitude, k_chunk, scaling,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr,
-    MOST_UNROLLED: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ONE_STEP: tl.constexpr,
+    EVEN_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
     split = tl.program_id(1).to(tl.int64)
@@ -68,6 +66,8 @@ def _dora_norm_kernel(
     step_w = tl.cast(stride_wk, tl.int64) * BLOCK_K
     step_a = tl.cast(stride_ak, tl.int64) * BLOCK_K
 
+    if ONE_STEP:
+        b = _b_tile(b_ptrs, offs_r, mask_n, R, stride_br, DTYPE)
     squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for k in tl.range(k_start, tl.minimum(k_start + k_chunk, K), BLOCK_K, num_stages=STAGES):
         if EVEN_K:
@@ -77,17 +77,14 @@ def _dora_norm_kernel(
             mask_k = (k + offs_k < K)[None, :]
             w = tl.load(w_ptrs, mask=mask_n & mask_k, other=0.0)
         delta = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        if RANK_STEPS <= MOST_UNROLLED:
-            for r in tl.static_range(RANK_STEPS):
-                delta = _add_product(
-                    delta, b_ptrs, a_ptrs, r * BLOCK_R + offs_r, mask_n, mask_k, R, stride_br, stride_ar, DTYPE,
-                    PRECISION,
-                )  # fmt: skip
-        else:
+        if ONE_STEP:
+            a = _a_tile(a_ptrs, offs_r, mask_k, R, stride_ar, DTYPE)
+            delta = tl.dot(b, a, delta, input_precision=PRECISION)
+        else:  # which keeps the loop over K from being pipelined
             for r in range(0, R, BLOCK_R):
-                delta = _add_product(
-                    delta, b_ptrs, a_ptrs, r + offs_r, mask_n, mask_k, R, stride_br, stride_ar, DTYPE, PRECISION
-                )
+                b = _b_tile(b_ptrs, r + offs_r, mask_n, R, stride_br, DTYPE)
+                a = _a_tile(a_ptrs, r + offs_r, mask_k, R, stride_ar, DTYPE)
+                delta = tl.dot(b, a, delta, input_precision=PRECISION)
         v = w.to(tl.float32) + scaling * delta  # [BLOCK_N, BLOCK_K], the only part of V that there ever is
         squares += v * v
         w_ptrs += step_w
@@ -194,8 +191,7 @@ def norm_calls(
             "BLOCK_N": tile.block_m,
             "BLOCK_K": tile.block_c,
             "BLOCK_R": tile.block_r,
-            "RANK_STEPS": cdiv(R, tile.block_r),
-            "MOST_UNROLLED": MOST_UNROLLED,
+            "ONE_STEP": tile.block_r >= R,
             "EVEN_K": K % tile.block_c == 0,
             "STAGES": tile.num_stages,
             "PRECISION": precision,
