@@ -1,5 +1,5 @@
-"""The grid of real calls whose kernel launches the static check compiles; over 4-bit weights, of IA3, over many
-adapters and of projections that share x: static_cases_4bit.py, _ia3.py, _multi.py and _shared.py.
+"""The grid of real calls whose kernel launches the static check compiles; over 4-bit weights, of DoRA, of IA3, over
+many adapters and of projections that share x: static_cases_4bit.py, _dora.py, _ia3.py, _multi.py and _shared.py.
 
 A case is an operation with its sizes, dtypes and options. Its launches are the library's own: tensors on the meta
 device go through `plan` and the functions that an operation takes its launches from; what is compiled would run.
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bench.static_cases_4bit import Case4bit, all_cases_4bit, quick_cases_4bit
+from bench.static_cases_dora import DoraLinear, all_cases_dora, quick_cases_dora
 from bench.static_cases_ia3 import IA3Linear, all_cases_ia3, quick_cases_ia3
 from bench.static_cases_multi import MultiLoraLinear, MultiLoraLinearShared, all_cases_multi
 from bench.static_cases_shared import LoraLinearShared, all_cases_shared
@@ -136,12 +137,16 @@ class LoraEmbedding:
         return [call for call in (*forward, *backward) if isinstance(call, Call)]
 
 
-Case = LoraLinear | LoraEmbedding | Case4bit | IA3Linear | MultiLoraLinear | LoraLinearShared | MultiLoraLinearShared
+Case = (
+    LoraLinear | LoraEmbedding | Case4bit | DoraLinear | IA3Linear | MultiLoraLinear | LoraLinearShared
+    | MultiLoraLinearShared
+)  # fmt: skip
 
 
 def quick_cases() -> list[Case]:
     """A handful: the headline shape, forward and backward, and one token; the same over a 4-bit weight."""
-    return [LoraLinear(**S1), LoraLinear(**{**S1, "M": 1}), *quick_cases_4bit(), *quick_cases_ia3()]
+    linear = [LoraLinear(**S1), LoraLinear(**{**S1, "M": 1})]
+    return [*linear, *quick_cases_4bit(), *quick_cases_dora(), *quick_cases_ia3()]
 
 
 def embedding_cases() -> list[Case]:
@@ -189,4 +194,5 @@ def all_cases() -> list[Case]:
         for case, masters, variant in product(headline, (False, True), ({}, {"K": 4104}, {"dtype": torch.float16}))
     ]
     linear = dict.fromkeys([*headline, *llama, *variants, *awkward, *options, *forced])
-    return [*linear, *embedding_cases(), *all_cases_4bit(), *all_cases_ia3(), *all_cases_multi(), *all_cases_shared()]
+    others = [*all_cases_4bit(), *all_cases_dora(), *all_cases_ia3(), *all_cases_multi(), *all_cases_shared()]
+    return [*linear, *embedding_cases(), *others]

@@ -78,8 +78,8 @@ def forward(
     y: Any = None
     u: Any = None
     for rows, dense in dense_blocks(weight, x.dtype, dense_path):
-        ours: Any = [t[rows] for t in (lora_B, magnitude)] + [None if t is None else t[rows] for t in (bias, norm)]
-        made = _dense_forward(x, dense, lora_A, *ours[:3], seed, ours[3], within, keep_u)
+        b, m, ours, known = (None if t is None else t[rows] for t in (lora_B, magnitude, bias, norm))
+        made = _dense_forward(x, dense, lora_A, b, m, ours, seed, known, within, keep_u)  # type: ignore[arg-type]
         if dense.shape[0] == N:
             return made
         y = x.new_empty(x.shape[0], N) if y is None else y
@@ -218,7 +218,8 @@ def _products_backward(
     if not plain:
         from peftkern.ops import _dora_linear_triton as kernels
 
-        dropout, arch = kernels.dropout(seed, numbers.dropout_p), device_info(dy.device).arch
+        dropout: Any = kernels.dropout(seed, numbers.dropout_p)
+        arch = device_info(dy.device).arch
     if drops and (needs_a or needs_w):
         inner = dropped(x, mask, numbers.dropout_p) if plain else kernels.dropped(x, dropout, arch)
     dx: Any = None
