@@ -157,8 +157,9 @@ class _KeptNorm:
 
 def norms_are_kept(layer: Any) -> bool:
     """Whether a forward of `layer` now takes norms that are kept from one to the next."""
-    quiet = not layer.training and not torch.is_grad_enabled()
-    return keeps_norms.get() and quiet and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or layer.training or torch.is_grad_enabled():
+        return False
+    return keeps_norms.get()
 
 
 def row_scale(layer: Any, adapter: str) -> torch.Tensor:
@@ -201,7 +202,7 @@ def fused(layer: Any, x: torch.Tensor, adapter: str) -> torch.Tensor:
     weight, bias = layer._weight_by_rows(), base.bias
     # As a quantized layer does by itself: computed in its own dtype, whatever x has.
     dtype = x.dtype if isinstance(weight, torch.Tensor) else compute_dtype(base, x.dtype)
-    if not torch.compiler.is_compiling() and norms_are_kept(layer):
+    if norms_are_kept(layer):
         options["norm"] = held["lora_magnitude_vector"]._modules[adapter]._kept_norm.get(layer, adapter, dtype)
     if isinstance(weight, torch.Tensor):
         return dora_linear(x, weight, A, B, magnitude, scaling, bias, **options)
