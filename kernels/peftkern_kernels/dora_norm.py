@@ -34,9 +34,9 @@ def _store_factors(norm, magnitude_ptr, norm_ptr, c_ptr, inverse_ptr, offs_n, ma
 
 
 @triton.jit
-def _b_tile(b_ptrs, offs_r, mask_n, R, stride_br, DTYPE: tl.constexpr):
+def _b_tile(b_ptrs, offs_r, R, stride_br, DTYPE: tl.constexpr):
     """b [BLOCK_N, BLOCK_R] of the ranks offs_r."""
-    return tl.load(b_ptrs + offs_r[None, :] * stride_br, mask=mask_n & (offs_r < R)[None, :], other=0.0).to(DTYPE)
+    return tl.load(b_ptrs + offs_r[None, :] * stride_br, mask=(offs_r < R)[None, :], other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -67,37 +67,36 @@ def _dora_norm_kernel(
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
-    mask_n = (offs_n < N)[:, None]
+    # Rows past the last were wrapped, not masked: their norms are never stored, and loads stay unpredicated.
+    rows = offs_n % N
     k_start = split * k_chunk
     # A weight that lies as [K, N] is walked as that: its tile, and V's, is then the transpose.
     if WEIGHT_IS_KN:
-        w_ptrs = w_ptr + offs_n[None, :] * stride_wn + (k_start + offs_k)[:, None] * stride_wk
-        mask_w = (offs_n < N)[None, :]
+        w_ptrs = w_ptr + rows[None, :] * stride_wn + (k_start + offs_k)[:, None] * stride_wk
     else:
-        w_ptrs = w_ptr + offs_n[:, None] * stride_wn + (k_start + offs_k)[None, :] * stride_wk
-        mask_w = mask_n
+        w_ptrs = w_ptr + rows[:, None] * stride_wn + (k_start + offs_k)[None, :] * stride_wk
     a_ptrs = a_ptr + (k_start + offs_k)[None, :] * stride_ak
-    b_ptrs = b_ptr + offs_n[:, None] * stride_bn
+    b_ptrs = b_ptr + rows[:, None] * stride_bn
     step_w = tl.cast(stride_wk, tl.int64) * BLOCK_K
     step_a = tl.cast(stride_ak, tl.int64) * BLOCK_K
 
     if ONE_STEP:
-        b = _b_tile(b_ptrs, offs_r, mask_n, R, stride_br, DTYPE)
+        b = _b_tile(b_ptrs, offs_r, R, stride_br, DTYPE)
     squares = tl.zeros((BLOCK_K, BLOCK_N) if WEIGHT_IS_KN else (BLOCK_N, BLOCK_K), tl.float32)
     for k in tl.range(k_start, tl.minimum(k_start + k_chunk, K), BLOCK_K, num_stages=STAGES):
         if EVEN_K:
             mask_k = None
-            w = tl.load(w_ptrs, mask=mask_w, other=0.0)  # [BLOCK_N, BLOCK_K], or its transpose
+            w = tl.load(w_ptrs)  # [BLOCK_N, BLOCK_K], or its transpose
         else:
             mask_k = (k + offs_k < K)[None, :]
-            w = tl.load(w_ptrs, mask=mask_w & (tl.trans(mask_k) if WEIGHT_IS_KN else mask_k), other=0.0)
+            w = tl.load(w_ptrs, mask=tl.trans(mask_k) if WEIGHT_IS_KN else mask_k, other=0.0)
         delta = tl.zeros(w.shape, tl.float32)
         if ONE_STEP:
             a = _a_tile(a_ptrs, offs_r, mask_k, R, stride_ar, DTYPE)
             delta = _add_product(delta, b, a, WEIGHT_IS_KN, PRECISION)
         else:  # which keeps the loop over K from being pipelined
             for r in range(0, R, BLOCK_R):
-                b = _b_tile(b_ptrs, r + offs_r, mask_n, R, stride_br, DTYPE)
+                b = _b_tile(b_ptrs, r + offs_r, R, stride_br, DTYPE)
                 a = _a_tile(a_ptrs, r + offs_r, mask_k, R, stride_ar, DTYPE)
                 delta = _add_product(delta, b, a, WEIGHT_IS_KN, PRECISION)
         v = w.to(tl.float32) + scaling * delta  # the only part of V that there ever is
