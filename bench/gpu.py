@@ -1,6 +1,6 @@
 """Everything that a GPU can tell in a few minutes: the GPU tests, then each benchmark's headline.
 
-    python -m bench.gpu [--minutes 12] [--parts tests run quantized many train ia3] [--out DIR] [--dry-run]
+    python -m bench.gpu [--minutes 12] [--parts tests run quantized many train ia3 dora] [--out DIR] [--dry-run]
 
 Kernels compile for seconds each, on one core, so before anything is timed many processes run every benchmark once
 (`--quick`) to fill the compilers' caches, the tests beside them. Then the benchmarks follow one another, alone on the
@@ -46,13 +46,13 @@ def parts() -> list[Part]:
     return [
         Part(
             "run",
-            0.35,
+            0.3,
             ["bench.run", "--groups", "peftkern", *FASTER],
             [["bench.run", "--groups", "peftkern", "--quick", "--problems", key] for key in keys],
         ),
         Part(
             "quantized",
-            0.25,
+            0.2,
             ["bench.quantized", *FASTER, "--tokens", *map(str, (1, 128, 512, 2048, 8192, 16))],
             [["bench.quantized", "--quick", "--tokens", str(M)] for M in TOKENS],
         ),
@@ -69,6 +69,7 @@ def parts() -> list[Part]:
             [["bench.many", "--quick", "--parts", "train", "prefill", "--tokens", str(M)] for M in (512, 2048, 8192)],
         ),
         Part("ia3", 0.1, ["bench.ia3", "--no-compiled"], []),
+        Part("dora", 0.1, ["bench.dora", "--no-compiled"], []),
     ]
 
 

@@ -6,6 +6,7 @@ import torch
 
 from numerics import assert_rounded, padded_randn
 from peftkern import reference
+from peftkern.ops import dora_linear
 
 SCALING = 0.7
 
@@ -30,6 +31,20 @@ def make(
     made[4][::5] = 0.0
     made.append(torch.randn(N, device=device).to(dtype))
     return [t.detach().requires_grad_(grad) for t in made]
+
+
+def apply(tensors, **options):
+    """The operation on x, weight, A, B, magnitude, bias."""
+    return dora_linear(*tensors[:5], SCALING, tensors[5], **options)
+
+
+def run(tensors, dy, function=apply, **options):
+    """y and the gradients of those that have one."""
+    for t in tensors:
+        t.grad = None
+    y = function(tensors, **options)
+    y.backward(dy)
+    return [y.detach(), *(t.grad for t in tensors)]
 
 
 def truth_and_magnitude(

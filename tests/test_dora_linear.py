@@ -10,7 +10,7 @@ import torch
 import torch._dynamo.testing
 from torch.utils.checkpoint import checkpoint
 
-from dora_data import SCALING, check, make, truth_and_magnitude
+from dora_data import SCALING, apply, check, make, run, truth_and_magnitude
 from numerics import assert_rounded, padded_randn
 from peftkern import reference, use_backend
 from peftkern.backend import DeviceInfo
@@ -23,20 +23,6 @@ MODULE = importlib.import_module("peftkern.ops.dora_linear")
 CALL = importlib.import_module("peftkern.ops._dora_linear_call")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(64, 64, 64, 16), (1, 17, 33, 1), (65, 130, 200, 12), (7, 1, 1, 3), (33, 48, 40, 70)]
-
-
-def apply(tensors, **options):
-    """The operation on x, weight, A, B, magnitude, bias."""
-    return dora_linear(*tensors[:5], SCALING, tensors[5], **options)
-
-
-def run(tensors, dy, function=apply, **options):
-    """y and the gradients of those that have one."""
-    for t in tensors:
-        t.grad = None
-    y = function(tensors, **options)
-    y.backward(dy)
-    return [y.detach(), *(t.grad for t in tensors)]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

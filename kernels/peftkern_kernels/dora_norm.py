@@ -34,9 +34,9 @@ def _store_factors(norm, magnitude_ptr, norm_ptr, c_ptr, inverse_ptr, offs_n, ma
 
 
 @triton.jit
-def _b_tile(b_ptrs, offs_r, mask_n, R, stride_br, DTYPE: tl.constexpr):
+def _b_tile(b_ptrs, offs_r, R, stride_br, DTYPE: tl.constexpr):
     """b [BLOCK_N, BLOCK_R] of the ranks offs_r."""
-    return tl.load(b_ptrs + offs_r[None, :] * stride_br, mask=mask_n & (offs_r < R)[None, :], other=0.0).to(DTYPE)
+    return tl.load(b_ptrs + offs_r[None, :] * stride_br, mask=(offs_r < R)[None, :], other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -47,49 +47,63 @@ def _a_tile(a_ptrs, offs_r, mask_k, R, stride_ar, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _add_product(delta, b, a, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """delta + b a, or its transpose."""
+    if TRANSPOSED:
+        return tl.dot(tl.trans(a), tl.trans(b), delta, input_precision=PRECISION)
+    else:
+        return tl.dot(b, a, delta, input_precision=PRECISION)
+
+
+@triton.jit
 def _dora_norm_kernel(
     w_ptr, a_ptr, b_ptr, magnitude_ptr, norm_ptr, c_ptr, inverse_ptr, planes_ptr,  # [N, K] [R, K] [N, R] [N] -> [N] ...
     N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_magnitude, k_chunk, scaling,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ONE_STEP: tl.constexpr,
-    EVEN_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHT_IS_KN: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
     split = tl.program_id(1).to(tl.int64)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
-    mask_n = (offs_n < N)[:, None]
+    # Rows past the last were wrapped, not masked: their norms are never stored, and loads stay unpredicated.
+    rows = offs_n % N
     k_start = split * k_chunk
-    w_ptrs = w_ptr + offs_n[:, None] * stride_wn + (k_start + offs_k)[None, :] * stride_wk
+    # A weight that lies as [K, N] is walked as that: its tile, and V's, is then the transpose.
+    if WEIGHT_IS_KN:
+        w_ptrs = w_ptr + rows[None, :] * stride_wn + (k_start + offs_k)[:, None] * stride_wk
+    else:
+        w_ptrs = w_ptr + rows[:, None] * stride_wn + (k_start + offs_k)[None, :] * stride_wk
     a_ptrs = a_ptr + (k_start + offs_k)[None, :] * stride_ak
-    b_ptrs = b_ptr + offs_n[:, None] * stride_bn
+    b_ptrs = b_ptr + rows[:, None] * stride_bn
     step_w = tl.cast(stride_wk, tl.int64) * BLOCK_K
     step_a = tl.cast(stride_ak, tl.int64) * BLOCK_K
 
     if ONE_STEP:
-        b = _b_tile(b_ptrs, offs_r, mask_n, R, stride_br, DTYPE)
-    squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        b = _b_tile(b_ptrs, offs_r, R, stride_br, DTYPE)
+    squares = tl.zeros((BLOCK_K, BLOCK_N) if WEIGHT_IS_KN else (BLOCK_N, BLOCK_K), tl.float32)
     for k in tl.range(k_start, tl.minimum(k_start + k_chunk, K), BLOCK_K, num_stages=STAGES):
         if EVEN_K:
             mask_k = None
-            w = tl.load(w_ptrs, mask=mask_n, other=0.0)  # [BLOCK_N, BLOCK_K]
+            w = tl.load(w_ptrs)  # [BLOCK_N, BLOCK_K], or its transpose
         else:
             mask_k = (k + offs_k < K)[None, :]
-            w = tl.load(w_ptrs, mask=mask_n & mask_k, other=0.0)
-        delta = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+            w = tl.load(w_ptrs, mask=tl.trans(mask_k) if WEIGHT_IS_KN else mask_k, other=0.0)
+        delta = tl.zeros(w.shape, tl.float32)
         if ONE_STEP:
             a = _a_tile(a_ptrs, offs_r, mask_k, R, stride_ar, DTYPE)
-            delta = tl.dot(b, a, delta, input_precision=PRECISION)
+            delta = _add_product(delta, b, a, WEIGHT_IS_KN, PRECISION)
         else:  # which keeps the loop over K from being pipelined
             for r in range(0, R, BLOCK_R):
-                b = _b_tile(b_ptrs, r + offs_r, mask_n, R, stride_br, DTYPE)
+                b = _b_tile(b_ptrs, r + offs_r, R, stride_br, DTYPE)
                 a = _a_tile(a_ptrs, r + offs_r, mask_k, R, stride_ar, DTYPE)
-                delta = tl.dot(b, a, delta, input_precision=PRECISION)
-        v = w.to(tl.float32) + scaling * delta  # [BLOCK_N, BLOCK_K], the only part of V that there ever is
+                delta = _add_product(delta, b, a, WEIGHT_IS_KN, PRECISION)
+        v = w.to(tl.float32) + scaling * delta  # the only part of V that there ever is
         squares += v * v
         w_ptrs += step_w
         a_ptrs += step_a
-    total = tl.sum(squares, 1)
+    total = tl.sum(squares, 0 if WEIGHT_IS_KN else 1)
     if planes_ptr is not None:
         tl.store(planes_ptr + split * N + offs_n, total, mask=offs_n < N)
     else:
@@ -192,6 +206,7 @@ def norm_calls(
             "BLOCK_K": tile.block_c,
             "BLOCK_R": tile.block_r,
             "ONE_STEP": tile.block_r >= R,
+            "WEIGHT_IS_KN": weight.stride(0) == 1 and weight.stride(1) != 1,
             "EVEN_K": K % tile.block_c == 0,
             "STAGES": tile.num_stages,
             "PRECISION": precision,
