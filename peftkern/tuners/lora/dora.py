@@ -5,9 +5,9 @@ With V = W + scaling * B A [N, K], norm [N] the lengths of its rows, constant in
     y = c o (x W^T + scaling * x A^T B^T) + bias
     y = x W^T + (c - 1) o (x' W^T) + c o (scaling * x' A^T B^T) + bias      in training, x' = dropout(x)
 
-so that merging makes W into c o V. The magnitude starts as the norm and has V's scaling no more: a scaling that is
-changed later turns the rows and leaves their lengths. On an embedding, whose weight is W^T [V, N], c scales what is
-looked up, `y = c o (W^T[i] + scaling * (A[:, i])^T B^T)`.
+so that merging makes W into c o V. The magnitude starts as the norm, which changes nothing; a scaling that is changed
+later turns the rows and leaves their lengths. On an embedding, whose weight is W^T [K, N], c scales what is looked up,
+`y = c o (W^T[i] + scaling * (A[:, i])^T B^T)`.
 
 Several active adapters act one after another, each on what the last one made, as in PEFT 0.21.2: in the first formula
 the next adapter's x W^T is the last one's y - bias, and merging them in that order gives the same. A row of V that is
@@ -97,7 +97,7 @@ def _base_weight(layer: Any) -> Weight:
     quantized = weight_of(base)
     if quantized is not None:
         return quantized
-    weight = base.weight.detach()
+    weight = base.weight
     if weight.is_meta:
         raise ValueError(
             f"use_dora=True needs the weight of a {type(base).__name__} that is on the meta device (an accelerate hook "
