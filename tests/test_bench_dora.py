@@ -73,11 +73,11 @@ def test_cases_launch_what_their_path_says():
         return [call.kernel.fn.__name__.strip("_") for call in DoraLinear(*sizes, **options).launches(90)]
 
     norms = ["dora_norm_kernel", "dora_factors_kernel"]
-    forward = ["lora_shrink_kernel", "lora_linear_persistent_kernel", "ia3_scale_kernel"]
+    forward = ["lora_shrink_kernel", "lora_linear_persistent_kernel"]  # which writes y as well
     backward = ["ia3_scale_sum_kernel", "reduce_planes_kernel", "lora_dy_pass_kernel", "reduce_planes_kernel"]
     backward += ["lora_linear_persistent_kernel", "weight_gradient_kernel", "reduce_planes_kernel"]
     assert kernels(8192, *Q) == [*norms, *forward, *backward]
     drops = kernels(8192, *Q, dropout=True)
-    assert drops == [*norms, "dora_dropout_kernel", *forward, *backward, "dora_dropout_kernel"]
+    assert drops == [*norms, "dora_dropout_kernel", *forward, "ia3_scale_kernel", *backward, "dora_dropout_kernel"]
     assert kernels(8192, *Q, norm=True, learns=False) == ["dora_factors_kernel", *forward]
     assert kernels(1, *Q, learns=False)[-1] == "ia3_scale_kernel"

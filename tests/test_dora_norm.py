@@ -7,6 +7,7 @@ import torch
 
 from numerics import arch_of, assert_rounded, padded_randn
 from peftkern import reference
+from peftkern_kernels import dora_output, gemm_tables
 from peftkern_kernels.dora_dropout import dropout_calls
 from peftkern_kernels.dora_norm import factor_calls, norm_calls
 from peftkern_kernels.dropout import Dropout
@@ -129,6 +130,32 @@ def test_the_scaling_adds_a_bias_and_a_rest_before_it_rounds(dtype, in_place, de
     truth, magnitude = (u * c + b + r for u, c, b, r in (wide, [t.abs() for t in wide]))
     assert_rounded(out, truth, magnitude, terms=3)
     assert canary[M].isnan().all()
+
+
+@pytest.mark.parametrize("keeps_u", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("arch", [0, 90])
+def test_both_outputs_of_one_product(arch, has_bias, keeps_u, device, monkeypatch):
+    """Would catch a bias in u, c of another tile's columns, u that is stored where nobody asked for it; arch 90 stands
+    for the persistent GEMM, whose tile here has edges in both directions."""
+    M, N, K, R = 40, 72, 32, 5
+    x, w, s, b = (torch.randn(*shape, device=device).bfloat16() for shape in ((M, K), (N, K), (M, R), (N, R)))
+    c, bias = torch.randn(N, device=device), torch.randn(N, device=device).bfloat16() if has_bias else None
+    y, u = (torch.full((M + 1, N), NAN, dtype=torch.bfloat16, device=device) for _ in range(2))
+    tile = gemm_tables.Tile(32, 64, 32, 4, 2, tma=True, persistent=arch == 90)
+    monkeypatch.setattr(dora_output, "tile_of", lambda *_: tile)
+    calls = dora_output.dora_output_calls(x, w, s, b, c, y[:M], u=u[:M] if keeps_u else None, bias=bias, arch=0)
+    assert len(calls) == (1 if arch == 90 else 2)
+    run_all(calls)
+    wide = [t.double() for t in (x, w, s, b, c)]
+    truth, magnitude = (x @ w.T + s @ b.T for x, w, s, b, _ in (wide, [t.abs() for t in wide]))
+    if keeps_u:
+        assert_rounded(u[:M], truth, magnitude, terms=K + R)
+    added = 0 if bias is None else bias.double()
+    bound = magnitude * wide[4].abs() + (0 if bias is None else added.abs())
+    # Where y is a pass of its own, u is rounded before it.
+    assert_rounded(y[:M], wide[4] * truth + added, bound, terms=K + R + 2, rounded=arch == 0)
+    assert y[M].isnan().all() and (u[M] if keeps_u else u).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,7 +3,8 @@
     forward     norms and c (dora_norm.py); u = x' W^T + S B^T as `lora_linear` without a bias; y = c * u + bias
     backward    g = c * dy and dc in one pass over dy and u; `lora_linear`'s backward on g
 
-y is a pass of its own over u, 2 M N numbers read and written beside a product. [EPILOGUE]
+Where the product is the persistent GEMM's, y leaves from its accumulator too (dora_output.py); elsewhere it is a pass
+over u.
 
 With dropout a pass over x makes x' and its rest, whose product with W (cuBLAS) the last pass adds to y; in backward
 dY W, by cuBLAS too, is mixed with the other product's result by the mask.
@@ -20,10 +21,12 @@ from peftkern.ops._lora_linear_triton import dropout, precision, weight_parts, w
 from peftkern_kernels import replay
 from peftkern_kernels.dora_dropout import dropout_calls
 from peftkern_kernels.dora_norm import factor_calls, norm_calls
+from peftkern_kernels.dora_output import dora_output_calls
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.ia3_scale import scale_calls
 from peftkern_kernels.ia3_scale_sum import scale_sum_calls
 from peftkern_kernels.launch import Call, TorchCall, scratch
+from peftkern_kernels.lora_shrink import shrink_calls
 
 __all__ = ["backward", "backward_calls", "dropout", "dropped", "forward", "forward_calls", "norm"]
 Calls = list[Call | TorchCall]
@@ -89,6 +92,11 @@ def forward_calls(
         rest = y
         product = scratch(M, N, dtype=x.dtype, device=x.device) if u is None else u
     product = y if product is None else product
+    if drop is None and path in ("triton", "mixed"):
+        common: dict[str, Any] = {"arch": arch, "precision": precision()}
+        calls += shrink_calls(x, lora_A, s, scaling=scaling, **common)
+        calls += dora_output_calls(x, weight, s, lora_B, c, y, u=u, bias=bias, **common)
+        return y, s, u, c, inverse, calls
     adapter = (lora_A, lora_B, scaling, None, None, path, arch)
     calls += _lora_linear_triton.forward_calls(inner, weight, *adapter, (product, s))[2]
     calls += scale_calls(product, c, y, bias=bias, rest=rest, arch=arch)
