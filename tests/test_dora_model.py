@@ -127,6 +127,26 @@ def test_loftq_comes_before_the_magnitude():
     torch.testing.assert_close(layer.lora_magnitude_vector["default"].weight, want)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_gpt2_learns_and_merges_into_its_own_class(bits):
+    """Catches norms along the wrong axis of a Conv1D, whose weight is turned before it is quantized and turned back."""
+    settings = {"load_in_4bit": True} if bits == 4 else {"load_in_8bit": True}
+    base = peftkern.quantize_model(tiny_gpt2(), transformers.BitsAndBytesConfig(**settings), progress=False)
+    model = get_peft_model(base, LoraConfig(target_modules=["c_attn", "c_proj"], use_dora=True, r=4))
+    start = output(model)
+    with model.disable_adapter():
+        torch.testing.assert_close(start, output(model), rtol=1e-3, atol=1e-4)
+    losses, _ = steps(model.train(), 4)
+    assert losses.isfinite().all()
+    randomize(model, ("lora_A", "lora_B"))
+    stir(model)
+    want = output(model)
+    merged = model.merge_and_unload()
+    assert type(merged.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
+    torch.testing.assert_close(output(merged), want, rtol=1e-3, atol=1e-4)
+    assert (want - start).norm() > 0.01 * start.norm()
+
+
 # -- files ---------------------------------------------------------------------------------------------------------
 
 

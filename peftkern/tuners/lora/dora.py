@@ -112,12 +112,12 @@ def _base_weight(layer: Any) -> Weight:
 def weight_norm(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The norms of the rows of W + scaling * B A, without gradient: [N], float32 (float64 of such a weight).
 
-    A quantized weight is decoded to `dtype`, by default that which the layer computes in, if it has one of its own.
+    A quantized weight is decoded to `dtype`, by default that which the layer computes in, float32 if it has none.
     """
     weight = _base_weight(layer)
     A, B = _factors(layer, adapter)
     if not isinstance(weight, torch.Tensor):
-        dtype = dtype or getattr(layer.get_base_layer(), "compute_dtype", None)
+        dtype = dtype or compute_dtype(layer.get_base_layer(), torch.float32)
         return dora_norm(weight, A, B, layer.scaling[adapter], dtype=dtype)
     if type(weight) not in (torch.Tensor, nn.Parameter):
         return torch.linalg.vector_norm(weight + layer.scaling[adapter] * (B @ A), dim=1)
