@@ -47,20 +47,21 @@ SMOKE = Size(hidden=64, intermediate=96, layers=1, heads=2, vocabulary=128, batc
 class Mode:
     """How a model is trained: base dtype, whether adapters are fp32 under autocast, dropout.
 
-    `path` holds peftkern to one path of its plan, None lets the plan choose.
+    `path` holds peftkern to one path of its plan, None lets the plan choose; `use_dora` is for `bench.cpu_dora`.
     """
 
     dtype: torch.dtype
     autocast: bool
     dropout: float
     path: str | None = None
+    use_dora: bool = False
 
     @property
     def key(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
         adapters = "fp32 adapters, autocast" if self.autocast else f"{name} adapters"
         held = ", torch's products" if self.path == "torch" else ""
-        return f"{name}, {adapters}, dropout {self.dropout:g}{held}"
+        return f"{'DoRA, ' * self.use_dora}{name}, {adapters}, dropout {self.dropout:g}{held}"
 
     def targets(self) -> dict[str, float]:
         """The acceptance figures of this mode: most that peftkern's may be of PEFT's."""
@@ -256,11 +257,13 @@ def measure_share(size: Size, mode: Mode, share: Share, threads: int) -> tuple[T
     torch.set_num_threads(threads)
     with held_to(mode.path):
         base = llama(size, mode.dtype)
-        ours = Trainee(adapt(peftkern, base, mode.dropout, mode.autocast), size, mode)
-        theirs = Trainee(adapt(peft, base, mode.dropout, mode.autocast), size, mode)
+        ours, theirs = (
+            Trainee(adapt(library, base, mode.dropout, mode.autocast, mode.use_dora), size, mode)
+            for library in (peftkern, peft)
+        )
         found: dict[str, Any] = {}
         if share.check:
-            exact = Trainee(adapt(peft, base, 0.0, False).float(), size, Mode(torch.float32, False, 0.0))
+            exact = Trainee(adapt(peft, base, 0.0, False, mode.use_dora).float(), size, Mode(torch.float32, False, 0.0))
             errors = check_pair(ours, theirs, exact)
             check_dropout(ours)
             check_dropout(theirs)

@@ -1,6 +1,6 @@
 """Everything that a GPU can tell in a few minutes: the GPU tests, then each benchmark's headline.
 
-    python -m bench.gpu [--minutes 12] [--parts tests run quantized many train ia3 experts] [--out DIR] [--dry-run]
+    python -m bench.gpu [--minutes 12] [--parts tests run quantized many train ia3 experts dora] [--out DIR] [--dry-run]
 
 Kernels compile for seconds each, on one core, so before anything is timed many processes run every benchmark once
 (`--quick`) to fill the compilers' caches, the tests beside them. Then the benchmarks follow one another, alone on the
@@ -70,6 +70,7 @@ def parts() -> list[Part]:
         ),
         Part("ia3", 0.1, ["bench.ia3", "--no-compiled"], []),
         Part("experts", 0.1, ["bench.experts"], []),
+        Part("dora", 0.1, ["bench.dora", "--no-compiled"], []),
     ]
 
 

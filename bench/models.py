@@ -1,4 +1,4 @@
-"""A small Llama for the CPU, and LoRA on it by PEFT and by peftkern, with equal weights and adapters."""
+"""A small Llama for the CPU, and LoRA or DoRA on it by PEFT and by peftkern, with equal weights and adapters."""
 
 from __future__ import annotations
 
@@ -44,20 +44,30 @@ def llama(size: Size, dtype: torch.dtype) -> nn.Module:
     return LlamaForCausalLM(config).to(dtype)
 
 
-def adapt(library: Any, base: nn.Module, dropout: float, fp32_adapters: bool) -> nn.Module:
+def adapt(library: Any, base: nn.Module, dropout: float, fp32_adapters: bool, use_dora: bool = False) -> nn.Module:
     """LoRA of rank 16 on all linear layers of a copy of `base` by `library` (peft or peftkern), ready to be trained.
 
-    A and B are drawn from the same generator whichever library it is, rounded to the base's dtype, and B is not zero:
-    dA would be. `fp32_adapters` is PEFT's `autocast_adapter_dtype`, on by default there.
+    A, B and DoRA's magnitudes are drawn from the same generator whichever library it is, rounded to the base's dtype,
+    and B is not zero: dA would be. `fp32_adapters` is PEFT's `autocast_adapter_dtype`, on by default there.
     """
     config = library.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        use_dora=use_dora,
     )
     model = library.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=fp32_adapters)
     dtype = next(base.parameters()).dtype
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, parameter in adapters_of(model):
+            if parameter.dim() == 1:  # a magnitude, about the length of a row: the base's deviation is 0.02
+                length = 0.02 * math.sqrt(base.config.hidden_size)
+                around = 0.75 + 0.5 * torch.rand(parameter.shape, generator=generator)
+                parameter.copy_((length * around).to(dtype))
+                continue
             random = torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[1])
             parameter.copy_((0.1 * random).to(dtype))
     return model.train()

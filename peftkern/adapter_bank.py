@@ -106,6 +106,9 @@ class AdapterBank:
             model.base_model.refuse_parameters("model: a bank cannot mix what is part of a weight")
             if len(model.peft_config) > slots:
                 raise BankFullError(f"slots: expected at least {len(model.peft_config)} for the adapters that are here")
+            with_dora = [name for name, held in model.peft_config.items() if getattr(held, "use_dora", False)]
+            if with_dora:
+                raise ValueError(f"model: {with_dora} have DoRA (use_dora=True), which cannot be mixed in a batch")
             self.model = model
         else:
             self.model = _with_layers_alone(model, target_modules)
@@ -424,6 +427,8 @@ class AdapterBank:
         highest = highest_rank(config)
         if highest > self.max_rank:
             raise ValueError(f"adapter {called!r}: its rank is {highest}, the bank has room for {self.max_rank}")
+        if config.use_dora:
+            raise ValueError(f"adapter {called!r}: use_dora=True: DoRA cannot be mixed in a batch")
         if config.bias != "none":
             raise ValueError(f"adapter {called!r}: bias={config.bias!r} trains biases that all adapters share")
         self._mixed.sync()  # the model may have moved since, and its adapters out of their pools

@@ -54,6 +54,7 @@ class Settings:
     adapter_dtype: str = "fp32"
     dtype: str = "bf16"
     blocksize: int = 64
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         for name in ("r", "seq", "batch"):
@@ -130,8 +131,9 @@ class Estimate:
     def __str__(self) -> str:
         s = self.settings
         quant = "" if s.quant not in ("nf4", "fp4") else " double-quantized" if s.double_quant else " single-quantized"
+        method = "DoRA r" if s.use_dora else "r"
         lines = [
-            f"{self.model}, r {s.r} on {s.target}, {s.quant}{quant}, {s.batch} x {s.seq} tokens, {s.optim}, "
+            f"{self.model}, {method} {s.r} on {s.target}, {s.quant}{quant}, {s.batch} x {s.seq} tokens, {s.optim}, "
             f"{'' if s.checkpointing else 'no '}checkpointing, {'chunked' if s.chunked_loss else 'whole'} loss",
             *self._assumed(),
             "",
@@ -191,7 +193,7 @@ def estimate_memory(model: Any, *, vram: float | None = None, **settings: Any) -
             default what its configuration says), target (target_modules: a name, several with commas, or "all-linear"),
             checkpointing, optim ("adamw", "adamw8bit", "paged" for 8 bits in memory that moves to the host),
             chunked_loss (`use_chunked_loss`), adapter_dtype and dtype ("fp32", "bf16", "fp16"), blocksize of the 4-bit
-            formats.
+            formats, use_dora (a magnitude for each output, and an output that each adapted layer keeps for it).
 
     Returns:
         An `Estimate`, which prints as a table.
@@ -214,7 +216,7 @@ def estimate_memory(model: Any, *, vram: float | None = None, **settings: Any) -
         target: Any = [t.strip() for t in chosen.target.split(",")] if "," in chosen.target else chosen.target
         target = [target] if isinstance(target, str) and target != "all-linear" else target
         dtypes = DTYPES[chosen.dtype], DTYPES[chosen.adapter_dtype]
-        traced = traced_model.TracedModel(config, chosen.r, target, *dtypes)
+        traced = traced_model.TracedModel(config, chosen.r, target, *dtypes, chosen.use_dora)
         made = _estimate(traced, chosen, traced.activations(chosen.batch, chosen.seq, chosen.checkpointing))
         size = None if vram is None else int(vram * 2**30)
         largest = None if size is None else _largest_sequence(traced, chosen, size)
@@ -422,6 +424,7 @@ def _parser() -> argparse.ArgumentParser:
     add = functools.partial(parser.add_argument, metavar="N")
     parser.add_argument("model", help="a hub id (only its configuration is read), a folder, or a config.json")
     add("--r", type=int, default=default.r, help="rank of the adapters")
+    parser.add_argument("--use-dora", action="store_true", help="DoRA: a magnitude for each output")
     add("--seq", type=int, default=default.seq, help="tokens in a sequence")
     add("--batch", type=int, default=default.batch, help="sequences in a step")
     add("--vram", type=float, help="memory of the GPU in GiB")

@@ -1,4 +1,4 @@
-"""Small helpers of PEFT 0.21.2's `peft.helpers`: those that mean something for LoRA and IA3."""
+"""Small helpers of PEFT 0.21.2's `peft.helpers`: those that mean something for LoRA, DoRA and IA3."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import functools
 import inspect
 import types
 from collections.abc import Iterator
+from contextvars import Token
 from typing import Any
 
 from torch import nn
 
 from peftkern.peft_model_base import PeftModel
+from peftkern.tuners.lora.dora import keeps_norms
 from peftkern.tuners.lora.layer import LoraLayer
 from peftkern.utils.adapter_error import AdapterFileError
 from peftkern.utils.adapter_files import PathLike, read_config
 
 __all__ = [
+    "DoraCaching",
     "check_if_peft_model",
     "rescale_adapter_scale",
     "update_forward_signature",
@@ -34,6 +37,35 @@ def check_if_peft_model(model_name_or_path: PathLike) -> bool:
         return isinstance(read_config(model_name_or_path).get("peft_type"), str)
     except AdapterFileError:
         return False
+
+
+class DoraCaching:
+    """DoRA's norms, kept from one forward to the next, for inference: `with DoraCaching(): ...`.
+
+    Each forward of a DoRA layer takes the norms of its adapted rows, a pass over the weight. In eval mode and without
+    gradients (`torch.no_grad`, `inference_mode`) they are kept, [out_features] in float32 for a layer, and made anew
+    when the weight, the adapter or its scaling was changed, but for writing to a parameter's `.data`. Under
+    torch.compile, on embeddings and on layers that `explain` calls unfused they are made at each forward. B A, which
+    PEFT keeps too, is never made.
+
+    It holds within the block, or from `DoraCaching()(enabled)` on, for the thread that calls it.
+
+    Args:
+        enabled: False: within the block they are made at each forward.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._before: list[Token[bool]] = []
+
+    def __enter__(self) -> None:
+        self._before.append(keeps_norms.set(bool(self.enabled)))
+
+    def __exit__(self, *_: object) -> None:
+        keeps_norms.reset(self._before.pop())
+
+    def __call__(self, enabled: bool = True) -> None:
+        keeps_norms.set(bool(enabled))
 
 
 @contextlib.contextmanager

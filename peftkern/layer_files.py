@@ -57,7 +57,7 @@ def save_adapter(model: nn.Module, folder: PathLike) -> None:
     Raises:
         TypeError: `model` is no module.
         ValueError: It holds no such layer, layers of both methods, is such a layer itself, or is a `PeftModel`; LoRA
-            layers differ in `use_rslora`, which the files say once for all; or `folder` is a file.
+            layers differ in `use_rslora` or `use_dora`, which the files say once for all; or `folder` is a file.
 
     Warns:
         UserWarning: Layers differ in dropout: the commonest is written. Outputs do not depend on it.
@@ -199,6 +199,7 @@ def _config_of(model: nn.Module, layers: Mapping[str, Any]) -> PeftConfig:
         lora_dropout=dropout,
         target_modules=targets,
         fan_in_fan_out=transposed,
+        use_dora=_agreed("use_dora", layers),
         use_rslora=_agreed("use_rslora", layers),
         lora_bias=_agreed("lora_bias", layers),
         rank_pattern={f"^{re.escape(name)}": value for name, value in ranks.items() if value != r},

@@ -14,6 +14,7 @@ from torch import nn
 from peftkern.ops import dequantize
 from peftkern.peft_model_base import PeftModel
 from peftkern.tuners.fusing import compute_dtype
+from peftkern.tuners.lora.dora import weight_norm
 from peftkern.tuners.lora.layer import LoraLayer
 from peftkern.tuners.lora.loftq import low_rank_factors, write_factors
 from peftkern.tuners.merging_quantized import is_merged_into_dense
@@ -51,7 +52,8 @@ def replace_lora_weights_loftq(
     For each layer B A becomes the nearest matrix of rank r to `W - dequantize(Q)`, W the original weight and Q the
     layer's, as forward dequantizes it; in float32. The quantized weights stay. One original weight is held at a time.
     As in PEFT the scaling is not divided out: make the adapter with `lora_alpha` equal to r. Layers in 8 bits, dense
-    ones and embeddings are left alone.
+    ones and embeddings are left alone. A magnitude of DoRA becomes the norms of the rows of dequantize(Q) + scaling *
+    B A, as in a new adapter; PEFT leaves it at those of dequantize(Q).
 
     Args:
         peft_model: Of `get_peft_model`, with LoRA on 4-bit layers (peftkern's or bitsandbytes').
@@ -82,9 +84,14 @@ def replace_lora_weights_loftq(
     try:
         for task in tasks:
             A, B = task.layer.lora_A[adapter_name].weight, task.layer.lora_B[adapter_name].weight
-            before = [(A, A.detach().clone()), (B, B.detach().clone())]
+            magnitude = [
+                held[adapter_name].weight for held in [task.layer.lora_magnitude_vector] if adapter_name in held
+            ]
+            before = [(parameter, parameter.detach().clone()) for parameter in (A, B, *magnitude)]
             undo += before
             write_factors(A, B, *low_rank_factors(_residual(task, checkpoint), A.shape[0]))
+            for parameter in magnitude:
+                parameter.copy_(weight_norm(task.layer, adapter_name))
             if callback is not None and not callback(peft_model, task.name):
                 _put_back(before)
     except BaseException:

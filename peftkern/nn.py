@@ -1,4 +1,4 @@
-"""LoRA and IA3 layers by themselves, for a training loop that has no use for configurations.
+"""LoRA, DoRA and IA3 layers by themselves, for a training loop that has no use for configurations.
 
 They are the layers that `get_peft_model` puts into a model, with one adapter named "default": `merge`, `unmerge`,
 `state_dict` keys and `explain` are the same. `save_adapter(network, folder)` writes all those of a network in PEFT's
@@ -17,6 +17,7 @@ from peftkern.layer_files import ADAPTER, load_adapter, save_adapter
 from peftkern.tuners.ia3 import IA3Config
 from peftkern.tuners.ia3.layer import Linear as IA3LinearLayer
 from peftkern.tuners.lora.config import LoraConfig
+from peftkern.tuners.lora.dora import add_magnitude
 from peftkern.tuners.lora.embedding import Embedding
 from peftkern.tuners.lora.layer import Linear
 from peftkern.tuners.lora.shared_input import share_input
@@ -41,6 +42,8 @@ def _finish(layer: BaseTunerLayer, adapter_dtype: torch.dtype | None) -> None:
                 held.to(wanted)
             else:
                 container[name] = nn.Parameter(held.detach().to(wanted))
+    for name in getattr(layer, "lora_magnitude_vector", ()):
+        add_magnitude(layer, name)  # anew, not rounded to the base's dtype
 
 
 def _check_linear(linear: Any) -> None:
@@ -82,6 +85,7 @@ class LoraLinear(Linear):
         adapter_dtype: Of the adapter; None: float32 beside a 16-bit or quantized layer, otherwise the layer's.
         quantization: "nf4", "fp4" or "int8" to store the frozen layer in 4 or 8 bits (blocks of 64 with double
             quantization); None to leave it as it is. A layer's own settings: give `from_linear` a `Linear4bit`.
+        use_dora: Train a magnitude for each output too: see `LoraConfig`.
 
     Raises:
         ValueError, TypeError: A number outside its range, or a layer that is not linear.
@@ -103,6 +107,7 @@ class LoraLinear(Linear):
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
         quantization: str | None = None,
+        use_dora: bool = False,
     ) -> None:
         config = LoraConfig(
             r=r,
@@ -110,6 +115,7 @@ class LoraLinear(Linear):
             lora_dropout=lora_dropout,
             use_rslora=use_rslora,
             init_lora_weights=init_lora_weights,
+            use_dora=use_dora,
         )
         linear = _quantized(nn.Linear(in_features, out_features, bias, device, dtype), quantization)
         self._wrap(linear, config, adapter_dtype)
@@ -129,6 +135,7 @@ class LoraLinear(Linear):
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
         quantization: str | None = None,
+        use_dora: bool = False,
     ) -> LoraLinear:
         """Adds an adapter to a linear layer: an `nn.Linear`, transformers' Conv1D, or a quantized one of peftkern or
         bitsandbytes. It is kept by reference, and frozen; with `quantization` a copy in fewer bits is kept instead.
@@ -142,6 +149,7 @@ class LoraLinear(Linear):
             lora_dropout=lora_dropout,
             use_rslora=use_rslora,
             init_lora_weights=init_lora_weights,
+            use_dora=use_dora,
         )
         layer = cls.__new__(cls)
         layer._wrap(_quantized(linear, quantization), config, adapter_dtype)
@@ -153,7 +161,7 @@ class LoraEmbedding(Embedding):
 
     Args:
         num_embeddings, embedding_dim: Sizes of the embedding.
-        r, lora_alpha, use_rslora: As in `LoraLinear`.
+        r, lora_alpha, use_rslora, use_dora: As in `LoraLinear`.
         init_lora_weights: True: A zero and B normal. False: both normal.
         padding_idx: As in `nn.Embedding`: an id whose row is not trained.
         device, dtype, adapter_dtype: As in `LoraLinear`.
@@ -173,8 +181,15 @@ class LoraEmbedding(Embedding):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
     ) -> None:
-        config = LoraConfig(r=r, lora_alpha=lora_alpha, use_rslora=use_rslora, init_lora_weights=init_lora_weights)
+        config = LoraConfig(
+            r=r,
+            lora_alpha=lora_alpha,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            use_dora=use_dora,
+        )
         made: dict[str, Any] = {"padding_idx": padding_idx, "device": device, "dtype": dtype}
         self._wrap(nn.Embedding(num_embeddings, embedding_dim, **made), config, adapter_dtype)
 
@@ -191,6 +206,7 @@ class LoraEmbedding(Embedding):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
     ) -> LoraEmbedding:
         """Adds an adapter to an `nn.Embedding`; it is kept by reference, and frozen.
 
@@ -201,7 +217,13 @@ class LoraEmbedding(Embedding):
             raise TypeError(f"embedding: this {kind} has an adapter already; for a new one give its get_base_layer()")
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
-        config = LoraConfig(r=r, lora_alpha=lora_alpha, use_rslora=use_rslora, init_lora_weights=init_lora_weights)
+        config = LoraConfig(
+            r=r,
+            lora_alpha=lora_alpha,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            use_dora=use_dora,
+        )
         layer = cls.__new__(cls)
         layer._wrap(embedding, config, adapter_dtype)
         return layer

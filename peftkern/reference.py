@@ -49,6 +49,36 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor
     return 0.5 * gate * (1 + torch.tanh(inner)) * up
 
 
+def dora_norm(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The length of each row of `V = W + scaling * B A`; weight [N, K], lora_A [R, K], lora_B [N, R] -> [N]."""
+    return torch.linalg.vector_norm(weight + scaling * lora_B @ lora_A, dim=1)
+
+
+def dora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """`y = (x - x') W^T + c * (x' W^T + scaling * x' A^T B^T) + bias`, `x' = keep * x / (1 - p)`,
+    `c = magnitude / dora_norm(...)`: the norm has no gradient, and where it is 0 so is c.
+
+    magnitude [N], the rest as for `lora_linear`.
+    """
+    norm = dora_norm(weight, lora_A, lora_B, scaling).detach()
+    c = magnitude * torch.where(norm == 0, 0, 1 / norm)
+    dropped = x if keep is None else x * keep / (1.0 - dropout_p)
+    y = c * lora_linear(dropped, weight, lora_A, lora_B, scaling)
+    if keep is not None:
+        y = y + (x - dropped) @ weight.T
+    return y if bias is None else y + bias
+
+
 def ia3_linear(
     x: torch.Tensor,
     weight: torch.Tensor,

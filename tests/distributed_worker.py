@@ -1,7 +1,7 @@
 """The ranks of test_distributed.py: train a few steps through Accelerate, under DDP and then under FSDP2, on the CPU.
 
 Usage: distributed_worker.py FOLDER PORT. The imports are done once, then each rank is a fork. Rank 0 writes
-FOLDER/<mode>.json.
+FOLDER/<mode>.json, and the same of DoRA to FOLDER/<mode>_dora.json.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ WORLD, STEPS, ROWS = 2, 5, 4
 CONFIG = {"r": 4, "target_modules": "all-linear", "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
 
 
-def make_model() -> Any:
-    model = peftkern.get_peft_model(tiny_llama(), peftkern.LoraConfig(**CONFIG))
+def make_model(use_dora: bool = False) -> Any:
+    model = peftkern.get_peft_model(tiny_llama(), peftkern.LoraConfig(**CONFIG, use_dora=use_dora))
     randomize(model, ("lora_A",))
     return model.train()
 
@@ -52,8 +52,9 @@ def make_optimizer(model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
 
-def run(mode: str, folder: Path, accelerator: Accelerator) -> None:
-    if mode == "fsdp2":
+def run(mode: str, use_dora: bool, folder: Path, accelerator: Accelerator) -> None:
+    sharded, name = mode == "fsdp2", f"{mode}{'_dora' * use_dora}"
+    if sharded:
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
@@ -66,28 +67,28 @@ def run(mode: str, folder: Path, accelerator: Accelerator) -> None:
             state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     rank, world = accelerator.process_index, accelerator.num_processes
-    model = make_model()
+    model = make_model(use_dora)
     model, optimizer = accelerator.prepare(model, make_optimizer(model))
     losses = train(model, optimizer, accelerator.backward, rank, world)
     mean = [accelerator.gather(torch.tensor([loss])).mean().item() for loss in losses]
 
     unwrapped = accelerator.unwrap_model(model)
     state_dict = accelerator.get_state_dict(model)
-    unwrapped.save_pretrained(folder / mode, state_dict=state_dict, is_main_process=accelerator.is_main_process)
+    unwrapped.save_pretrained(folder / name, state_dict=state_dict, is_main_process=accelerator.is_main_process)
     result = {"losses": mean, "class": type(unwrapped).__name__, "world": world}
-    if mode == "fsdp2":
+    if sharded:
         result["sharded"] = sum(hasattr(p, "full_tensor") for p in model.parameters())
-        unwrapped.save_pretrained(folder / "fsdp2_gathered", is_main_process=accelerator.is_main_process)
+        unwrapped.save_pretrained(folder / f"{name}_gathered", is_main_process=accelerator.is_main_process)
         # What Trainer does at a checkpoint, and when it resumes from one.
-        save_fsdp_model(plugin, accelerator, model, str(folder / "checkpoint"), adapter_only=True)
+        save_fsdp_model(plugin, accelerator, model, str(folder / f"{name}_checkpoint"), adapter_only=True)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.zero_()
-        load_fsdp_model(plugin, accelerator, model, str(folder / "checkpoint"), adapter_only=True)
-        unwrapped.save_pretrained(folder / "fsdp2_resumed", is_main_process=accelerator.is_main_process)
+        load_fsdp_model(plugin, accelerator, model, str(folder / f"{name}_checkpoint"), adapter_only=True)
+        unwrapped.save_pretrained(folder / f"{name}_resumed", is_main_process=accelerator.is_main_process)
     if accelerator.is_main_process:
-        (folder / f"{mode}.json").write_text(json.dumps(result))
+        (folder / f"{name}.json").write_text(json.dumps(result))
     accelerator.wait_for_everyone()
     accelerator.free_memory()
 
@@ -99,7 +100,8 @@ def rank_main(rank: int, folder: Path, port: str) -> None:
     faulthandler.dump_traceback_later(100, exit=True)  # a rank that waits for ever says where
     accelerator = Accelerator(cpu=True)
     for mode in ("ddp", "fsdp2"):
-        run(mode, folder, accelerator)
+        for use_dora in (False, True):
+            run(mode, use_dora, folder, accelerator)
     torch.distributed.destroy_process_group()
 
 

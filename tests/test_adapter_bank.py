@@ -349,9 +349,9 @@ def test_a_folder_of_what_is_not_built_is_named(tmp_path):
     for name in bank.names:
         bank.save(name, tmp_path / name)
     file = tmp_path / "code" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_qalora": True}))
     folders = {name: tmp_path / name for name in bank.names}
-    with pytest.raises(NotImplementedError, match="adapter 'code': .*use_dora"):
+    with pytest.raises(NotImplementedError, match="adapter 'code': .*use_qalora"):
         AdapterBank.from_pretrained(mlp(), folders, progress=False)
 
 

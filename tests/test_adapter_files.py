@@ -278,11 +278,11 @@ def test_names_of_the_reader_s_own_arguments_are_unknown_keys(saved):
 
 def test_what_is_not_built_is_refused_with_the_file_s_name(saved):
     """Would catch: an error about a field of some file, of the many that a program loads, that does not say which."""
-    edit_config(saved, use_dora=True)
+    edit_config(saved, use_qalora=True)
     base, model = mlp(), PeftModel(mlp(), LoraConfig(target_modules=["up"]))
     before = fingerprint(base)
     for load in (lambda: PeftModel.from_pretrained(base, saved), lambda: model.load_adapter(saved, "second")):
-        with pytest.raises(NotImplementedError, match=rf"{CONFIG}: LoraConfig\.use_dora=True"):
+        with pytest.raises(NotImplementedError, match=rf"{CONFIG}: LoraConfig\.use_qalora=True"):
             load()
     assert fingerprint(base) == before and list(model.peft_config) == ["default"]
 

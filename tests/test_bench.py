@@ -246,6 +246,23 @@ def test_the_cpu_step_runs_end_to_end(tmp_path):
     assert report.main([str(tmp_path)]) == 0 and (tmp_path / "step.png").exists()
 
 
+def test_the_cpu_step_with_dora_runs_end_to_end(tmp_path):
+    """Catches a step with DoRA whose loss or gradients differ from PEFT's, and magnitudes that are left out of them."""
+    pytest.importorskip("peft")
+    from bench import cpu_dora
+
+    threads = torch.get_num_threads()
+    try:
+        assert cpu_dora.main(["--smoke", "--out", str(tmp_path)]) == 0
+        assert cpu_dora.main(["--smoke"]) == 2
+    finally:
+        torch.set_num_threads(threads)
+    result = records.read(tmp_path / "dora.json")
+    assert [row["mode"][:4] for row in result["rows"]] == ["DoRA", "DoRA"]
+    assert all(row["ratio"] > 0 and row["over_lora"]["ratio"] > 0 for row in result["rows"])
+    assert all(row["errors"]["gradients, peftkern"] < 0.05 for row in result["rows"])
+
+
 def test_tuning_lists_and_tries_candidates(tmp_path, capsys):
     """Catches candidates that the builders refuse, and a tuner that times wrong results."""
     pytest.importorskip("triton")

@@ -4,8 +4,9 @@ A seed draws a small network, configurations and operations; both libraries get 
 values for their adapters. A sequence ends where PEFT raises: what is drawn is valid, so that is a limit of PEFT's. Left
 out is what is meant to differ: names that are no adapter's (refused here), deleting an adapter whose targets others
 lack (each layer of PEFT's then picks a successor of its own), modules that several adapters train whole (PEFT leaves
-copies trainable that are not active), "all-linear" beside such modules (PEFT adapts their copies), and batches of many
-IA3 adapters (which PEFT ignores).
+copies trainable that are not active), "all-linear" beside such modules (PEFT adapts their copies), batches of many
+IA3 adapters (which PEFT ignores), and a DoRA adapter that is added while others are merged (PEFT starts its magnitude
+from the merged weight, and unmerges that at once).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ peft = pytest.importorskip("peft")
 LIBRARIES = (peftkern, peft)
 NAMES = ("default", "one", "two")
 OWN = ("lora_", "ia3_", "modules_to_save")
+# What is drawn, and the configuration's class.
+METHODS = {"LoRA": "LoraConfig", "DoRA": "LoraConfig", "IA3": "IA3Config"}
 
 
 class Block(nn.Module):
@@ -70,7 +73,7 @@ def network(blocks: int) -> Network:
 
 def draw_targets(draw: random.Random, method: str) -> dict[str, Any]:
     """What all adapters of a sequence have in common."""
-    if method == "IA3Config":
+    if method == "IA3":
         names = draw.sample(["up", "gate", "down", "layers.0.up", "head"], 3)
         return {"target_modules": names, "feedforward_modules": names[: draw.randrange(3)]}
     names = draw.sample(["up", "gate", "down", "0.up", "layers.0.down", "emb"], 3)
@@ -85,9 +88,11 @@ def draw_targets(draw: random.Random, method: str) -> dict[str, Any]:
 
 def draw_config(draw: random.Random, method: str, targets: dict[str, Any], whole: bool) -> dict[str, Any]:
     fields = dict(targets)
+    if method == "DoRA":
+        fields["use_dora"] = draw.random() < 0.7
     if whole:
         fields["modules_to_save"] = [draw.choice(["head", "norm", "0.norm"])]
-    if method == "IA3Config":
+    if method == "IA3":
         return fields | {"init_ia3_weights": draw.random() < 0.7}
     fields |= {"r": draw.choice([1, 2, 5]), "lora_alpha": draw.choice([1, 4, 7]), "use_rslora": draw.random() < 0.3}
     fields["init_lora_weights"] = draw.choice([True, True, False, "gaussian"])
@@ -104,7 +109,7 @@ def randomize(model: nn.Module, seed: int) -> None:
     for name, parameter in sorted(model.named_parameters()):
         if any(own in name for own in OWN):
             value = torch.randn(parameter.shape, generator=generator) * 0.3
-            parameter.data.copy_(value + 1 if "ia3_" in name else value)
+            parameter.data.copy_(value + 1 if "ia3_" in name or "magnitude" in name else value)
 
 
 class Side:
@@ -115,7 +120,7 @@ class Side:
         self.model: Any = None
 
     def config(self, fields: dict[str, Any]) -> Any:
-        return getattr(self.library, self.method)(**copy.deepcopy(fields))
+        return getattr(self.library, METHODS[self.method])(**copy.deepcopy(fields))
 
     def create(self, fields: dict[str, Any], name: str, seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
@@ -215,7 +220,7 @@ def draw_operation(draw: random.Random, method: str, targets: Any, held: list[st
     free = [other for other in NAMES if other not in held]
     kinds = ["step", "step", "forward", "disabled", "set", "many", "merge", "unmerge", "save", "copied", "grad"]
     kinds += ["add"] * 3 * bool(free) + ["delete"] * (len(held) > 1) + ["reload"] * 2 * bool(saved)
-    kinds += ["mixed"] * (method == "LoraConfig" and not whole)
+    kinds += ["mixed"] * (method != "IA3" and not whole)
     kind = draw.choice(kinds)
     if kind == "add":
         return "add", {"fields": draw_config(draw, method, targets, False), "name": free[0], "seed": seed}
@@ -246,7 +251,7 @@ def draw_operation(draw: random.Random, method: str, targets: Any, held: list[st
     return kind, {"by_pickle": draw.random() < 0.5} if kind == "copied" else {"seed": seed}
 
 
-@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("seed", range(10))
 def test_the_same_operations_have_the_same_results_as_in_peft(seed, method, tmp_path):
     """Would catch: two operations that are right each by itself and wrong one after the other."""
@@ -279,3 +284,5 @@ def test_the_same_operations_have_the_same_results_as_in_peft(seed, method, tmp_
         if operation[0] == "save":
             saved.append((operation[1]["number"], held))
         operation = draw_operation(draw, method, targets, held, saved, bool(sides[0].model.modules_to_save))
+        if method == "DoRA" and operation[0] == "add" and sides[0].model.get_model_status().merged_adapters:
+            operation = "call", {"name": "unmerge_adapter"}

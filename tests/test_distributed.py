@@ -39,40 +39,46 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", params=["", "_dora"], ids=["lora", "dora"])
+def method(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def single():
+def single(method):
     """The model and the losses of one process that sees all rows."""
     torch.manual_seed(0)
-    model = make_model()
+    model = make_model(method == "_dora")
     optimizer = make_optimizer(model)
     return model, train(model, optimizer, lambda loss: loss.backward())
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-def test_two_processes_train_to_the_numbers_of_one(runs, single, mode):
+def test_two_processes_train_to_the_numbers_of_one(runs, single, method, mode):
     """Would catch: gradients that are not reduced, or an adapter whose shards are not gathered."""
-    result = json.loads((runs / f"{mode}.json").read_text())
+    result = json.loads((runs / f"{mode}{method}.json").read_text())
     assert result["world"] == 2 and (mode == "ddp" or result["sharded"] > 20)
     assert result["losses"] == pytest.approx(single[1], abs=1e-5)
     want = peftkern.get_peft_model_state_dict(single[0])
-    found = load_file(runs / mode / WEIGHTS)
+    found = load_file(runs / f"{mode}{method}" / WEIGHTS)
+    assert any("magnitude" in name for name in want) == bool(method)
     assert set(found) == set(want)
     for name, value in want.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-def test_peft_loads_what_was_trained(runs, single, mode):
+def test_peft_loads_what_was_trained(runs, single, method, mode):
     """Would catch: names of wrappers in the file, or a configuration that PEFT does not take."""
-    loaded = peft.PeftModel.from_pretrained(tiny_llama(), runs / mode)
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), runs / f"{mode}{method}")
     assert loaded.peft_config["default"].r == CONFIG["r"]
     with torch.no_grad():
         want = single[0].eval()(input_ids=ids()).logits
         torch.testing.assert_close(loaded(input_ids=ids()).logits, want, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("folder", ["fsdp2_gathered", "fsdp2_resumed"])
-def test_sharded_parameters_are_gathered_and_resumed(runs, folder):
+@pytest.mark.parametrize("end", ["gathered", "resumed"])
+def test_sharded_parameters_are_gathered_and_resumed(runs, method, end):
     """Would catch: shards written as if they were the whole; accelerate's adapter-only checkpoint losing tensors."""
-    want, found = load_file(runs / "fsdp2" / WEIGHTS), load_file(runs / folder / WEIGHTS)
+    want, found = (load_file(runs / f"fsdp2{method}{part}" / WEIGHTS) for part in ("", f"_{end}"))
     assert set(found) == set(want) and all(torch.equal(found[name], want[name]) for name in want)

@@ -259,3 +259,22 @@ def test_the_original_may_have_names_of_before_transformers_5(tmp_path):
     for name, layer in layers_of(model).items():
         lost = dense.get_submodule(name).weight.float() - dequantize(weight_of(layer.get_base_layer()), torch.float32)
         assert (lost - product(layer)).norm() < 0.95 * lost.norm()
+
+
+def test_replacement_takes_dora_s_magnitude_along(tmp_path):
+    """Would catch a magnitude of the quantized weight, under which the adapter's rows are scaled away from the
+    original's, and one that is not put back with A and B."""
+    dense, model = saved_llama(tmp_path), quantized_llama(tmp_path, use_dora=True)
+    before = factors(model)
+    replace_lora_weights_loftq(model, callback=lambda *_: False)
+    assert unchanged(model, before)
+    ids = torch.randint(128, (4, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        truth = dense(ids).logits.float()
+        error = (model(ids).logits.float() - truth).norm()
+        replace_lora_weights_loftq(model)
+        assert (model(ids).logits.float() - truth).norm() < 0.9 * error
+    for name, layer in layers_of(model).items():
+        Q = dequantize(weight_of(layer.get_base_layer()), torch.bfloat16).float()
+        norms = (Q + layer.scaling["default"] * product(layer)).norm(dim=1)
+        torch.testing.assert_close(layer.lora_magnitude_vector["default"].weight.detach(), norms, msg=name)

@@ -162,7 +162,6 @@ NON_DEFAULT = {
     "eva_config": lora.EvaConfig(),
     "corda_config": lora.CordaConfig(),
     "lora_ga_config": lora.LoraGAConfig(),
-    "use_dora": True,
     "velora_config": {"num_groups": 2},
     "alora_invocation_tokens": [1],
     "use_qalora": True,
@@ -179,7 +178,7 @@ BUILT = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
     *("bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern"),
-    *("rank_pattern", "alpha_pattern", "lora_bias", "loftq_config", "target_parameters"),
+    *("rank_pattern", "alpha_pattern", "lora_bias", "loftq_config", "target_parameters", "use_dora"),
 }
 
 
@@ -245,18 +244,23 @@ def test_bad_values_are_refused_by_name(name, value, error):
 
 
 def test_values_that_contradict_each_other_are_refused():
-    """Catches layer indices beside a regular expression, and a bias beside an initialization without one."""
+    """Catches layer indices beside a regular expression, a bias beside an initialization without one, and DoRA
+    beside what PEFT refuses with it."""
     with pytest.raises(ValueError, match="layers_to_transform"):
         LoraConfig(target_modules="q", layers_to_transform=1)
     with pytest.raises(ValueError, match="lora_bias"):
         LoraConfig(lora_bias=True, init_lora_weights="gaussian")
+    for name, value in (("lora_bias", True), ("megatron_config", {"a": 1})):
+        for config in (LoraConfig, peft.LoraConfig):
+            with pytest.raises(ValueError, match="DoRA" if config is peft.LoraConfig else f"use_dora=True .*{name}="):
+                config(use_dora=True, **{name: value})
 
 
 def test_values_changed_later_are_checked_when_an_adapter_is_made():
     """Catches a config that was changed after it was checked."""
     config = LoraConfig(target_modules=["q"])
-    config.use_dora = True
-    with pytest.raises(NotImplementedError, match="use_dora"):
+    config.use_qalora = True
+    with pytest.raises(NotImplementedError, match="use_qalora"):
         config.check()
 
 

@@ -47,11 +47,12 @@ def adapted(library: Any, **fields: Any) -> Any:
     return model
 
 
-def test_training_curve_equals_that_of_peft(tmp_path):
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_training_curve_equals_that_of_peft(tmp_path, use_dora):
     """Would catch: a gradient, a scaling or an optimizer group that differs (fp32, no dropout, 30 steps, 2e-3)."""
     curves, ends = [], []
     for library in (peftkern, peft):
-        model = adapted(library)
+        model = adapted(library, use_dora=use_dora)
         made = trainer(model, tmp_path)
         made.train()
         curves.append(losses(made))

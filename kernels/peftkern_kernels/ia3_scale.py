@@ -1,4 +1,5 @@
-"""`out[m, c] = round(a[m, c] * l[c])`, or each row by its own vector `l[ids[m], c]`: IA3 as one elementwise pass.
+"""`out[m, c] = round(a[m, c] * l[c])`, or each row by its own vector `l[ids[m], c]`: IA3 as one elementwise pass; and
+with `bias[c]` and `rest[m, c]` added before the rounding, DoRA's.
 
 Products in fp32, one rounding, whatever dtype l has: torch's `a * l` with an fp32 l writes and reads an fp32 copy of a.
 What stands beside a GEMM of cuBLAS: y = z * l in forward (z is still in the L2 cache for the k and v projections),
@@ -17,8 +18,9 @@ from .launch import Call, cdiv, nbytes, strides
 
 @triton.jit(do_not_specialize=["M", "slots"])
 def _ia3_scale_kernel(
-    a_ptr, l_ptr, ids_ptr, out_ptr,  # [M, C] [slots, C] [M] or None -> [M, C]
-    M, C, slots, stride_am, stride_ac, stride_ls, stride_lc, stride_ids, stride_om, stride_oc,
+    a_ptr, l_ptr, ids_ptr, bias_ptr, rest_ptr, out_ptr,  # [M, C] [slots, C], [M] [C] [M, C] or None -> [M, C]
+    M, C, slots, stride_am, stride_ac, stride_ls, stride_lc, stride_ids, stride_bias, stride_rm, stride_rc,
+    stride_om, stride_oc,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     programs_c = tl.cdiv(C, BLOCK_C)
@@ -36,19 +38,32 @@ def _ia3_scale_kernel(
     else:
         scale = tl.load(l_ptr + offs_c * stride_lc, mask=mask_c, other=0.0)[None, :]  # [1, BLOCK_C]
     out = a.to(tl.float32) * scale.to(tl.float32)
+    if bias_ptr is not None:
+        out += tl.load(bias_ptr + offs_c * stride_bias, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    if rest_ptr is not None:
+        rest_ptrs = rest_ptr + offs_m[:, None] * stride_rm + offs_c[None, :] * stride_rc
+        out += tl.load(rest_ptrs, mask=mask, other=0.0).to(tl.float32)
     out_ptrs = out_ptr + offs_m[:, None] * stride_om + offs_c[None, :] * stride_oc
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def scale_calls(
-    a: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, *, ids: torch.Tensor | None = None, arch: int
+    a: torch.Tensor,
+    scale: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    ids: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    rest: torch.Tensor | None = None,
+    arch: int,
 ) -> list[Call]:
-    """The launch that writes `out = round(a * scale)`.
+    """The launch that writes `out = round(a * scale + bias + rest)`.
 
     Args:
         a: [M, C] fp32, fp16 or bf16; any strides.
         scale: [C] of any float dtype; with `ids`, [slots, C].
-        out: [M, C]; written; may be `a`.
+        out: [M, C]; written; may be `a` or `rest`.
+        bias: [C]. rest: [M, C]; any strides.
         ids: [M] int32 or int64: the row of `scale` for each row of a; what is no row of it scales by 1.
         arch: see `gemm_tables`.
 
@@ -58,6 +73,9 @@ def scale_calls(
     M, C = a.shape
     if out.shape != a.shape or scale.shape[-1] != C or scale.dim() != (1 if ids is None else 2):
         raise ValueError(f"scale, out: expected [{C}] and {[M, C]}, got {list(scale.shape)} and {list(out.shape)}")
+    if (bias is not None and bias.shape != (C,)) or (rest is not None and rest.shape != a.shape):
+        shapes = [None if t is None else list(t.shape) for t in (bias, rest)]
+        raise ValueError(f"bias, rest: expected [{C}] and {[M, C]}, got {shapes[0]} and {shapes[1]}")
     if M == 0:
         return []
     tile = scale_tile(arch=arch, dtype=a.dtype)
@@ -70,6 +88,8 @@ def scale_calls(
                 "a_ptr": a,
                 "l_ptr": scale,
                 "ids_ptr": ids,
+                "bias_ptr": bias,
+                "rest_ptr": rest,
                 "out_ptr": out,
                 "M": M,
                 "C": C,
@@ -78,12 +98,14 @@ def scale_calls(
                 "stride_ls": 0 if ids is None else scale.stride(0),
                 "stride_lc": scale.stride(-1),
                 **strides(ids, "ids"),
+                **strides(bias, "bias"),
+                **strides(rest, "rm", "rc"),
                 **strides(out, "om", "oc"),
             },
             constants={"BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c},
             num_warps=tile.num_warps,
             num_stages=1,
-            bytes=nbytes(a, scale, ids, out),
-            flops=M * C,
+            bytes=nbytes(a, scale, ids, bias, rest, out),
+            flops=M * C * (1 + (bias is not None) + (rest is not None)),
         )
     ]

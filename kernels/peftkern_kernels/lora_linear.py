@@ -111,6 +111,30 @@ def _operands_are(aligned: Callable[[torch.Tensor], bool], x: torch.Tensor, weig
     return aligned(x) and (aligned(weight) or aligned(weight.t()))
 
 
+def tile_of(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    b: torch.Tensor | MixedFactor,
+    out: torch.Tensor,
+    dropout: Dropout | None,
+    arch: int,
+) -> Tile:
+    """The tile of `base_plus_expand_calls`, whose arguments these are."""
+    (M, N), K = out.shape, x.shape[1]
+    mixed = isinstance(b, MixedFactor)
+    can_stay = dropout is None and is_aligned(out) and out.dtype == x.dtype
+    can_stay = can_stay and not isinstance(b, MixedFactor) and stays_with(x, b)
+    sizes: dict[str, Any] = {"M": M, "N": N, "K": K, "weight_is_kn": not is_aligned(weight), "persistent": can_stay}
+    sizes["out_aligned"] = vectorizes(out)
+    sizes["crowded"] = dropout is not None and mixed  # a dropout mask of many adapters has a key for each row
+    tile = choose_tile(arch, x.dtype, **sizes, aligned=_operands_are(is_aligned, x, weight))
+    on_descriptors = tile.tma and tile.split_k == 1
+    if not on_descriptors and not _operands_are(vectorizes, x, weight):
+        # Rows at 16 bytes are enough for descriptors; behind plain pointers Triton knows multiples of 16 elements only.
+        tile = choose_tile(arch, x.dtype, **sizes, aligned=False)
+    return tile
+
+
 def base_plus_expand_calls(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -133,20 +157,9 @@ def base_plus_expand_calls(
         bias: [N]. dropout: mask by (row, column) of `out`. arch: see `gemm_tables`.
         precision: `input_precision` of fp32 dots.
     """
-    (M, N), K = out.shape, x.shape[1]
-    if M == 0:
+    if out.shape[0] == 0:
         return []
-    mixed = isinstance(b, MixedFactor)
-    can_stay = dropout is None and is_aligned(out) and out.dtype == x.dtype
-    can_stay = can_stay and not isinstance(b, MixedFactor) and stays_with(x, b)
-    sizes: dict[str, Any] = {"M": M, "N": N, "K": K, "weight_is_kn": not is_aligned(weight), "persistent": can_stay}
-    sizes["out_aligned"] = vectorizes(out)
-    sizes["crowded"] = dropout is not None and mixed  # a dropout mask of many adapters has a key for each row
-    tile = choose_tile(arch, x.dtype, **sizes, aligned=_operands_are(is_aligned, x, weight))
-    on_descriptors = tile.tma and tile.split_k == 1
-    if not on_descriptors and not _operands_are(vectorizes, x, weight):
-        # Rows at 16 bytes are enough for descriptors; behind plain pointers Triton knows multiples of 16 elements only.
-        tile = choose_tile(arch, x.dtype, **sizes, aligned=False)
+    tile = tile_of(x, weight, b, out, dropout, arch)
     options: dict[str, Any] = {"bias": bias, "precision": precision, "tile": tile}
     if tile.persistent and not isinstance(b, MixedFactor):
         calls = persistent_calls(x, weight, s, b, out, arch=arch, **options)

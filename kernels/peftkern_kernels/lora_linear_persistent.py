@@ -25,12 +25,26 @@ from .reduction_tables import vectorizes
 
 
 @triton.jit
+def scale_columns(u, c_ptr, bias_ptr, column, N, stride_bias, COLUMNS: tl.constexpr):
+    """c * u + bias of a tile whose columns begin at `column`."""
+    columns = (tl.cast(column, tl.int64) + tl.arange(0, COLUMNS)) % N
+    u = u * tl.load(c_ptr + columns)[None, :]
+    if bias_ptr is not None:
+        u += tl.load(bias_ptr + columns * stride_bias).to(tl.float32)[None, :]
+    return u
+
+
+@triton.jit
 def finish_tile(
     acc, s_ptr, b_ptr, bias_ptr, out_desc, row, column, M, N, R, stride_sm, stride_sr, stride_bn, stride_br,
     stride_bias, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    RANK_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    RANK_STEPS: tl.constexpr, PRECISION: tl.constexpr, c_ptr=None, scaled_desc=None,
 ):  # fmt: skip
-    """Add expand and bias to the sums of the tile at (row, column), and store it."""
+    """Add expand and bias to the sums of the tile at (row, column), and store it.
+
+    With c_ptr [N] the bias waits for DoRA: the tile u without it goes to out_desc, where there is one, and c * u + bias
+    to scaled_desc.
+    """
     rows = (tl.cast(row, tl.int64) + tl.arange(0, BLOCK_M)) % M
     columns = (tl.cast(column, tl.int64) + tl.arange(0, BLOCK_N)) % N
     # Unrolled: a loop that has another in it is no longer pipelined, which costs a fifth of the speed.
@@ -42,19 +56,25 @@ def finish_tile(
         s = tl.load(s_ptrs, mask=mask_r[None, :], other=0.0).to(DTYPE)  # [BLOCK_M, BLOCK_R]
         b = tl.load(b_ptrs, mask=mask_r[:, None], other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
         acc = tl.dot(s, b, acc, input_precision=PRECISION)
-    if bias_ptr is not None:
+    if bias_ptr is not None and c_ptr is None:
         acc += tl.load(bias_ptr + columns * stride_bias).to(tl.float32)[None, :]
     # In two halves, which need half the shared memory: room for a third stage of loads.
     halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
     left, right = tl.split(halves)
-    out_desc.store([row, column], left.to(DTYPE))
-    out_desc.store([row, column + BLOCK_N // 2], right.to(DTYPE))
+    if out_desc is not None:
+        out_desc.store([row, column], left.to(DTYPE))
+        out_desc.store([row, column + BLOCK_N // 2], right.to(DTYPE))
+    if c_ptr is not None:
+        left = scale_columns(left, c_ptr, bias_ptr, column, N, stride_bias, BLOCK_N // 2)
+        scaled_desc.store([row, column], left.to(DTYPE))
+        right = scale_columns(right, c_ptr, bias_ptr, column + BLOCK_N // 2, N, stride_bias, BLOCK_N // 2)
+        scaled_desc.store([row, column + BLOCK_N // 2], right.to(DTYPE))
 
 
 @triton.jit(do_not_specialize=["M"])
 def _lora_linear_persistent_kernel(
-    x_desc, w_desc, out_desc,  # [M, K], [N, K] or [K, N], [M, N]: descriptors
-    s_ptr, b_ptr, bias_ptr,  # [M, R] [N, R] [N]
+    x_desc, w_desc, out_desc, scaled_desc,  # [M, K], [N, K] or [K, N], [M, N], [M, N]: descriptors
+    s_ptr, b_ptr, bias_ptr, c_ptr,  # [M, R] [N, R] [N] [N]
     M, N, K, R, stride_sm, stride_sr, stride_bn, stride_br, stride_bias,
     DTYPE: tl.constexpr, WEIGHT_IS_KN: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -83,7 +103,7 @@ def _lora_linear_persistent_kernel(
         if step == steps - 1:
             finish_tile(
                 acc, s_ptr, b_ptr, bias_ptr, out_desc, row, column, M, N, R, stride_sm, stride_sr, stride_bn, stride_br,
-                stride_bias, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION,
+                stride_bias, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION, c_ptr, scaled_desc,
             )  # fmt: skip
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
@@ -116,19 +136,23 @@ def persistent_calls(
     weight: torch.Tensor,
     s: torch.Tensor,
     b: torch.Tensor,
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     *,
     bias: torch.Tensor | None,
     precision: str,
     tile: Tile,
     arch: int,
+    c: torch.Tensor | None = None,
+    scaled: torch.Tensor | None = None,
 ) -> list[Call]:
     """The launch of persistent programs, for a given tile; arguments as in `lora_linear.base_plus_expand_calls`,
-    without dropout.
+    without dropout. With c [N] contiguous fp32, `out` (which may then be None) is without the bias and
+    `scaled = c * out + bias`.
 
-    x, weight or weight.t(), and out must have 16-byte aligned rows (`launch.is_aligned`), and out x's dtype.
+    x, weight or weight.t(), out and scaled must have 16-byte aligned rows (`launch.is_aligned`), and the last two x's
+    dtype.
     """
-    (M, N), K, R = out.shape, x.shape[1], b.shape[1]
+    M, (N, R), K = x.shape[0], b.shape, x.shape[1]
     w_desc, weight_is_kn = weight_descriptor(weight, tile)
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     processors = multiprocessors(x.device, arch)
@@ -142,9 +166,11 @@ def persistent_calls(
                 "s_ptr": s,
                 "b_ptr": b,
                 "bias_ptr": bias,
+                "c_ptr": c,
                 "x_desc": descriptor(x, tile.block_m, tile.block_k),
                 "w_desc": w_desc,
-                "out_desc": descriptor(out, tile.block_m, tile.block_n // 2),
+                "out_desc": None if out is None else descriptor(out, tile.block_m, tile.block_n // 2),
+                "scaled_desc": None if scaled is None else descriptor(scaled, tile.block_m, tile.block_n // 2),
                 "M": M,
                 "N": N,
                 "K": K,
@@ -167,7 +193,7 @@ def persistent_calls(
             },
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            bytes=nbytes(x, weight, s, b, bias, out),
+            bytes=nbytes(x, weight, s, b, bias, c, out, scaled),
             flops=2 * M * N * (K + R),
         )
     ]

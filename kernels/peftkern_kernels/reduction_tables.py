@@ -163,6 +163,30 @@ def dy_pass_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool
     return Tile(32, 256, block_r, 8, 3)  # two copies: 90 KB of shared memory
 
 
+def dora_norm_tile(*, arch: int, dtype: torch.dtype, R: int, aligned: bool) -> Tile:
+    """Tile of the row norms of W + scaling * B A: block_m rows of W by block_c of its columns, block_r of the rank.
+
+    Bound by reading W; A is read again by every block of rows (from the L2 cache), so wider ranks take taller tiles.
+    Up to 128 ranks are one step, and B's tile is held through the walk along K. Beside the loads' registers there are
+    two fp32 numbers an element of the tile, the product and the sum of squares; an exact fp32 product holds its
+    operands in registers too.
+    """
+    if arch == 0:
+        return Tile(32, 32, rank_block(R, 16), 4, 1)
+    if dtype == torch.float32:
+        return Tile(32, 32 if not aligned or arch >= 900 else 64, 16, 4, 2)
+    if arch >= 900 or not aligned:
+        return Tile(64, 64 if aligned else 32, rank_block(R, 64 if arch >= 900 else 32), 4, 2)
+    roomy = arch in (80, 90, 100)
+    if R <= 32:
+        return Tile(64, 64, rank_block(R, 32), 4, 4 if roomy else 3)
+    if R <= 64:
+        return Tile(128, 64, 64, 8, 4 if roomy else 3)
+    if R <= 128:
+        return Tile(128, 64 if roomy else 32, 128, 8, 3)
+    return Tile(64, 64, 64, 4, 2)
+
+
 def embedding_tile(*, arch: int, dtype: torch.dtype, T: int, R: int) -> Tile:
     """Tile of the embedding's gather: BLOCK_M tokens by BLOCK_C columns of the table."""
     rows = 16 if T <= 2048 else 32

@@ -79,13 +79,20 @@ class TracedModel:
         target: target_modules, as in `LoraConfig`.
         dtype: of what is not quantized, and of activations.
         adapter_dtype: of the adapters.
+        use_dora: as in `LoraConfig`.
 
     Raises:
         ValueError: the configuration belongs to no causal language model, or has no such modules.
     """
 
     def __init__(
-        self, config: Any, r: int, target: str | list[str], dtype: torch.dtype, adapter_dtype: torch.dtype
+        self,
+        config: Any,
+        r: int,
+        target: str | list[str],
+        dtype: torch.dtype,
+        adapter_dtype: torch.dtype,
+        use_dora: bool = False,
     ) -> None:
         from transformers import AutoModelForCausalLM
 
@@ -110,9 +117,8 @@ class TracedModel:
         self.embedding = model.get_input_embeddings()
         self.linears = [m for m in model.modules() if is_quantizable(m) and m is not self.head]
         transposed = any(is_conv1d(m) for m in self.linears)
-        self.model: Any = inject_adapter_in_model(
-            LoraConfig(r=r, target_modules=target, fan_in_fan_out=transposed), model, low_cpu_mem_usage=True
-        )
+        wanted = LoraConfig(r=r, target_modules=target, fan_in_fan_out=transposed, use_dora=use_dora)
+        self.model: Any = inject_adapter_in_model(wanted, model, low_cpu_mem_usage=True)
         self.adapters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         for parameter in self.adapters.values():
             parameter.data = parameter.data.to(adapter_dtype)

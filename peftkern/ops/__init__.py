@@ -1,5 +1,6 @@
 """Differentiable operations, one file each, and quantized weights; CONTRIBUTING.md tells how they fit together."""
 
+from peftkern.ops.dora_linear import dora_linear, dora_norm
 from peftkern.ops.gated_lora_linear import gated_lora_linear
 from peftkern.ops.grouped_lora_linear import grouped_linear, grouped_lora_linear
 from peftkern.ops.ia3_linear import ia3_linear, multi_ia3_linear
@@ -17,6 +18,8 @@ __all__ = [
     "dequantize",
     "dequantize_4bit",
     "dequantize_8bit",
+    "dora_linear",
+    "dora_norm",
     "gated_lora_linear",
     "grouped_linear",
     "grouped_lora_linear",

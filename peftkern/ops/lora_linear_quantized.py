@@ -74,7 +74,7 @@ def lora_linear_quantized(
     cast = autocast_dtype(x)
     if cast is not None:
         x = x.to(cast)
-    _check(x, weight, lora_A, lora_B, bias, mixed=cast is not None)
+    check_quantized("lora_linear", x, weight, lora_A, lora_B, bias, mixed=cast is not None)
     seed = None if dropout_p == 0.0 else dropout_seed(seed, x.device)
     path = plan_for(x, weight, lora_A.shape[0], backend_in_force()).path
     if needs_operator(x, lora_A, lora_B, *(t for t in weight.tensors() if t is not None)):
@@ -86,7 +86,8 @@ def lora_linear_quantized(
     return _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)[0]
 
 
-def _check(
+def check_quantized(
+    operation: str,
     x: torch.Tensor,
     weight: Quantized,
     lora_A: torch.Tensor,
@@ -99,14 +100,14 @@ def _check(
     if not isinstance(weight, Quantized):
         raise TypeError(f"weight: expected a tensor, a Weight4bit or a Weight8bit, got {type(weight).__name__}")
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"lora_linear: x: expected a tensor, got {type(x).__name__}")
+        raise TypeError(f"{operation}: x: expected a tensor, got {type(x).__name__}")
     if x.dtype not in DENSE_DTYPES:
         raise TypeError(
-            f"lora_linear: x: expected float32, float16 or bfloat16 beside a quantized weight, got {x.dtype}"
+            f"{operation}: x: expected float32, float16 or bfloat16 beside a quantized weight, got {x.dtype}"
         )
     stand_in = x.new_empty((), device=weight.device).expand(weight.shape)  # a shape, no memory
     if not adapters_fit(x, stand_in, lora_A, lora_B, bias):
-        check_adapters("lora_linear", x, stand_in, lora_A, lora_B, bias, mixed=mixed)
+        check_adapters(operation, x, stand_in, lora_A, lora_B, bias, mixed=mixed)
 
 
 def plan_for(x: torch.Tensor, weight: Quantized, rank: int, backend: str) -> Plan:

@@ -37,7 +37,7 @@ from peftkern.ops._lora_linear_shared_operator import call_operator
 from peftkern.ops._projection_group import Group
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.lora_linear import plan_for as plan_for_dense
-from peftkern.ops.lora_linear_quantized import _check as check_quantized
+from peftkern.ops.lora_linear_quantized import check_quantized
 from peftkern.ops.lora_linear_quantized import plan_for as plan_for_quantized
 from peftkern.ops.plan import APART, DECODE_PATHS, Plan, plan_shared
 from peftkern.weights import Weight
@@ -163,7 +163,7 @@ def _check(
     x: torch.Tensor, weight: Any, lora_A: torch.Tensor, lora_B: torch.Tensor, bias: Optional, *, mixed: bool
 ) -> None:
     if not isinstance(weight, torch.Tensor):
-        check_quantized(x, weight, lora_A, lora_B, bias, mixed=mixed)
+        check_quantized("lora_linear_shared", x, weight, lora_A, lora_B, bias, mixed=mixed)
     elif not adapters_fit(x, weight, lora_A, lora_B, bias):
         check_adapters("lora_linear_shared", x, weight, lora_A, lora_B, bias, mixed=mixed)
 

@@ -28,6 +28,9 @@ Paths of `ia3_linear`: "torch" and "torch_fp32" as above;
     "triton"  the product beside the scaling as a GEMM with an epilogue: z and y = z * l stored together in forward, or
               for a feed-forward layer dX = (dY W) * l with dl's sums in backward. The other product is as on "cublas".
 and "dequantize:PATH" over a quantized weight.
+
+`dora_linear` takes the paths of `lora_linear` for its products, between a pass over the weight for its norms and one
+that scales the output.
 """
 
 from __future__ import annotations
@@ -397,3 +400,54 @@ def _plan_ia3_dense(
     if is_feedforward:
         return Plan("triton", "dX is scaled and dl summed in the epilogue of the dX GEMM (predicted)")
     return Plan("cublas", "cuBLAS for the base, one Triton pass scales (predicted)")
+
+
+_DORA = "one pass over the weight for its norms, one scales the output"
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_dora_linear(
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    blocksize: int | None,
+    decodes: bool,
+    dtype: torch.dtype,
+    device: DeviceInfo,
+    aligned: bool = True,
+    backend: str = "auto",
+) -> Plan:
+    """The path of `dora_linear`, forward and backward.
+
+    Args:
+        M, N, K, R, dtype, device, aligned, backend: as for `plan_lora_linear`.
+        blocksize: None over a dense weight; over a quantized one as for `plan_lora_linear_quantized`.
+        decodes: whether a quantized weight need not be dense but for its products: its norms are known, nothing drops.
+
+    Raises:
+        RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
+    """
+    rows_aligned = aligned and (blocksize is None or K * dtype.itemsize % 16 == 0)
+    dense = plan_lora_linear.__wrapped__(M, N, K, R, dtype, device, rows_aligned, backend)
+    if blocksize is None:
+        return Plan(dense.path, f"{dense.reason}; {_DORA}")
+    if decodes:
+        known = plan_lora_linear_quantized.__wrapped__(M, N, K, R, blocksize, dtype, device, aligned, backend)
+        return Plan(known.path, f"{known.reason}; norms given, one pass scales the output")
+    return Plan(
+        f"dequantize:{dense.path}", f"written out dense for its norms and its products; {dense.reason}; {_DORA}"
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_dora_norm(numel: int, dtype: torch.dtype, device: DeviceInfo, backend: str = "auto") -> Plan:
+    """The path of `dora_norm` over a weight of `numel` elements: "triton" (one pass) or "torch" (blocks of rows).
+
+    Raises:
+        RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
+    """
+    reason = _why_plain("dora_norm", numel, dtype, device, backend, "empty weight")
+    if reason:
+        return Plan("torch", reason)
+    return Plan("triton", "one pass over the weight, V only ever a tile (predicted)")

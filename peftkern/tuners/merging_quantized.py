@@ -4,6 +4,7 @@ Four bits do not hold a merged weight: what an adapter changes is smaller than a
 makes a dense layer, in the dtype that the weight was quantized from, and puts it in the base layer's place:
 
     W = round(dequantize(W_q) + sum of scaling * B A)        LoRA; in float32, rounded once
+    W = round(c o (dequantize(W_q) + scaling * B A))         DoRA, see peftkern/tuners/lora/dora.py
     W = round(dequantize(W_q) * l)                           IA3
 
 The layer is of the class that was quantized: an `nn.Linear`, or transformers' Conv1D with its weight turned back, so
@@ -77,6 +78,11 @@ class RequantizedWarning(UserWarning):
 def is_merged_into_dense(layer: Any) -> bool:
     """Whether a merged, dense (or requantized) layer stands in the place of the layer's quantized base."""
     return _KEPT in layer.__dict__
+
+
+def quantized_base(layer: Any) -> Any:
+    """The quantized base layer in whose place a merged one stands; None of a layer without."""
+    return layer.__dict__.get(_KEPT)
 
 
 def merged_sum(layer: MergingLayer, names: list[str]) -> torch.Tensor:

@@ -257,7 +257,7 @@ class BaseTuner(nn.Module, ABC):
             encoder_names: those of the rows that an encoder sees, where they are others: before beams are made of them.
 
         Raises:
-            ValueError: an unknown name, or adapters that are merged or disabled.
+            ValueError: an unknown name, one of DoRA, or adapters that are merged or disabled.
             NotImplementedError: this method cannot; or an adapter has biases of the base model for its own.
         """
         mixed = self.mixed_adapters()
@@ -269,6 +269,8 @@ class BaseTuner(nn.Module, ABC):
                 raise NotImplementedError(
                     f"adapter_names: {name!r} trains biases of the base model (bias={bias!r}), which all rows share"
                 )
+            if getattr(self.peft_config[name], "use_dora", False):
+                raise ValueError(f"adapter_names: {name!r} has DoRA (use_dora=True), which cannot be mixed in a batch")
         batch = mixed.batch(adapter_names, mixed.device)
         if encoder_names is None or len(encoder_names) == len(adapter_names):
             return mixed.use(batch)

@@ -20,6 +20,8 @@ from peftkern.utils.other import ModulesToSaveWrapper, embeddings_of
 
 PREFIX = "base_model.model."
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
+# DoRA's magnitudes: in a file a tensor, in the model since PEFT 0.11 a module with a `weight`.
+MAGNITUDE = "lora_magnitude_vector"
 # Names that FSDP and activation checkpointing add to modules but not to state dicts.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -55,7 +57,8 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
                         found[f"{own}{child_name}"] = f"{dot}{child_name}.{adapter_name}"
                 elif adapter_name in child:
                     for key in child[adapter_name].state_dict():
-                        found[f"{own}{child_name}.{key}"] = f"{dot}{child_name}.{adapter_name}.{key}"
+                        saved = child_name if child_name == MAGNITUDE else f"{child_name}.{key}"
+                        found[f"{own}{saved}"] = f"{dot}{child_name}.{adapter_name}.{key}"
     return found
 
 

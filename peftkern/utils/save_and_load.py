@@ -17,6 +17,7 @@ from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import AdapterFileError, shorten, shown
 from peftkern.utils.adapter_files import PathLike, read_weights, weights_file
 from peftkern.utils.adapter_keys import (
+    MAGNITUDE,
     PREFIX,
     adapter_key_map,
     base_bias_keys,
@@ -218,9 +219,17 @@ def _refuse_holes(source: PathLike, adapter: dict[str, str], missing: list[str],
         layer = key.removesuffix(".bias")
         if layer != key and layer.endswith(".lora_B") and f"{layer}.weight" in absent:
             continue  # lora_bias, of a layer that is absent
+        module = key.removesuffix(f".{MAGNITUDE}")
+        if module != key:
+            if any(f"{module}.{name}" in absent for name in ("lora_A.weight", "lora_embedding_A")):
+                continue  # whose partners are looked at by themselves
+            raise AdapterFileError(source, "the tensor is missing, while lora_A and lora_B are there", key=key)
         match = _PAIR_KEY.fullmatch(key)
         if match is None:
             raise AdapterFileError(source, f"the tensor is missing; unknown names: {shorten(unexpected)}", key=key)
+        magnitude = f"{match['module']}.{MAGNITUDE}"
+        if magnitude in adapter and magnitude not in absent:
+            raise AdapterFileError(source, f"the tensor is missing, while {MAGNITUDE} is there", key=key)
         other = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}[match["name"]]
         if f"{match['module']}.{other}{match['rest']}" not in absent:
             raise AdapterFileError(source, f"the tensor is missing, while its partner {other} is there", key=key)
@@ -338,11 +347,12 @@ def load_peft_weights(
 
 
 def check_lora_tensors(source: PathLike, tensors: Mapping[str, torch.Tensor], config: Any) -> None:
-    """Check what a LoRA file says by itself, before any model is touched: pairs, dimensions, ranks, dtypes.
+    """Check what a LoRA file says by itself, before any model is touched: pairs, dimensions, ranks, dtypes, magnitudes.
 
     Raises:
         AdapterFileError: A factor is not a floating-point matrix, lacks its partner, or has a rank that neither `r` nor
-            `rank_pattern` gives; or one of those, which a layer that the file lacks would be given, is implausible.
+            `rank_pattern` gives; or one of those, which a layer that the file lacks would be given, is implausible; or
+            DoRA's magnitudes are not there where `use_dora` says so, and only there, a vector beside each pair.
     """
     ranks = {config.r, *config.rank_pattern.values()}
     found: dict[tuple[str, str, str], torch.Tensor] = {}
@@ -378,3 +388,26 @@ def check_lora_tensors(source: PathLike, tensors: Mapping[str, torch.Tensor], co
             if a.shape[0] != b.shape[1]:
                 text = f"shapes {list(a.shape)} and {list(b.shape)} of {first} and {second} differ in rank"
                 raise AdapterFileError(source, text, key=key)
+    _check_magnitudes(source, tensors, found, config)
+
+
+def _check_magnitudes(source: PathLike, tensors: Mapping[str, torch.Tensor], factors: Any, config: Any) -> None:
+    """DoRA's part of `check_lora_tensors`; `factors` by (module, name, rest) have been found to be pairs."""
+    rows = {module: value.shape[0] for (module, name, _), value in factors.items() if name.endswith("B")}
+    for key, value in tensors.items():
+        module = key.removesuffix(f".{MAGNITUDE}")
+        if module == key:
+            continue
+        if not config.use_dora:
+            raise AdapterFileError(source, "a magnitude of DoRA, but adapter_config.json has no use_dora", key=key)
+        if module not in rows:
+            raise AdapterFileError(source, "its lora_A and lora_B are missing", key=key)
+        if not value.is_floating_point():
+            raise AdapterFileError(source, f"expected floating point, got {value.dtype}", key=key)
+        if value.shape != (rows[module],):
+            text = f"its shape is {list(value.shape)}, expected [{rows[module]}], a number for each row of lora_B"
+            raise AdapterFileError(source, text, key=key)
+    for module in rows if config.use_dora else ():
+        if f"{module}.{MAGNITUDE}" not in tensors:
+            text = "the tensor is missing, which use_dora of adapter_config.json asks for"
+            raise AdapterFileError(source, text, key=f"{module}.{MAGNITUDE}")

@@ -36,7 +36,6 @@ _UNBUILT: dict[str, Any] = {
     "eva_config": None,
     "corda_config": None,
     "lora_ga_config": None,
-    "use_dora": False,
     "velora_config": None,
     "alora_invocation_tokens": None,
     "use_qalora": False,
@@ -77,12 +76,14 @@ class LoraConfig(PeftConfig):
         rank_pattern: Name, suffix or regular expression of modules -> their rank.
         alpha_pattern: The same for `lora_alpha`.
         loftq_config: `LoftQConfig`, or a dict of its fields, where `init_lora_weights` is "loftq"; a dict from then on.
-        lora_bias: Give `lora_B` a trained bias.
+        use_dora: Train a magnitude for each output beside A and B, and scale the adapted weight's rows to it
+            (arXiv:2402.09353): `y = m / ||V|| * (x V^T) + bias` with V = W + scaling * B A.
+        lora_bias: Give `lora_B` a trained bias; not with `use_dora`.
         target_parameters: Names, or dotted tails of names, of parameters to adapt in modules that are no layers, such
             as "experts.gate_up_proj": a matrix, or a stack of matrices that each get an adapter of rank r. All adapters
             of a model that have any must have the same.
         megatron_config, megatron_core, trainable_token_indices, eva_config, corda_config, lora_ga_config,
-        use_dora, velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config,
+        velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config,
         layer_replication, runtime_config, use_bdlora, arrow_config, kasa_config,
         ensure_weight_tying: PEFT's, not built; anything but the default raises NotImplementedError.
 
@@ -163,6 +164,9 @@ class LoraConfig(PeftConfig):
 
     def check(self) -> None:
         super().check()
+        for name, what in (("lora_bias", "a bias of lora_B"), ("megatron_config", "Megatron's parallel layers")):
+            if self.use_dora and getattr(self, name):
+                raise ValueError(f"use_dora=True does not go with {what}, got {name}={getattr(self, name)!r}")
         for name, default in _UNBUILT.items():
             value = getattr(self, name)
             if value != default and not (name in _OFF_WHEN_EMPTY and not value):
@@ -171,7 +175,7 @@ class LoraConfig(PeftConfig):
                 )
         self._check_numbers()
         self._check_names()
-        for name in ("fan_in_fan_out", "use_rslora", "lora_bias"):
+        for name in ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias"):
             _expect(name, getattr(self, name), (bool,), "True or False")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")

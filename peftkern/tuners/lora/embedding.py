@@ -1,7 +1,8 @@
 """LoRA on an embedding: `y = W[i] + scaling * (A[:, i])^T B^T`, with A [r, num_embeddings] and B [embedding_dim, r].
 
 As in PEFT, A starts at zero and B normal, the configuration's dropout is not used, and the parameters are
-`lora_embedding_A.<adapter>` and `lora_embedding_B.<adapter>`, without `.weight`.
+`lora_embedding_A.<adapter>` and `lora_embedding_B.<adapter>`, without `.weight`. With `use_dora` the sum is scaled, see
+peftkern/tuners/lora/dora.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from peftkern.backend import current_backend, device_info
 from peftkern.ops import lora_embedding
 from peftkern.ops.plan import Plan, plan_lora_embedding
 from peftkern.tuners.fusing import plain_weight, why_called_as_is
+from peftkern.tuners.lora import dora
 from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.layer import LoraLayer
 from peftkern.tuners.lora.merging import delta_weight
@@ -78,7 +80,8 @@ class Embedding(LoraLayer, nn.Module):
         if reason:
             return f"base layer: {reason}"
         for name in names:
-            for part in (self.lora_embedding_A[name], self.lora_embedding_B[name]):
+            factors = [self.lora_embedding_A[name], self.lora_embedding_B[name]]
+            for part in [*factors, self.lora_magnitude_vector[name].weight] if self.use_dora[name] else factors:
                 if part.dtype not in (base.weight.dtype, torch.float32):
                     return f"adapter {name!r}: {part.dtype} beside a base weight of {base.weight.dtype}"
                 if type(part) is not nn.Parameter or part.is_meta:
@@ -90,7 +93,9 @@ class Embedding(LoraLayer, nn.Module):
         row = self.explain_row()
         if not row.fused:
             return Plan("unfused", row.reason)
-        return plan_lora_embedding(tokens, self.weight.dtype, device_info(self.weight.device), current_backend())
+        plan = plan_lora_embedding(tokens, self.weight.dtype, device_info(self.weight.device), current_backend())
+        with_magnitude = any(self.use_dora[name] for name in self._active_here())
+        return Plan(plan.path, f"{plan.reason}; DoRA's scale by plain PyTorch") if with_magnitude else plan
 
     def plan_mixed(self, tokens: int) -> Plan:
         """The path that forward takes for a batch whose rows want different adapters."""
@@ -120,6 +125,8 @@ class Embedding(LoraLayer, nn.Module):
             self.scaling[first],
             padding_idx=base.padding_idx,
         )
+        if self.use_dora[first]:
+            y = (y * dora.row_scale(self, first)).to(y.dtype)
         # The others by plain gathers: joining the A's would copy a row for every word at every step.
         return self._add_plain(y, x, names[1:]) if len(names) > 1 else y
 
@@ -128,6 +135,8 @@ class Embedding(LoraLayer, nn.Module):
         total = y
         for name in names:
             total = total + self._part(x, name)
+            if self.use_dora[name]:
+                total = total * dora.row_scale(self, name)
         return total.to(y.dtype)
 
     def _part(self, x: torch.Tensor, name: str) -> torch.Tensor:

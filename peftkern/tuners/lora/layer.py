@@ -3,7 +3,8 @@
 `y = base(x) + sum over active adapters of scaling * dropout(x) A^T B^T` (Hu et al. 2021, arXiv:2106.09685). Attribute
 and parameter names are PEFT 0.21.2's, so state dicts are the same. Forward is one call of `peftkern.ops`; where the
 base layer does more than a linear layer does (hooks, a parametrization, a forward of its own), it is called as it is
-and the adapter is added by plain PyTorch. `explain_row` says which of the two, and why.
+and the adapter is added by plain PyTorch. `explain_row` says which of the two, and why. What an adapter with `use_dora`
+has beside A and B is in peftkern/tuners/lora/dora.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear
+from peftkern.ops.dora_linear import plan_for as plan_for_dora
 from peftkern.ops.lora_linear import plan_for
 from peftkern.ops.lora_linear_quantized import plan_for as plan_for_quantized
 from peftkern.ops.multi_lora_linear import plan_for as plan_for_many
@@ -34,6 +36,7 @@ from peftkern.tuners.fusing import (
     why_base_alone,
     why_called_as_is,
 )
+from peftkern.tuners.lora import dora
 from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.loftq import initialize_loftq
 from peftkern.tuners.lora.merging import delta_weight, merge_adapters, unmerge_adapters
@@ -52,8 +55,12 @@ class LoraLayer(BaseTunerLayer):
         base_layer: The layer to wrap.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-    other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_bias")
+    adapter_layer_names: tuple[str, ...] = (
+        *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+    )
+    other_param_names: tuple[str, ...] = (
+        *("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias"),
+    )
 
     in_features: int
     out_features: int
@@ -65,6 +72,7 @@ class LoraLayer(BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, int | float] = {}
         self.scaling: dict[str, float] = {}
+        self.use_dora: dict[str, bool] = {}
         self.use_rslora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
         self.lora_dropout = nn.ModuleDict()
@@ -72,6 +80,9 @@ class LoraLayer(BaseTunerLayer):
         self.lora_B = nn.ModuleDict()
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        # DoRA's c of the merged adapters that have one.
+        self._merged_scales: dict[str, torch.Tensor] = {}
         self._disable_adapters = False
         self.merged_adapters = []
 
@@ -95,6 +106,7 @@ class LoraLayer(BaseTunerLayer):
         self._check_adapter(config)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
+        self.use_dora[adapter_name] = config.use_dora
         self.use_rslora[adapter_name] = config.use_rslora
         self.lora_bias[adapter_name] = config.lora_bias
         self.scaling[adapter_name] = self._initial_scaling(adapter_name)
@@ -106,6 +118,10 @@ class LoraLayer(BaseTunerLayer):
         else:
             self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.use_dora:
+            dora.add_magnitude(self, adapter_name)
+        elif adapter_name in self.lora_magnitude_vector:
+            del self.lora_magnitude_vector[adapter_name]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _check_adapter(self, config: LoraConfig) -> None:
@@ -128,8 +144,10 @@ class LoraLayer(BaseTunerLayer):
         return None
 
     def merge_weight(self, weight: torch.Tensor, adapter: str) -> None:
-        """Merges `adapter` into a dense copy of the base weight, in place."""
+        """Merges `adapter` into a dense copy [out_features, in_features] of a quantized base weight, in place."""
         weight += self.get_delta_weight(adapter)
+        if self.use_dora[adapter]:
+            weight *= dora.scales_to_merge(self, [adapter])[adapter][:, None]
 
     def merged_bias(self, bias: torch.Tensor, adapter: str) -> torch.Tensor:
         """The base bias with `adapter` merged."""
@@ -302,7 +320,7 @@ class Linear(LoraLayer, nn.Module):
                 return f"adapter {name!r}: its dropout is a {type(dropout).__name__}"
             if dropout._forward_hooks or dropout._forward_pre_hooks:
                 return f"adapter {name!r}: its dropout has hooks"
-        return ""
+        return dora.why_not_fused(self, names, weight)
 
     def plan(self, tokens: int) -> Plan:
         """The path that forward takes for `tokens` rows of x: "unfused", or that of `lora_linear`."""
@@ -322,13 +340,17 @@ class Linear(LoraLayer, nn.Module):
         dtype = compute_dtype(self.base_layer, weight.dtype)
         # One row seen `tokens` times: the plan looks at sizes, strides and dtype only.
         x = torch.empty(1, 1, self.in_features, dtype=dtype, device=weight.device).expand(tokens, 1, -1)
+        if self.use_dora[self._active_here()[0]]:
+            return plan_for_dora(x, weight, row.r, current_backend(), norm_is_known=dora.norms_are_kept(self))
         if isinstance(weight, torch.Tensor):
             return plan_for(x, weight, row.r, current_backend())
         return plan_for_quantized(x, weight, row.r, current_backend())
 
     def plan_mixed(self, tokens: int) -> Plan:
         """The path that forward takes for `tokens` rows of a batch whose rows want different adapters."""
-        names = list(self.scaling)
+        names = [name for name in self.scaling if not self.use_dora[name]]
+        if len(names) < len(self.scaling) and not names:
+            return Plan("refused", "adapters with DoRA cannot be mixed in a batch")
         reason = self._why_not_fused(names) if names else "no adapter here: the base layer runs alone"
         if len({A.weight.dtype for A in self.lora_A.values()}) > 1:
             reason = reason or "adapters of several dtypes"
@@ -337,7 +359,7 @@ class Linear(LoraLayer, nn.Module):
         weight = self._weight_by_rows()
         dtype = compute_dtype(self._modules["base_layer"], weight.dtype)  # type: ignore[arg-type]
         x = torch.empty(1, 1, self.in_features, dtype=dtype, device=weight.device).expand(tokens, 1, -1)
-        return plan_for_many(x, weight, max(self.r.values()), current_backend())
+        return plan_for_many(x, weight, max(self.r[name] for name in names), current_backend())
 
     def _weight_by_rows(self) -> Weight:
         """The base weight as [out_features, in_features]."""
@@ -371,7 +393,7 @@ class Linear(LoraLayer, nn.Module):
             if len(name) != 1:
                 return None
             name = name[0]
-        if self.lora_bias.get(name, True):  # not here, or with a bias of its own
+        if self.lora_bias.get(name, True) or self.use_dora[name]:  # not here, or with a bias of its own
             return None
         held: dict[str, Any] = self._modules
         base, dropout = held["base_layer"], held["lora_dropout"]._modules[name]
@@ -397,7 +419,7 @@ class Linear(LoraLayer, nn.Module):
         if self._disable_adapters or self.merged_adapters or len(names) != 1:
             return None
         name = names[0]
-        if self.lora_bias[name] or self._why_not_fused(names):
+        if self.lora_bias[name] or self.use_dora[name] or self._why_not_fused(names):
             return None
         held: dict[str, Any] = self._modules
         A, B, dropout = (held[kind]._modules[name] for kind in ("lora_A", "lora_B", "lora_dropout"))
@@ -415,6 +437,8 @@ class Linear(LoraLayer, nn.Module):
             return base_alone(self, x, *args, **kwargs)
         if args or kwargs or self._why_not_fused(names):
             return self._add_plain(self.base_layer(x, *args, **kwargs), x, names)
+        if self.use_dora[names[0]]:
+            return dora.fused(self, x, names[0])
         held: dict[str, Any] = self._modules
         dropouts = [held["lora_dropout"]._modules[name] for name in names]
         if len(names) > 1 and any(type(d) is nn.Dropout and d.training and d.p > 0 for d in dropouts):
@@ -462,7 +486,7 @@ class Linear(LoraLayer, nn.Module):
             )
         total = y
         for name in names:
-            total = total + self._part(x, name)
+            total = dora.linear_with(self, total, x, name) if self.use_dora[name] else total + self._part(x, name)
         return total.to(y.dtype)
 
     def _part(self, x: torch.Tensor, name: str) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Adding LoRA adapters to the base weight and taking them out again.
 
 `W <- W + scaling * B A`, and with `lora_bias` also `b <- b + scaling * b_B`. The sum is taken in the wider of the two
-dtypes and rounded once, into the weight's own storage, so that what is tied to the weight stays tied. A quantized
-weight is merged in another way: see peftkern/tuners/merging_quantized.py.
+dtypes and rounded once, into the weight's own storage, so that what is tied to the weight stays tied. With `use_dora`
+its rows are scaled too, `W <- c o (W + scaling * B A)`. A quantized weight is merged in another way: see
+peftkern/tuners/merging_quantized.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peftkern.tuners.lora.dora import scales_to_merge, with_adapter, without_adapter
 from peftkern.tuners.merging_quantized import (
     is_merged_into_dense,
     merge_quantized,
@@ -90,14 +92,17 @@ def merge_adapters(
     check_mergeable(layer, names)
     if is_merged_into_dense(layer) or weight_of(layer.get_base_layer()) is not None:
         merge_quantized(layer, names, safe_merge, requantize)
-    elif safe_merge:
-        weight, bias = checked_merge(layer, names)
-        layer.weight.data.copy_(weight)
-        if bias is not None:
-            layer.get_base_layer().bias.data.copy_(bias)
     else:
-        for name in names:
-            _add(layer, name, 1)
+        scales = scales_to_merge(layer, names)
+        if safe_merge:
+            weight, bias = checked_merge(layer, names)
+            layer.weight.data.copy_(weight)
+            if bias is not None:
+                layer.get_base_layer().bias.data.copy_(bias)
+        else:
+            for name in names:
+                _add(layer, name, 1, scales.get(name))
+        layer._merged_scales |= scales
     layer.merged_adapters.extend(names)
 
 
@@ -111,8 +116,9 @@ def unmerge_adapters(layer: LoraLayer) -> None:
         unmerge_quantized(layer)
         return
     while layer.merged_adapters:
-        _add(layer, layer.merged_adapters[-1], -1)
-        layer.merged_adapters.pop()
+        name = layer.merged_adapters[-1]
+        _add(layer, name, -1, layer._merged_scales.get(name))
+        layer._merged_scales.pop(layer.merged_adapters.pop(), None)
 
 
 @torch.no_grad()
@@ -128,8 +134,11 @@ def checked_merge(layer: LoraLayer, names: list[str]) -> tuple[torch.Tensor, tor
         if not torch.isfinite(merged_sum(layer, names)).all():
             raise ValueError(f"merging {names} would make the weight not finite: nothing was merged here")
         return weight, bias
+    scales = scales_to_merge(layer, names)
     for name in names:
-        weight = (weight + layer.get_delta_weight(name)).to(weight.dtype)
+        scale = scales.get(name)
+        merged = weight + layer.get_delta_weight(name) if scale is None else with_adapter(layer, weight, name, scale)
+        weight = merged.to(weight.dtype)
         bias_delta = layer.get_delta_bias(name)
         if bias is not None and bias_delta is not None:
             bias = (bias + bias_delta).to(bias.dtype)
@@ -139,8 +148,13 @@ def checked_merge(layer: LoraLayer, names: list[str]) -> tuple[torch.Tensor, tor
     return weight, bias
 
 
-def _add(layer: LoraLayer, name: str, sign: int) -> None:
-    layer.weight.data.add_(layer.get_delta_weight(name), alpha=sign)
+def _add(layer: LoraLayer, name: str, sign: int, scale: torch.Tensor | None) -> None:
+    """Adds an adapter, or takes it out (-1); `scale` is DoRA's c, None of an adapter without."""
+    weight = layer.weight.data
+    if scale is None:
+        weight.add_(layer.get_delta_weight(name), alpha=sign)
+    else:
+        weight.copy_(with_adapter(layer, weight, name, scale) if sign > 0 else without_adapter(layer, weight, name))
     bias_delta = layer.get_delta_bias(name)
     if bias_delta is not None:
         layer.get_base_layer().bias.data.add_(bias_delta, alpha=sign)

@@ -111,6 +111,8 @@ class LoraModel(BaseTuner):
         if isinstance(mixed, MixedAdapters) and mixed.is_fixed and highest > mixed.max_rank:
             name = next(name for name, held in self.peft_config.items() if held is config)
             raise ValueError(f"adapter {name!r}: its rank is {highest}, the bank has room for {mixed.max_rank}")
+        if isinstance(mixed, MixedAdapters) and mixed.is_fixed and config.use_dora:
+            raise ValueError("use_dora=True: the model is an AdapterBank's, and DoRA cannot be mixed in a batch")
 
     def _check_same_parameters(self, config: Any) -> None:
         """Raises ValueError for another set of target_parameters than other adapters have: which parameter a wrapper's

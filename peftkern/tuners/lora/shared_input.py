@@ -179,6 +179,8 @@ class SharedInput:
         names = ", ".join(self.names)
         if self._misses >= MOST_MISSES:
             return Plan(alone.path, f"{alone.reason}; by itself: {names} were seen to have other inputs")
+        if any(layer.use_dora[name] for layer in self.layers for name in layer._active_here()):
+            return Plan(alone.path, f"{alone.reason}; by itself: a layer of {names} has DoRA")
         decodes, unlike = alone.path in DECODE_PATHS, ""
         if decodes:
             each: list[Any] = [layer._operands() for layer in self.layers]

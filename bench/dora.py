@@ -1,0 +1,320 @@
+"""DoRA: forward and backward of `dora_linear` beside the frozen layer, `lora_linear`, and PEFT's arithmetic and layer.
+
+    python -m bench.dora [--smoke] [--minutes 8] [--out DIR] [--no-compiled]
+
+The q (4096 -> 4096) and down (14336 -> 4096) projections of an 8B Llama, rank 16, bfloat16 with fp32 adapters and
+magnitudes, at 512, 2048 and 8192 tokens, and q with dropout. Each implementation is checked against float64 first and
+then timed in turn with the others; `time / frozen` is what the table shows. Results go to
+bench/results/<device>/dora.json (or DIR), and to $OUT where that is set, after every problem. Exits with 1 where
+peftkern was wrong. `--smoke` runs tiny sizes, on a CPU too, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import dropout, linear
+
+from bench import check, environment, measure, records
+from bench.progress import Progress
+from bench.run import interpret_kernels, save
+from peftkern import reference, use_backend
+from peftkern.ops import dora_linear, lora_linear
+from peftkern.ops._lora_linear_torch import keep_mask
+from peftkern.ops.dora_linear import _DoraLinear, plan_for
+
+Function = Callable[..., torch.Tensor]  # of x, weight, lora_A, lora_B, magnitude
+TARGET_SECONDS = 0.2  # of GPU time for each function that is timed, about
+SCALING = 2.0
+DROPOUT = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A layer [N, K] with an adapter of rank R at M tokens, with dropout or without."""
+
+    name: str
+    M: int
+    K: int
+    N: int
+    R: int = 16
+    dropout: bool = False
+
+    @property
+    def p(self) -> float:
+        """The chance of dropping."""
+        return DROPOUT if self.dropout else 0.0
+
+    @property
+    def key(self) -> str:
+        """As in the results."""
+        return f"{self.name} M{self.M} K{self.K} N{self.N} r{self.R}{' dropout' if self.dropout else ''}"
+
+
+def cases(smoke: bool) -> list[Case]:
+    """The grid, or a tiny one."""
+    if smoke:
+        return [Case("q", 40, 64, 32, 4), Case("q", 40, 64, 32, 4, True)]
+    layers = (("q", 4096, 4096, False), ("down", 14336, 4096, False), ("q", 4096, 4096, True))
+    return [Case(name, M, K, N, dropout=drops) for M in (8192, 2048, 512) for name, K, N, drops in layers]
+
+
+def as_peft(case: Case) -> Function:
+    """The operations that PEFT 0.21.2's layer runs, by hand: an identity matrix through the adapter for its B A, V of
+    [N, K] for the norm, and x widened to the adapter's fp32."""
+
+    def function(
+        x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor
+    ) -> torch.Tensor:
+        base = linear(x, weight)
+        wide = x.to(a.dtype)
+        dropped = dropout(wide, case.p) if case.p else wide
+        eye = torch.eye(a.shape[1], device=a.device, dtype=wide.dtype)
+        delta = linear(linear(eye, a), b).T.detach()
+        norm = torch.linalg.norm(weight.to(wide.dtype) + SCALING * delta, dim=1).detach()
+        c = (magnitude / norm).view(1, -1)
+        again = linear(dropped, weight.to(dropped.dtype)) if case.p else base
+        added = (c - 1) * again + c * linear(linear(dropped, a), b) * SCALING
+        return (base + added).to(x.dtype)
+
+    return function
+
+
+def forced(case: Case, path: str) -> Function:
+    """`dora_linear` on one path, whatever the plan would choose."""
+
+    def function(x: torch.Tensor, weight: torch.Tensor, *adapter: torch.Tensor) -> torch.Tensor:
+        seed = torch.zeros(1, dtype=torch.int64, device=x.device) if case.p else None
+        return _DoraLinear.apply(x, weight, *adapter, None, seed, None, (weight, SCALING, case.p, path, True))
+
+    return function
+
+
+def real_peft(case: Case) -> Function | None:
+    """PEFT's own layer, or None where it is not installed."""
+    if environment.version_of("peft") is None:
+        return None
+    import peft
+
+    alpha = SCALING * case.R
+    config = peft.LoraConfig(r=case.R, lora_alpha=alpha, lora_dropout=case.p, use_dora=True, target_modules=["linear"])
+    held: dict[int, Any] = {}
+
+    def function(x: torch.Tensor, weight: torch.Tensor, *adapter: torch.Tensor) -> torch.Tensor:
+        layer = held.get(id(weight))
+        if layer is None:
+            made = nn.Linear(case.K, case.N, bias=False, device=weight.device, dtype=weight.dtype)
+            made.weight = nn.Parameter(weight, requires_grad=False)
+            layer = peft.inject_adapter_in_model(config, nn.ModuleDict({"linear": made}))["linear"]
+            held[id(weight)] = layer
+        parts = (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
+        for part, t in zip(parts, adapter, strict=True):
+            # The tensors themselves take the parameters' places, so that their gradients can be asked for.
+            part["default"]._parameters["weight"] = t
+        return layer(x)
+
+    return function
+
+
+def implementations(case: Case, on_gpu: bool, compiled: bool) -> dict[str, Function]:
+    """What is measured, by name; "frozen" is the layer without an adapter, "lora" `lora_linear` of the same rank."""
+
+    def frozen(x: torch.Tensor, weight: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return linear(x, weight)
+
+    def lora(x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, _: Any) -> torch.Tensor:
+        return lora_linear(x, weight, a, b, SCALING, dropout_p=case.p)
+
+    def ours(x: torch.Tensor, weight: torch.Tensor, *adapter: torch.Tensor) -> torch.Tensor:
+        seed = torch.zeros(1, dtype=torch.int64, device=x.device) if case.p else None
+        return dora_linear(x, weight, *adapter, SCALING, dropout_p=case.p, seed=seed)
+
+    found: dict[str, Function] = {"frozen": frozen, "lora": lora, "peftkern": ours}
+    if on_gpu or environment.version_of("triton"):
+        found |= {f"peftkern: {path}": forced(case, path) for path in ("cublas", "triton")}
+    found["eager, as PEFT"] = as_peft(case)
+    theirs = real_peft(case)
+    if theirs is not None:
+        found["peft"] = theirs
+    if compiled:
+        torch._dynamo.reset()
+        found["compiled, as PEFT"] = torch.compile(as_peft(case), dynamic=False)
+        found["peftkern compiled"] = torch.compile(ours, dynamic=False)
+    return found
+
+
+class Work:
+    """The operands of a case, of unit scale, and the truth in float64."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+        # In Triton's interpreter products of bfloat16 are wrong, see CONTRIBUTING.md.
+        self.dtype = dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int, deviation: float = 1.0) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, device=device).mul_(deviation)
+
+        self.x = normal(case.M, case.K).to(dtype).requires_grad_()
+        self.weight = normal(case.N, case.K, deviation=case.K**-0.5).to(dtype)
+        a, b = normal(case.R, case.K, deviation=case.K**-0.5), normal(case.N, case.R, deviation=0.1)
+        magnitude = 1 + 0.1 * normal(case.N)
+        self.adapter = tuple(t.requires_grad_() for t in (a, b, magnitude))
+        self.dy = normal(case.M, case.N).to(dtype)
+        self.keeps: dict[str, Any] = {"": None}
+        if case.p:
+            seed = torch.zeros(1, dtype=torch.int64, device=device)
+            sizes = (case.M, case.K, case.p)
+            self.keeps = {"kernels": reference.dropout_mask(seed, *sizes), "plain": keep_mask(seed, *sizes)}
+
+    def truth(self, drawn: str) -> dict[str, torch.Tensor]:
+        """y and its gradients in float64, of the mask that kernels or the plain path draw."""
+        x, *adapter = (t.detach().double().requires_grad_() for t in (self.x, *self.adapter))
+        keep = self.keeps[drawn]
+        y = reference.dora_linear(x, self.weight.double(), *adapter, SCALING, None, keep, self.case.p)
+        grads = torch.autograd.grad(y, (x, *adapter), self.dy.double())
+        return {"y": y.detach(), **dict(zip(("dx", "da", "db", "dm"), grads, strict=True))}
+
+    def step(self, function: Function, name: str = "peftkern") -> tuple[torch.Tensor, ...]:
+        """y and the gradients of what `name` has: the frozen layer x alone, LoRA no magnitude."""
+        count = {"frozen": 1, "lora": 3}.get(name, 4)
+        y = function(self.x, self.weight, *self.adapter)
+        return (y, *torch.autograd.grad(y, (self.x, *self.adapter)[:count], self.dy))
+
+    def check(self, function: Function, drawn: str) -> dict[str, float]:
+        """Relative errors; raises `WrongResultError` outside the bound of a few roundings."""
+        errors = {}
+        for (name, truth), got in zip(self.truth(drawn).items(), self.step(function), strict=True):
+            errors[name] = check.relative_error(got.detach(), truth)
+            bound = check.tolerance(self.dtype, self.case.K + self.case.M)
+            if not errors[name] <= bound:
+                raise check.WrongResultError(f"{name}: error {errors[name]:.3g}, more than {bound:.3g}")
+        return errors
+
+
+def mask_of(name: str, case: Case, path: str) -> str | None:
+    """Whose mask an implementation draws: "" for none, None for one that cannot be told, as torch's own."""
+    if name in ("frozen", "lora"):
+        return None
+    if not case.p:
+        return ""
+    if not name.startswith("peftkern"):
+        return None
+    return "plain" if name in ("peftkern", "peftkern compiled") and path == "torch" else "kernels"
+
+
+def measure_case(case: Case, device: torch.device, *, quick: bool, compiled: bool) -> list[dict[str, Any]]:
+    """Check and time every implementation of a case; one row each."""
+    work = Work(case, device)
+    on_gpu = device.type == "cuda"
+    path = plan_for(work.x, work.weight, case.R, "auto").path
+    rows: dict[str, dict[str, Any]] = {}
+    functions: dict[str, Callable[[], Any]] = {}
+    for name, function in implementations(case, on_gpu, compiled).items():
+        row = rows[name] = {
+            "problem": case.key,
+            "implementation": name,
+            "status": "ok",
+            "reason": "",
+            "errors": {},
+            "path": path if name == "peftkern" else None,
+            "gpu_us": None,
+            "wall_us": None,
+            "ratio": None,
+        }
+        drawn = mask_of(name, case, path)
+        try:
+            if drawn is not None:
+                row["errors"] = {k: float(f"{e:.3g}") for k, e in work.check(function, drawn).items()}
+            functions[name] = lambda f=function, n=name: work.step(f, n)
+            functions[name]()
+            measure.synchronize(device)
+        except check.WrongResultError as error:
+            row |= {"status": "wrong", "reason": str(error)}
+            functions.pop(name, None)
+        except Exception as error:  # whatever another project's code raises is its result, with its reason
+            traceback.print_exc(limit=-3)
+            row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+            functions.pop(name, None)
+    work.keeps.clear()
+    once = measure.wall_microseconds({"frozen": functions["frozen"]}, device, reps=3, rounds=1)["frozen"].median
+    rounds = 1 if quick else 5
+    reps = 1 if quick else int(min(60, max(6, TARGET_SECONDS * 1e6 / once / rounds)))
+    gpu = measure.gpu_microseconds(functions, device, reps=reps, rounds=rounds) if on_gpu else {}
+    wall = measure.wall_microseconds(functions, device, reps=reps, rounds=rounds)
+    times = gpu or wall
+    for name in functions:
+        row = rows[name]
+        row["gpu_us"] = gpu[name].as_dict() if on_gpu else None
+        row["wall_us"] = wall[name].as_dict()
+        row["ratio"] = round(times[name].median / times["frozen"].median, 4)
+    return list(rows.values())
+
+
+def print_rows(case: Case, rows: list[dict[str, Any]]) -> None:
+    """The ratio table of a case."""
+    print(f"{case.key} (forward + backward)")
+    for row in rows:
+        if row["status"] != "ok":
+            print(f"  {row['implementation']:22s} {row['status']}: {row['reason']}")
+            continue
+        time_us = (row["gpu_us"] or row["wall_us"])["median"]
+        path = f"  path {row['path']}" if row["path"] else ""
+        unchecked = "" if row["errors"] or row["implementation"] in ("frozen", "lora") else "  unchecked: its own mask"
+        print(
+            f"  {row['implementation']:22s} {time_us:10.1f} us  {row['ratio']:6.3f}  "
+            f"wall {row['wall_us']['median']:10.1f} us{path}{unchecked}",
+            flush=True,
+        )
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.dora", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="tiny problems: does the program run? (CPU too)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="stop before the next problem after so long")
+    parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/<device>)")
+    parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile out")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(sys.argv[1:] if argv is None else argv)
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu and not options.smoke:
+        print("no GPU here: --smoke runs tiny problems on the CPU", file=sys.stderr)
+        return 2
+    if options.smoke and options.out is None:
+        print("--smoke: nothing worth keeping is measured, so --out says where the result goes", file=sys.stderr)
+        return 2
+    if not has_gpu:
+        interpret_kernels("bench.dora")
+    device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+    rows: list[dict[str, Any]] = []
+    path = (options.out or environment.results_folder(device)) / "dora.json"
+    result = {"schema": records.SCHEMA, "kind": "dora", "environment": environment.describe(device), "rows": rows}
+    progress = Progress(result, lambda result: save(result, path.parent, path.name), options.minutes)
+    compiled = has_gpu and not options.no_compiled
+    with use_backend("auto"):
+        for case in progress.each([({"problem": case.key}, case) for case in cases(options.smoke)]):
+            found = measure_case(case, device, quick=options.smoke, compiled=compiled)
+            print_rows(case, found)
+            rows += found
+    result = progress.done()
+    print(f"{len(rows)} rows, {len(result['missing'])} problems missing, {result['seconds']} s: {path}")
+    faults = [r for r in rows if r["implementation"].startswith("peftkern") and r["status"] != "ok"]
+    for row in faults:
+        print(f"{row['status']}: {row['implementation']} in {row['problem']}: {row['reason']}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
