@@ -92,8 +92,8 @@ class DoraLinear:
 
 
 def quick_cases_dora() -> list[DoraLinear]:
-    """The headline shape."""
-    return [DoraLinear(8192, *Q)]
+    """The headline shape, forward: backward's launches are `lora_linear`'s and IA3's."""
+    return [DoraLinear(8192, *Q, masters=False, learns=False)]
 
 
 def all_cases_dora() -> list[DoraLinear]:
