@@ -12,6 +12,7 @@ from multi_data import layer
 from peftkern import use_backend
 from peftkern.ops import (
     dora_linear,
+    gated_lora_linear,
     grouped_linear,
     grouped_lora_linear,
     ia3_linear,
@@ -80,6 +81,13 @@ OPERATIONS = {
     ),
     "dora_linear": lambda t, pool: dora_linear(t["x"], t["w"], t["A"], t["B"], t["l"], 0.7, t["bias"]),
     "dora_linear_4bit": lambda t, pool: dora_linear(t["x"], nf4(t), t["A"], t["B"], t["l"], 0.7, t["bias"]),
+    "gated_lora_linear": lambda t, pool: gated_lora_linear(
+        t["x"], 2 * t["x"], frozen(t), t["A"], t["B"], 0.7, activation="gelu"
+    ),
+    "gated_lora_linear_learned": lambda t, pool: gated_lora_linear(
+        t["x"], 2 * t["x"], t["w"], t["A"], t["B"], 0.7, t["bias"]
+    ),
+    "gated_lora_linear_4bit": lambda t, pool: gated_lora_linear(t["x"], t["x"], nf4(t), t["A"], t["B"], 0.7),
     "ia3_linear": lambda t, pool: ia3_linear(t["x"], t["w"], t["l"], t["bias"]),
     "ia3_linear_4bit": lambda t, pool: ia3_linear(t["x"], nf4(t), t["l"]),
     "multi_ia3_linear": lambda t, pool: multi_ia3_linear(

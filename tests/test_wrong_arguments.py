@@ -11,6 +11,7 @@ from peftkern.ops import (
     dequantize_4bit,
     dora_linear,
     dora_norm,
+    gated_lora_linear,
     grouped_lora_linear,
     ia3_linear,
     linear_cross_entropy,
@@ -49,6 +50,7 @@ def test_a_scaling_that_is_no_number_is_named(scaling):
         lambda: dora_norm(W, A, B, scaling),
         lambda: shared(scalings=(1.0, scaling)),
         lambda: grouped(scaling),
+        lambda: gated_lora_linear(X, X, W, A, B, scaling),
         lambda: lora_embedding(LABELS[:3], torch.randn(K, N), A, B, scaling),
     ):
         with pytest.raises(TypeError, match="scaling"):
