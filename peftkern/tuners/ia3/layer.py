@@ -29,6 +29,7 @@ from peftkern.tuners.fusing import (
     weight_by_rows,
     why_base_alone,
     why_called_as_is,
+    why_plain,
 )
 from peftkern.tuners.ia3.config import IA3Config
 from peftkern.tuners.ia3.merging import merge_adapters, unmerge_adapters
@@ -241,7 +242,7 @@ class Linear(IA3Layer, nn.Module):
             names = self._active_here()
             # The quick answer of `_why_not_fused`, for the route that nearly every call takes.
             weight = bare_weight(self._modules["base_layer"])  # type: ignore[arg-type]
-            if len(names) == 1 and weight is not None:
+            if len(names) == 1 and weight is not None and not why_plain():
                 vector: Any = self._modules["ia3_l"]._parameters.get(names[0])
                 if type(vector) is nn.Parameter and vector.dtype in (weight.dtype, torch.float32):
                     bias: Any = self._modules["base_layer"]._parameters["bias"]

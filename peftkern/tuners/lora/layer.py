@@ -33,6 +33,7 @@ from peftkern.tuners.fusing import (
     weight_by_rows,
     why_base_alone,
     why_called_as_is,
+    why_plain,
 )
 from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.loftq import initialize_loftq
@@ -358,7 +359,7 @@ class Linear(LoraLayer, nn.Module):
 
         The general route finds the same, at twice the cost, which shows where tensors are small.
         """
-        if self._disable_adapters or self.merged_adapters or self.fan_in_fan_out:
+        if self._disable_adapters or self.merged_adapters or self.fan_in_fan_out or why_plain():
             return None
         name = self._active_adapter
         if type(name) is not str:
