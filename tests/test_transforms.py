@@ -1,4 +1,4 @@
-"""Adapted layers under what takes a model's operations apart: torch.func, forward-mode differentiation, torch.jit.trace.
+"""Adapted layers under what takes a model's operations apart: torch.func, forward-mode derivatives, torch.jit.trace.
 
 PEFT's layers are plain PyTorch, so they are the truth here, on the same weights. Fused operations are unknown to all of
 these, so our layers have to run without them, and with them again afterwards.
@@ -85,7 +85,7 @@ USES = [gradients, gradients_of_each_row, directional, forward_mode, jacobian, m
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 def test_transforms_of_a_model_give_what_peft_gives(use, method):
-    """Would catch: an autograd function that torch.func refuses; a layer that stays plain once the transform is over."""
+    """Would catch: an autograd function that torch.func refuses; a layer that stays plain when it is over."""
     ours, theirs = adapted(peftkern, method), adapted(peft, method)
     for got, want in zip(use(ours), use(theirs), strict=True):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
@@ -150,7 +150,7 @@ def test_compiled_gradients():
 
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_traced_model_serves_other_sizes(method):
-    """Would catch: a plan, a shape or a question about the CPU that torch.jit.trace meets as an operator or a number."""
+    """Would catch: a plan, a shape or a question about the CPU that a trace meets as an operator or a number."""
     model = adapted(peftkern, method).eval()
     traced = torch.jit.trace(model.get_base_model(), (ids(),))
     file = io.BytesIO()

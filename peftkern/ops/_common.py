@@ -128,7 +128,7 @@ def apply_directly(function: type[torch.autograd.Function], *arguments: Any) -> 
     """
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "peftkern.ops: transforms of torch.func (functorch) do not reach into a fused operation. Call the layers of "
+            "peftkern.ops: transforms of torch.func (functorch) do not reach into an operation. Call the layers of "
             "peftkern.nn or of a PeftModel, on weights that are not quantized: under a transform they run as plain "
             "PyTorch"
         )

@@ -7,10 +7,9 @@ weight is merged in another way: see peftkern/tuners/merging_quantized.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from peftkern.tuners.merging_quantized import (
     is_merged_into_dense,
@@ -18,7 +17,7 @@ from peftkern.tuners.merging_quantized import (
     merged_sum,
     unmerge_quantized,
 )
-from peftkern.tuners.tuner_layer import check_adapters_to_merge
+from peftkern.tuners.tuner_layer import check_adapters_to_merge, check_mergeable_base
 from peftkern.utils.quantized_modules import weight_of
 
 if TYPE_CHECKING:
@@ -47,19 +46,11 @@ def check_mergeable(layer: LoraLayer, adapter_names: list[str]) -> None:
     """Raises for a base layer whose weight cannot be changed in place, before anything is changed.
 
     Raises:
-        TypeError: The weight is sharded, parametrized or otherwise neither a plain floating-point tensor nor quantized.
-        ValueError: The weight is on the meta device, or there is no bias to merge a `lora_bias` into.
+        TypeError, ValueError: See `check_mergeable_base`.
+        ValueError: There is no bias to merge a `lora_bias` into.
     """
     base = layer.get_base_layer()
-    weight: Any = getattr(base, "weight", None)
-    kind = type(base).__name__
-    if "parametrizations" in base._modules:
-        raise TypeError(f"cannot merge into a {kind} whose weight is parametrized: remove the parametrization first")
-    if weight_of(base) is None and (type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point()):
-        found = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, torch.Tensor) else repr(weight)
-        raise TypeError(f"cannot merge into a {kind} whose weight is {found}: it must be a plain floating-point tensor")
-    if weight.device.type == "meta":
-        raise ValueError(f"cannot merge into a {kind} whose weight is on the meta device: load it on a device first")
+    check_mergeable_base(base)
     for name in adapter_names:
         if layer.lora_bias.get(name) and getattr(base, "bias", None) is None:
             raise ValueError(f"cannot merge adapter {name!r} with lora_bias=True: the base layer has no bias")
