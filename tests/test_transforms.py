@@ -138,6 +138,43 @@ def test_a_batch_of_many_adapters_under_a_transform():
             torch.testing.assert_close(got[name], torch.zeros_like(p) if p.grad is None else p.grad)
 
 
+def penalty(model: Any) -> list[torch.Tensor]:
+    """Gradients of a gradient penalty, the one kind of double backward that training runs."""
+    x = torch.linspace(-1, 1, 2 * 3 * 16).view(2, 3, 16).requires_grad_()
+    y = model.base_model.model.down(torch.relu(model.base_model.model.up(x))).pow(2).sum()
+    (dx,) = torch.autograd.grad(y, x, create_graph=True)
+    dx.pow(2).sum().backward()
+    return [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_gradients_of_gradients_are_those_of_peft(method):
+    """Would catch: a layer that still runs fused under "unfused", a setting that outlives its block."""
+    ours, theirs = adapted(peftkern, method), adapted(peft, method)
+    with pytest.raises(RuntimeError, match="double backward.*use_backend\\('unfused'\\)"):
+        penalty(ours)
+    ours.zero_grad()
+    with peftkern.use_backend("unfused"):
+        assert set(peftkern.explain(ours).paths) == {"unfused"}
+        got = penalty(ours)
+    assert "unfused" not in peftkern.explain(ours).paths
+    for mine, want in zip(got, penalty(theirs), strict=True):
+        torch.testing.assert_close(mine, want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_unfused_is_another_way_to_the_same_numbers(method):
+    """Would catch: operations that refuse the setting, a batch of many adapters or a compiled model that ignores it."""
+    torch._dynamo.reset()
+    model = adapted(peftkern, method)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    many = {"adapter_names": ["default", "__base__"]}
+    for call in (lambda: compiled(ids()), lambda: model(ids()), lambda: model(ids(), **many)):
+        want = call()
+        with peftkern.use_backend("unfused"):
+            torch.testing.assert_close(call(), want)
+
+
 def test_compiled_gradients():
     """Would catch: an operator in a compiled transform, which has no rule for it."""
     torch._dynamo.reset()

@@ -163,7 +163,10 @@ def adapters_for(dtype: torch.dtype, lora_A: torch.Tensor, lora_B: torch.Tensor)
 def refuse_double_backward(operation: str) -> None:
     """Raise where gradients of gradients are asked for: what was saved (S) has no history to differentiate."""
     if torch.is_grad_enabled():
-        raise RuntimeError(f"{operation}: double backward (create_graph=True) is not supported")
+        raise RuntimeError(
+            f"{operation}: double backward (create_graph=True) is not supported by a fused operation. Layers with "
+            "adapters can do it under peftkern.use_backend('unfused') around forward"
+        )
 
 
 def kept_s(s: torch.Tensor | None, path: str) -> torch.Tensor | None:

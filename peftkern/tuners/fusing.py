@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from peftkern.backend import backend_in_force
 from peftkern.ops.linear_quantized import linear_quantized
 from peftkern.tuners.merging_quantized import is_merged_into_dense
 from peftkern.tuners.tuner_layer import BaseTunerLayer
@@ -49,10 +50,12 @@ class ExplainRow:
 def why_plain() -> str:
     """Why no layer may run as a fused operation now, "" if each may.
 
-    A transform of torch.func and forward-mode differentiation ask for the derivatives of each operation that is called,
-    and torch.jit.trace and the ONNX exporter that is built on it write each down: to them a fused operation is one that
-    they do not know, and its adapter in plain PyTorch is what they do.
+    It may be the user's wish. And a transform of torch.func and forward-mode differentiation ask for the derivatives of
+    each operation that is called, and torch.jit.trace, which an ONNX exporter is built on, writes each down: to them a
+    fused operation is one that they do not know, and an adapter in plain PyTorch is what they do.
     """
+    if backend_in_force() == "unfused":
+        return "use_backend('unfused')"
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is in force"
     if forward_ad._current_level >= 0:
