@@ -63,6 +63,11 @@ def why_plain() -> str:
     return "" if torch._C._get_tracing_state() is None else "torch.jit is tracing"
 
 
+def is_nested(x: Any) -> bool:
+    """Whether x is a nested tensor, of rows of several lengths: plain PyTorch knows them, operations do not."""
+    return isinstance(x, torch.Tensor) and x.is_nested
+
+
 def bare_weight(module: nn.Module) -> torch.Tensor | None:
     """The weight of an `nn.Linear` that is nothing but that; None of anything else, or of one that is in doubt.
 

@@ -23,6 +23,7 @@ from peftkern.tuners.fusing import (
     base_alone,
     compute_dtype,
     describe_weight,
+    is_nested,
     plain_weight,
     quantized_forward,
     quantized_weight,
@@ -238,7 +239,7 @@ class Linear(IA3Layer, nn.Module):
             mixed = batch_in_force(self)
             if mixed is not None:
                 return linear_forward(self, mixed, x, args, kwargs)
-        if not args and not kwargs and not self._disable_adapters and not self.merged_adapters:
+        if not (args or kwargs or self._disable_adapters or self.merged_adapters or is_nested(x)):
             names = self._active_here()
             # The quick answer of `_why_not_fused`, for the route that nearly every call takes.
             weight = bare_weight(self._modules["base_layer"])  # type: ignore[arg-type]
@@ -259,7 +260,7 @@ class Linear(IA3Layer, nn.Module):
         if self.merged_adapters or not names:
             return base_alone(self, x, *args, **kwargs)
         scale = self._scale(names)
-        if args or kwargs or self._why_not_fused(names):
+        if args or kwargs or is_nested(x) or self._why_not_fused(names):
             return self._scaled_plain(x, scale, *args, **kwargs)
         return self._fused(x, scale)
 

@@ -27,6 +27,7 @@ from peftkern.tuners.fusing import (
     base_alone,
     compute_dtype,
     describe_weight,
+    is_nested,
     plain_weight,
     quantized_forward,
     quantized_weight,
@@ -343,7 +344,7 @@ class Linear(LoraLayer, nn.Module):
             mixed = batch_in_force(self)
             if mixed is not None:
                 return linear_forward(self, mixed, x, args, kwargs)
-        if not args and not kwargs:
+        if not args and not kwargs and not is_nested(x):
             if self._shared_input is not None:
                 y = self._shared_input.forward(self, x)
                 if y is not None:
@@ -408,7 +409,7 @@ class Linear(LoraLayer, nn.Module):
         names = self._active_here()
         if self.merged_adapters or not names:
             return base_alone(self, x, *args, **kwargs)
-        if args or kwargs or self._why_not_fused(names):
+        if args or kwargs or is_nested(x) or self._why_not_fused(names):
             return self._add_plain(self.base_layer(x, *args, **kwargs), x, names)
         held: dict[str, Any] = self._modules
         dropouts = [held["lora_dropout"]._modules[name] for name in names]
