@@ -79,7 +79,8 @@ _HOMES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 # `peftkern.tuners.lora.LoraLayer` and the like work after `import peftkern` alone, as they do in PEFT.
-_SUBMODULES = {"nn", "ops", "auto", "config", "helpers", "mapping", "mapping_func", "peft_model", "tuners", "utils"}
+_SUBMODULES = {"nn", "ops", "auto", "config", "helpers", "mapping", "mapping_func", "optimizers", "peft_model"}
+_SUBMODULES |= {"tuners", "utils"}
 
 __all__ = ["__version__", "nn", "ops", "use_backend", *_HOME_OF]
 

@@ -375,7 +375,7 @@ class AdapterBank:
                 if name != BASE:
                     self._slot(name)
         mixed = self._mixed
-        with mixed.use(mixed.batch(adapters, mixed.device)):
+        with self._tuner.turn(), mixed.use(mixed.batch(adapters, mixed.device)):
             yield
 
     # --- inside ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 
 P = ParamSpec("P")
 T = TypeVar("T")
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "torch", "unfused")
 ENVIRONMENT_VARIABLE = "PEFTKERN_BACKEND"
 # Numbers that stand for AMD architectures beside CUDA's compute capabilities (80, 90, ...).
 AMD_ARCHITECTURES = {"gfx942": 942, "gfx1100": 1100}
@@ -67,7 +67,9 @@ class use_backend:  # lower case, as torch.no_grad and torch.set_grad_enabled ar
 
     Args:
         name: "auto" lets the plan choose the fastest path, "triton" asks for Triton kernels and raises where they
-            cannot run, "torch" asks for the plain PyTorch path.
+            cannot run, "torch" asks for the plain PyTorch path. "unfused" is that for operations, and has adapted
+            layers call their base layer and their adapters' modules one after another, as PEFT does: more memory and
+            time, and gradients of gradients.
 
     Raises:
         ValueError: for another name.

@@ -33,7 +33,7 @@ FLOORS = {
 }
 REQUIRED = ("torch", "safetensors")
 PYTHON_FLOOR = "3.11"
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "torch", "unfused")
 # As peftkern/backend.py has them (tests/test_env.py compares); importing that would import torch.
 LOWEST_CUDA_ARCH = 80
 AMD_ARCHITECTURES = ("gfx942", "gfx1100")

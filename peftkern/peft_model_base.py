@@ -23,11 +23,10 @@ from peftkern.utils.model_card import update_model_card
 from peftkern.utils.model_snapshot import restored_on_error
 from peftkern.utils.peft_types import PeftType
 from peftkern.utils.save_and_load import (
-    check_lora_tensors,
     config_to_save,
     get_peft_model_state_dict,
     load_config,
-    load_peft_weights,
+    read_adapter,
     set_peft_model_state_dict,
 )
 
@@ -442,7 +441,7 @@ class PeftModel(nn.Module):
                 config, blame = load_config(model_id, **hub), blamed_on_config(model_id, hub)
             else:
                 check_is_config("config", config)
-            tensors, options = _read_adapter(model_id, config, key_mapping, ephemeral_gpu_offload, hub, options)
+            tensors, options = read_adapter(model_id, config, key_mapping, ephemeral_gpu_offload, hub, options)
         config.inference_mode = not is_trainable
         wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls)
         with restored_on_error(model):
@@ -478,6 +477,7 @@ class PeftModel(nn.Module):
             adapter_name: The adapter's name here.
             torch_device: Where the file is read to before it is copied into the model.
             kwargs: For the Hub: `subfolder`, `revision`, `token`, `cache_dir` and the like; `ignore_mismatched_sizes`.
+                What places a base model (`torch_dtype`, `device_map`, `offload_folder`, ...) is taken with a warning.
 
         Returns:
             `missing_keys`, the adapter's names that the file lacks (whole layers only), and `unexpected_keys`.
@@ -491,7 +491,7 @@ class PeftModel(nn.Module):
         known = adapter_name in self.peft_config
         with reading(model_id, hub.get("subfolder")):
             config = self.peft_config[adapter_name] if known else load_config(model_id, **hub)
-            tensors, options = _read_adapter(model_id, config, key_mapping, ephemeral_gpu_offload, hub, options)
+            tensors, options = read_adapter(model_id, config, key_mapping, ephemeral_gpu_offload, hub, options)
         with restored_on_error(self):
             if not known:
                 config.inference_mode = not is_trainable
@@ -567,24 +567,3 @@ def _adapter_folder(save_directory: PathLike, adapter_name: str) -> str:
     if os.path.commonpath([root, os.path.abspath(folder)]) != root:
         raise ValueError(f"adapter name {adapter_name!r}: would be saved outside of {root}")
     return folder
-
-
-def _read_adapter(
-    model_id: PathLike,
-    config: PeftConfig,
-    key_mapping: Mapping[str, str] | None,
-    ephemeral_gpu_offload: bool,
-    hub: dict[str, Any],
-    options: dict[str, Any],
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read and check the weight file; return it and the options for `set_peft_model_state_dict`."""
-    if ephemeral_gpu_offload:
-        raise NotImplementedError("ephemeral_gpu_offload is not built")
-    device = options.pop("torch_device", None)
-    unknown = sorted(set(options) - {"ignore_mismatched_sizes"})
-    if unknown:
-        raise TypeError(f"unknown arguments: {', '.join(unknown)}")
-    tensors = load_peft_weights(model_id, device=device, key_mapping=key_mapping, **hub)
-    if config.peft_type == PeftType.LORA:
-        check_lora_tensors(weights_file(model_id, **hub), tensors, config)
-    return tensors, options

@@ -217,6 +217,15 @@ def test_safe_merge_refuses_what_is_not_finite():
         layer.unmerge()
 
 
+def test_a_weight_that_a_hook_makes_anew_is_not_merged_into():
+    """Catches a merge that the next call of the layer undoes: PEFT's output is then that of the base alone."""
+    base = nn.Sequential(nn.utils.weight_norm(nn.Linear(IN, OUT)))
+    ours = peftkern.get_peft_model(base, peftkern.IA3Config(target_modules=["0"], feedforward_modules=[]))
+    for merge in (ours.merge_adapter, ours.merge_and_unload, ours.base_model.model[0].merge):
+        with pytest.raises(TypeError, match="WeightNorm makes anew"):
+            merge()
+
+
 def test_disabling_a_merged_adapter_unmerges_it():
     """Catches a base model that is still scaled with its adapters disabled."""
     base = nn.Linear(IN, OUT)

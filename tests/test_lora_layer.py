@@ -460,3 +460,21 @@ def test_a_base_layer_that_returns_a_tuple_is_refused_in_words():
     layer = Linear(Router(8, 4), "default", LoraConfig(r=2))
     with pytest.raises(TypeError, match="a Router, returned a tuple .*exclude_modules"):
         layer(torch.randn(3, 8))
+
+
+@pytest.mark.parametrize(
+    "base, layout", [(nn.Linear, torch.jagged), (nn.Linear, torch.strided), (nn.Embedding, torch.jagged)]
+)
+def test_rows_of_several_lengths(base, layout):
+    """Catches an operation that is given a nested tensor, whose shape it cannot know (packed sequences of a batch)."""
+    found = []
+    for library in (peftkern, pytest.importorskip("peft")):
+        torch.manual_seed(0)
+        model = library.get_peft_model(Holder(base(IN, OUT)), library.LoraConfig(r=2, target_modules=["layer"]))
+        randomize(model)
+        rows = [torch.ones(n, IN) if base is nn.Linear else torch.arange(n) for n in (2, 5)]
+        y = model.base_model.model.layer(torch.nested.nested_tensor(rows, layout=layout)).unbind()
+        sum(part.sum() for part in y).backward()
+        found.append([*y, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lora_pairs import BASES, IN, OUT, Holder, inputs, pair
 from peftkern.tuners.lora import LoraConfig, LoraModel
@@ -88,7 +89,8 @@ def test_merging_twice_warns_and_changes_nothing():
 
 
 def test_what_cannot_be_merged_is_refused_before_anything_is_changed():
-    """Catches a merge into a temporary, into nothing, or one that stops half way."""
+    """Catches a merge into a temporary (a parametrized weight, or one that a hook makes anew: PEFT loses what it merges
+    there), into nothing, or one that stops half way."""
     with pytest.warns(UserWarning, match="without a bias"):
         tuned = LoraModel(
             Holder(nn.Linear(4, 4, bias=False)), LoraConfig(target_modules=["layer"], lora_bias=True), "a"
@@ -104,6 +106,11 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_changed():
     # The layer by itself refuses too: nn.LoraLinear has no model above it.
     with pytest.raises(TypeError, match="parametrized"):
         ours.model.layer.merge()
+    for changed in (nn.utils.weight_norm, nn.utils.spectral_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)):
+        ours = LoraModel(Holder(changed(nn.Linear(4, 4))), LoraConfig(target_modules=["layer"]), "a")
+        for merge in (ours.merge_adapter, ours.merge_and_unload, ours.model.layer.merge):
+            with pytest.raises(TypeError, match="makes anew"):
+                merge()
     ours, _ = pair(nn.Linear(4, 4, device="meta"), values=None)
     with pytest.raises(ValueError, match="meta"):
         ours.merge_adapter()

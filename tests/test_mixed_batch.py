@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
 import warnings
 
 import pytest
@@ -410,3 +412,72 @@ def test_a_method_without_mixed_batches_says_so():
         tuner._enable_peft_forward_hooks(adapter_names=["a"]),
     ):
         pass
+
+
+def in_threads(calls):
+    """Runs each of the calls 20 times in a thread of its own, all at once; the last result, or the error, of each."""
+    results, start = [None] * len(calls), threading.Barrier(len(calls))
+
+    def work(i):
+        start.wait()
+        try:
+            for _ in range(20):
+                results[i] = calls[i]()
+        except RuntimeError as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_threads_take_turns(method):
+    """Would catch: rows that take the adapters of another thread's batch, as they do in PEFT; slots given twice at the
+    very first batch; a lock that is copied with its model."""
+    if method == "lora":
+        model = copy.deepcopy(
+            adapted(peftkern, mlp(), {"target_modules": ["up"]}, {"target_modules": ["down"], "r": 2})
+        )
+    else:
+        fields = {"target_modules": ["up", "down"], "feedforward_modules": ["down"]}
+        model = peftkern.get_peft_model(mlp(), peftkern.IA3Config(**fields), "one")
+        model.add_adapter("two", peftkern.IA3Config(**fields))
+        randomize(model, ("ia3_",))
+    names = [["one", "two"], ["two", "one"], ["__base__", "two"], ["one", "one"]]
+    other = copy.deepcopy(model)
+    want = [other(ids(), adapter_names=each) for each in names]
+    pickle.loads(pickle.dumps(other))
+    got = in_threads([lambda each=each: model(ids(), adapter_names=each) for each in names])
+    for mine, right in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, right)
+
+
+def test_a_call_without_names_does_not_take_another_threads_batch():
+    """Would catch: a plain forward whose rows silently take the adapters of a batch in force in another thread."""
+    model = adapted(
+        peftkern, mlp(), {"target_modules": ["up"], "modules_to_save": ["head"]}, {"target_modules": ["up"]}
+    )
+    want = model(ids())
+    inside, done, errors = threading.Event(), threading.Event(), []
+
+    def hold():
+        with model.base_model.mixed_batch(["two", "one"]):
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait(10)
+    for module in (model, model.base_model.model.head):
+        try:
+            module(ids() if module is model else torch.ones(2, 16))
+        except RuntimeError as error:
+            errors.append(str(error))
+    done.set()
+    thread.join()
+    assert len(errors) == 2 and all("batch of another thread" in error for error in errors)
+    torch.testing.assert_close(model(ids()), want)

@@ -363,6 +363,24 @@ def test_dtype_of_a_loaded_adapter(tmp_path, autocast):
     assert loaded.get_parameter(weight).dtype == dtype
 
 
+def test_arguments_of_a_base_model_are_taken_with_a_warning(tmp_path):
+    """Would catch: code for PEFT that fails over torch_dtype or device_map, which say nothing of an adapter."""
+    save(adapted("defaults", peftkern), tmp_path)
+    arguments = {"torch_dtype": torch.float16, "device_map": "auto", "offload_folder": str(tmp_path)}
+    loaded = []
+    for library in (peftkern, peft):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loaded.append(library.PeftModel.from_pretrained(tiny_llama(), tmp_path, **arguments))
+        told = [w for w in caught if "no effect here" in str(w.message)]
+        assert [w.filename for w in told] == [__file__] * (library is peftkern)
+    torch.testing.assert_close(loaded[0](ids()).logits, loaded[1](ids()).logits)
+    with pytest.warns(UserWarning, match="device_map, torch_dtype: no effect"):
+        loaded[0].load_adapter(tmp_path, "two", torch_dtype=torch.float16, device_map="auto")
+    with pytest.raises(TypeError, match="unknown arguments: torch_dtpye"):
+        loaded[0].load_adapter(tmp_path, "three", torch_dtpye=torch.float16)
+
+
 def test_key_mapping(tmp_path):
     """Would catch: adapters of a renamed architecture that no longer load."""
     model = get_peft_model(mlp(), LoraConfig(target_modules=["up"]))

@@ -121,9 +121,17 @@ def calls_are_changed() -> bool:
 
 
 def apply_directly(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """`function.apply(*arguments)`, without what torch does on the way for functorch's transforms (a few us)."""
+    """`function.apply(*arguments)`, without what torch does on the way for functorch's transforms (a few us).
+
+    Raises:
+        RuntimeError: one of them is in force.
+    """
     if torch._C._are_functorch_transforms_active():
-        return function.apply(*arguments)  # which says what it cannot do under them
+        raise RuntimeError(
+            "peftkern.ops: transforms of torch.func (functorch) do not reach into an operation. Call the layers of "
+            "peftkern.nn or of a PeftModel, on weights that are not quantized: under a transform they run as plain "
+            "PyTorch"
+        )
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
@@ -155,7 +163,10 @@ def adapters_for(dtype: torch.dtype, lora_A: torch.Tensor, lora_B: torch.Tensor)
 def refuse_double_backward(operation: str) -> None:
     """Raise where gradients of gradients are asked for: what was saved (S) has no history to differentiate."""
     if torch.is_grad_enabled():
-        raise RuntimeError(f"{operation}: double backward (create_graph=True) is not supported")
+        raise RuntimeError(
+            f"{operation}: double backward (create_graph=True) is not supported by a fused operation. Layers with "
+            "adapters can do it under peftkern.use_backend('unfused') around forward"
+        )
 
 
 def kept_s(s: torch.Tensor | None, path: str) -> torch.Tensor | None:

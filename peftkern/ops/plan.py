@@ -73,8 +73,8 @@ def _why_plain(
     Raises:
         RuntimeError: if `backend` is "triton" and Triton kernels cannot run.
     """
-    if backend == "torch":
-        return "use_backend('torch')"
+    if backend in ("torch", "unfused"):
+        return f"use_backend('{backend}')"
     if size == 0:
         return empty
     why_not = device.triton
@@ -105,7 +105,7 @@ def plan_lora_linear(
         dtype: of x and y.
         device: where the tensors are.
         aligned: whether rows of x and weight start on 16-byte boundaries.
-        backend: "auto", "triton" or "torch", see `peftkern.use_backend`.
+        backend: "auto", "triton", "torch" or "unfused", see `peftkern.use_backend`.
 
     Raises:
         RuntimeError: if `backend` is "triton" and Triton kernels cannot run.

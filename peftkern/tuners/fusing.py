@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
+from peftkern.backend import backend_in_force
 from peftkern.ops.linear_quantized import linear_quantized
 from peftkern.tuners.merging_quantized import is_merged_into_dense
 from peftkern.tuners.tuner_layer import BaseTunerLayer
@@ -45,6 +47,27 @@ class ExplainRow:
     reason: str
 
 
+def why_plain() -> str:
+    """Why no layer may run as a fused operation now, "" if each may.
+
+    It may be the user's wish. And a transform of torch.func and forward-mode differentiation ask for the derivatives of
+    each operation that is called, and torch.jit.trace, which an ONNX exporter is built on, writes each down: to them a
+    fused operation is one that they do not know, and an adapter in plain PyTorch is what they do.
+    """
+    if backend_in_force() == "unfused":
+        return "use_backend('unfused')"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is in force"
+    if forward_ad._current_level >= 0:
+        return "differentiated in forward mode"
+    return "" if torch._C._get_tracing_state() is None else "torch.jit is tracing"
+
+
+def is_nested(x: Any) -> bool:
+    """Whether x is a nested tensor, of rows of several lengths: plain PyTorch knows them, operations do not."""
+    return isinstance(x, torch.Tensor) and x.is_nested
+
+
 def bare_weight(module: nn.Module) -> torch.Tensor | None:
     """The weight of an `nn.Linear` that is nothing but that; None of anything else, or of one that is in doubt.
 
@@ -64,8 +87,11 @@ def bare_weight(module: nn.Module) -> torch.Tensor | None:
 def why_called_as_is(module: nn.Module, forward: Any) -> str:
     """Why `module` must be called rather than its weight used: it does more than `forward`, a function of its class.
 
-    "" if it does no more.
+    "" if it does no more, and nothing else wants it called (`why_plain`).
     """
+    reason = why_plain()
+    if reason:
+        return reason
     held = module.__dict__
     if "_hf_hook" in held:
         return "an accelerate hook is on it"

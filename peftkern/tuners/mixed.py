@@ -8,6 +8,7 @@ does is its method's: `tuners/lora/mixed.py`, `tuners/ia3/mixed.py`.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,10 +42,12 @@ class LayerRows:
         names: the adapter of each slot.
     """
 
-    __slots__ = ("batch", "names")
+    # Of the thread whose block it is, or None where torch.compile, which knows no threads, traced the block.
+    __slots__ = ("batch", "names", "thread")
 
     def __init__(self, batch: AdapterBatch, names: Sequence[str | None]) -> None:
         self.batch, self.names = batch, names
+        self.thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
     def decide(self, layer: Any) -> None:
         """Settle, before the model runs, what the layer's forward needs to know and a compiled one should not ask."""
@@ -67,6 +70,20 @@ class LayerRows:
             if name is not None:
                 found.setdefault(name, []).append(i)
         return found
+
+
+class Turn:
+    """Lets one thread at a time give a model's layers a batch; the others wait. A copy is another model's."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Turn, ()
+
+    def taken(self) -> contextlib.AbstractContextManager[Any]:
+        """It is this thread's within the block; nothing under torch.compile, which knows no threads."""
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._lock
 
 
 class MixedRows:
@@ -154,6 +171,9 @@ class MixedRows:
         self, batch: AdapterBatch, encoder: nn.Module | None = None, encoder_batch: AdapterBatch | None = None
     ) -> Iterator[None]:
         """Within the block, every adapted layer takes for each row of its input the adapter that `batch` names.
+
+        The layers have one batch at a time, so it has to be this thread's `Turn`. A call from another one raises a
+        RuntimeError meanwhile.
 
         Afterwards layers remember the batch for as long as gradients are recorded, so that what gradient checkpointing
         computes again in backward is the same.

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from peftkern.utils.other import _set_layer_requires_grad
+from peftkern.utils.quantized_modules import weight_of
 
 
 class BaseTunerLayer:
@@ -211,3 +212,29 @@ def check_adapters_to_merge(layer: BaseTunerLayer, adapter_names: list[str] | No
     else:
         warnings.warn("all adapters to merge are already merged: nothing to do", stacklevel=3)
     return new
+
+
+def check_mergeable_base(layer: BaseTunerLayer) -> None:
+    """Raises for a layer whose base weight cannot be changed in place, or would not stay changed.
+
+    Raises:
+        TypeError: The weight is sharded, parametrized, computed again by a hook or otherwise neither a plain
+            floating-point tensor of more than eight bits, which cannot be added to, nor quantized.
+        ValueError: It is on the meta device.
+    """
+    base: Any = layer.get_base_layer()
+    weight: Any = getattr(layer, "weight", None)
+    kind = type(base).__name__
+    if "parametrizations" in base._modules:
+        raise TypeError(f"cannot merge into a {kind} whose weight is parametrized: remove the parametrization first")
+    # torch.nn.utils.weight_norm, spectral_norm and prune: what is merged would be lost at the next call.
+    makers = [hook for hook in base._forward_pre_hooks.values() if type(hook).__module__.startswith("torch.nn.utils.")]
+    if makers and "weight" not in base._parameters:
+        names = ", ".join(type(hook).__name__ for hook in makers)
+        raise TypeError(f"cannot merge into a {kind} whose weight {names} makes anew at each call: remove that first")
+    plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
+    if weight_of(base) is None and not plain:
+        found = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, torch.Tensor) else repr(weight)
+        raise TypeError(f"cannot merge into a {kind} whose weight is {found}: it must be a plain floating-point tensor")
+    if weight.device.type == "meta":
+        raise ValueError(f"cannot merge into a {kind} whose weight is on the meta device: load it on a device first")

@@ -19,7 +19,7 @@ from torch import nn
 from peftkern.config import PeftConfig
 from peftkern.tuners.merged_models import settle_merged
 from peftkern.tuners.merging_quantized import is_merged_into_dense, one_warning_for_all
-from peftkern.tuners.mixed import BASE, MixedRows, check_names
+from peftkern.tuners.mixed import BASE, MixedRows, Turn, check_names
 from peftkern.tuners.targets import (
     check_target_module_exists,
     match_targets,
@@ -247,10 +247,16 @@ class BaseTuner(nn.Module, ABC):
 
     # -- many adapters in a batch ------------------------------------------------------------------------------
 
-    def mixed_batch(
-        self, adapter_names: Sequence[str], encoder_names: Sequence[str] | None = None
-    ) -> contextlib.AbstractContextManager[None]:
+    def turn(self) -> contextlib.AbstractContextManager[Any]:
+        """Within the block no other thread can give this model's layers a batch of many adapters; it waits."""
+        turn: Turn = self.__dict__.get("_turn") or self.__dict__.setdefault("_turn", Turn())
+        return turn.taken()
+
+    @contextlib.contextmanager
+    def mixed_batch(self, adapter_names: Sequence[str], encoder_names: Sequence[str] | None = None) -> Iterator[None]:
         """Within the block, row i of the batch takes the adapter adapter_names[i]; "__base__" is the base alone.
+
+        One thread at a time: another one's block waits for this one's end.
 
         Args:
             adapter_names: a name for each row.
@@ -260,6 +266,13 @@ class BaseTuner(nn.Module, ABC):
             ValueError: an unknown name, one of DoRA, or adapters that are merged or disabled.
             NotImplementedError: this method cannot; or an adapter has biases of the base model for its own.
         """
+        with self.turn(), self._mixed_batch(adapter_names, encoder_names):
+            yield
+
+    def _mixed_batch(
+        self, adapter_names: Sequence[str], encoder_names: Sequence[str] | None
+    ) -> contextlib.AbstractContextManager[None]:
+        """`mixed_batch`, in a thread whose turn it is."""
         mixed = self.mixed_adapters()
         named = [name for name in dict.fromkeys(adapter_names) if name != BASE]
         self._check_names(named)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -83,13 +84,29 @@ def batch_in_force(layer: Any) -> Any:
 
     That of the block which the call is in; or the last one, where backward computes a checkpointed forward again. A
     forward outside of any block forgets the last one.
+
+    Raises:
+        RuntimeError: the block is another thread's, whose rows the input's are not.
     """
     mixed = layer._mixed
+    if mixed is not None and _is_of_another_thread(mixed):
+        raise RuntimeError(
+            "adapter_names: a batch of another thread is in force, in a forward or generate with adapter_names or in "
+            "AdapterBank.batch. Name the adapters in this thread's call too, which then waits for its turn, or keep "
+            "other calls apart with a lock"
+        )
     if mixed is None and layer._mixed_before is not None:
         if torch._C._current_graph_task_id() != -1:  # this thread runs a backward pass
             return layer._mixed_before
         layer._mixed_before = None
     return mixed
+
+
+def _is_of_another_thread(mixed: Any) -> bool:
+    """Whether a batch is not this thread's. Backward, which has threads of its own, is taken to be the batch's."""
+    if torch.compiler.is_compiling() or mixed.thread in (None, threading.get_ident()):
+        return False
+    return torch._C._current_graph_task_id() == -1
 
 
 class AuxiliaryTrainingWrapper(nn.Module):

@@ -25,10 +25,15 @@ from peftkern.utils.adapter_keys import (
     embedding_key_map,
 )
 from peftkern.utils.expert_files import stack_experts
+from peftkern.utils.peft_types import PeftType
 
 _PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 # A rank that no tensor of a file has is believed up to here, or up to the file's largest dimension.
 _PLAUSIBLE_RANK = 4096
+# What says how a base model is loaded. Code for PEFT gives it beside the adapter too, where PEFT places an offloaded
+# base anew by it (adapters here join that one as it is), or does not use it (torch_dtype).
+_OF_THE_BASE = frozenset(("torch_dtype", "dtype", "device_map", "max_memory", "trust_remote_code", "use_safetensors"))
+_OF_THE_BASE |= {"offload_folder", "offload_dir", "offload_index"}
 _PAIR_KEY = re.compile(r"(?P<module>.*)\.(?P<name>lora_(?:embedding_)?[AB])(?P<rest>\.weight|)")
 
 
@@ -411,3 +416,32 @@ def _check_magnitudes(source: PathLike, tensors: Mapping[str, torch.Tensor], fac
         if f"{module}.{MAGNITUDE}" not in tensors:
             text = "the tensor is missing, which use_dora of adapter_config.json asks for"
             raise AdapterFileError(source, text, key=f"{module}.{MAGNITUDE}")
+
+
+def read_adapter(
+    model_id: PathLike,
+    config: PeftConfig,
+    key_mapping: Mapping[str, str] | None,
+    ephemeral_gpu_offload: bool,
+    hub: dict[str, Any],
+    options: dict[str, Any],
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read and check the weight file; return it and the options for `set_peft_model_state_dict`."""
+    if ephemeral_gpu_offload:
+        raise NotImplementedError("ephemeral_gpu_offload is not built")
+    device = options.pop("torch_device", None)
+    of_the_base = sorted(_OF_THE_BASE.intersection(options))
+    if of_the_base:
+        warnings.warn(
+            f"{', '.join(of_the_base)}: no effect here. The base model stays on its devices and in its dtype, and the "
+            "adapter joins it there: in float32 at least, unless autocast_adapter_dtype=False.",
+            stacklevel=3,
+        )
+    options = {name: value for name, value in options.items() if name not in _OF_THE_BASE}
+    unknown = sorted(set(options) - {"ignore_mismatched_sizes"})
+    if unknown:
+        raise TypeError(f"unknown arguments: {', '.join(unknown)}")
+    tensors = load_peft_weights(model_id, device=device, key_mapping=key_mapping, **hub)
+    if config.peft_type == PeftType.LORA:
+        check_lora_tensors(weights_file(model_id, **hub), tensors, config)
+    return tensors, options

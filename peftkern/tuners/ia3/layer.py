@@ -23,12 +23,14 @@ from peftkern.tuners.fusing import (
     base_alone,
     compute_dtype,
     describe_weight,
+    is_nested,
     plain_weight,
     quantized_forward,
     quantized_weight,
     weight_by_rows,
     why_base_alone,
     why_called_as_is,
+    why_plain,
 )
 from peftkern.tuners.ia3.config import IA3Config
 from peftkern.tuners.ia3.merging import merge_adapters, unmerge_adapters
@@ -237,11 +239,11 @@ class Linear(IA3Layer, nn.Module):
             mixed = batch_in_force(self)
             if mixed is not None:
                 return linear_forward(self, mixed, x, args, kwargs)
-        if not args and not kwargs and not self._disable_adapters and not self.merged_adapters:
+        if not (args or kwargs or self._disable_adapters or self.merged_adapters or is_nested(x)):
             names = self._active_here()
             # The quick answer of `_why_not_fused`, for the route that nearly every call takes.
             weight = bare_weight(self._modules["base_layer"])  # type: ignore[arg-type]
-            if len(names) == 1 and weight is not None:
+            if len(names) == 1 and weight is not None and not why_plain():
                 vector: Any = self._modules["ia3_l"]._parameters.get(names[0])
                 if type(vector) is nn.Parameter and vector.dtype in (weight.dtype, torch.float32):
                     bias: Any = self._modules["base_layer"]._parameters["bias"]
@@ -258,7 +260,7 @@ class Linear(IA3Layer, nn.Module):
         if self.merged_adapters or not names:
             return base_alone(self, x, *args, **kwargs)
         scale = self._scale(names)
-        if args or kwargs or self._why_not_fused(names):
+        if args or kwargs or is_nested(x) or self._why_not_fused(names):
             return self._scaled_plain(x, scale, *args, **kwargs)
         return self._fused(x, scale)
 

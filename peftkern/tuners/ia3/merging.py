@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from peftkern.tuners.merging_quantized import is_merged_into_dense, merge_quantized, merged_sum, unmerge_quantized
-from peftkern.tuners.tuner_layer import check_adapters_to_merge
+from peftkern.tuners.tuner_layer import check_adapters_to_merge, check_mergeable_base
 from peftkern.utils.quantized_modules import weight_of
 
 if TYPE_CHECKING:
@@ -50,25 +49,6 @@ def _multiply(t: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, _Und
     return product, _Undo(factor, where, t.reshape(-1)[where])
 
 
-def check_mergeable(layer: IA3Layer) -> None:
-    """Raises for a base layer whose weight cannot be changed in place, before anything is changed.
-
-    Raises:
-        TypeError: The weight is sharded, parametrized or otherwise neither a plain floating-point tensor nor quantized.
-        ValueError: The weight is on the meta device.
-    """
-    base = layer.get_base_layer()
-    weight: Any = getattr(base, "weight", None)
-    kind = type(base).__name__
-    if "parametrizations" in base._modules:
-        raise TypeError(f"cannot merge into a {kind} whose weight is parametrized: remove the parametrization first")
-    if weight_of(base) is None and (type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point()):
-        found = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, torch.Tensor) else repr(weight)
-        raise TypeError(f"cannot merge into a {kind} whose weight is {found}: it must be a plain floating-point tensor")
-    if weight.device.type == "meta":
-        raise ValueError(f"cannot merge into a {kind} whose weight is on the meta device: load it on a device first")
-
-
 @torch.no_grad()
 def checked_merge(layer: IA3Layer, names: list[str]) -> None:
     """Raises ValueError if merging `names` would make the weight or bias not finite; changes nothing."""
@@ -92,13 +72,13 @@ def merge_adapters(layer: IA3Layer, safe_merge: bool, adapter_names: list[str] |
     """Merges the adapters that `layer` has among `adapter_names` (default: the active ones).
 
     Raises:
-        ValueError, TypeError: See `check_mergeable`; or, with `safe_merge`, a merged weight would not be finite.
+        ValueError, TypeError: See `check_mergeable_base`; or, with `safe_merge`, a merged weight would not be finite.
     """
     available = layer._get_available_adapters()
     names = [name for name in check_adapters_to_merge(layer, adapter_names) if name in available]
     if not names:
         return
-    check_mergeable(layer)
+    check_mergeable_base(layer)
     base = layer.get_base_layer()
     if is_merged_into_dense(layer) or weight_of(base) is not None:
         merge_quantized(layer, names, safe_merge, False)

@@ -11,11 +11,11 @@ from torch import nn
 
 from peftkern.tuners.ia3.conv import Conv2d, Conv3d
 from peftkern.tuners.ia3.layer import IA3Layer, Linear
-from peftkern.tuners.ia3.merging import check_mergeable, checked_merge
+from peftkern.tuners.ia3.merging import checked_merge
 from peftkern.tuners.ia3.mixed import MixedVectors
 from peftkern.tuners.mixed import MixedRows
 from peftkern.tuners.targets import check_is_called, ends_with_name, fit_fan_in_fan_out, is_linear
-from peftkern.tuners.tuner_layer import BaseTunerLayer
+from peftkern.tuners.tuner_layer import BaseTunerLayer, check_mergeable_base
 from peftkern.tuners.tuners_utils import BaseTuner
 from peftkern.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
@@ -97,7 +97,7 @@ class IA3Model(BaseTuner):
             wanted = layer.active_adapters if adapter_names is None else adapter_names
             names = [name for name in wanted if name in layer.ia3_l and name not in layer.merged_adapters]
             if names:
-                check_mergeable(layer)
+                check_mergeable_base(layer)
                 if safe_merge:
                     checked_merge(layer, names)
 

@@ -16,7 +16,7 @@ from torch import nn
 from peftkern.backend import current_backend, device_info
 from peftkern.ops import lora_embedding
 from peftkern.ops.plan import Plan, plan_lora_embedding
-from peftkern.tuners.fusing import plain_weight, why_called_as_is
+from peftkern.tuners.fusing import is_nested, plain_weight, why_called_as_is
 from peftkern.tuners.lora import dora
 from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.layer import LoraLayer
@@ -113,7 +113,7 @@ class Embedding(LoraLayer, nn.Module):
         names = self._active_here()
         if self.merged_adapters or not names:
             return self.base_layer(x, *args, **kwargs)
-        if args or kwargs or self._why_not_fused(names):
+        if args or kwargs or is_nested(x) or self._why_not_fused(names):
             return self._add_plain(self.base_layer(x, *args, **kwargs), x, names)
         base: Any = self._modules["base_layer"]
         first = names[0]

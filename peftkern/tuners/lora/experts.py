@@ -30,6 +30,7 @@ _REFUSED = {
     "lora_dropout": "the adapter is added to the weight, so there is no input of its own to drop elements of",
     "fan_in_fan_out": "how a parameter is stored is told by its module",
     "lora_bias": "a parameter has no bias to add one to",
+    "use_dora": "a magnitude is that of a layer's outputs",
 }
 
 

@@ -20,7 +20,7 @@ from torch.nn.modules import module as torch_module
 
 from peftkern.ops import gated_lora_linear
 from peftkern.ops._common import autocast_dtype
-from peftkern.tuners.fusing import compute_dtype
+from peftkern.tuners.fusing import compute_dtype, is_nested
 from peftkern.tuners.lora.layer import Linear
 from peftkern.utils.other import batch_in_force
 
@@ -124,7 +124,7 @@ def _fitting(down: Any, operands: tuple[Any, ...], gate: torch.Tensor, up: torch
 def _forward(mlp: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """The forward of a known MLP, of one tensor."""
     kind = type(mlp)
-    in_one = None if kwargs or len(args) != 1 else _is_in_one(kind.forward)
+    in_one = None if kwargs or len(args) != 1 or is_nested(args[0]) else _is_in_one(kind.forward)
     # A compiler makes act(gate) and the product again by itself where that is cheaper than to keep them.
     found = None if in_one is None or torch.compiler.is_compiling() else _down(mlp)
     held = mlp._modules

@@ -29,12 +29,14 @@ from peftkern.tuners.fusing import (
     base_alone,
     compute_dtype,
     describe_weight,
+    is_nested,
     plain_weight,
     quantized_forward,
     quantized_weight,
     weight_by_rows,
     why_base_alone,
     why_called_as_is,
+    why_plain,
 )
 from peftkern.tuners.lora import dora
 from peftkern.tuners.lora.config import LoraConfig
@@ -370,7 +372,7 @@ class Linear(LoraLayer, nn.Module):
             mixed = batch_in_force(self)
             if mixed is not None:
                 return linear_forward(self, mixed, x, args, kwargs)
-        if not args and not kwargs:
+        if not args and not kwargs and not is_nested(x):
             if self._shared_input is not None:
                 y = self._shared_input.forward(self, x)
                 if y is not None:
@@ -386,7 +388,7 @@ class Linear(LoraLayer, nn.Module):
 
         The general route finds the same, at twice the cost, which shows where tensors are small.
         """
-        if self._disable_adapters or self.merged_adapters or self.fan_in_fan_out:
+        if self._disable_adapters or self.merged_adapters or self.fan_in_fan_out or why_plain():
             return None
         name = self._active_adapter
         if type(name) is not str:
@@ -435,7 +437,7 @@ class Linear(LoraLayer, nn.Module):
         names = self._active_here()
         if self.merged_adapters or not names:
             return base_alone(self, x, *args, **kwargs)
-        if args or kwargs or self._why_not_fused(names):
+        if args or kwargs or is_nested(x) or self._why_not_fused(names):
             return self._add_plain(self.base_layer(x, *args, **kwargs), x, names)
         if self.use_dora[names[0]]:
             return dora.fused(self, x, names[0])

@@ -8,10 +8,9 @@ peftkern/tuners/merging_quantized.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from peftkern.tuners.lora.dora import scales_to_merge, with_adapter, without_adapter
 from peftkern.tuners.merging_quantized import (
@@ -20,7 +19,7 @@ from peftkern.tuners.merging_quantized import (
     merged_sum,
     unmerge_quantized,
 )
-from peftkern.tuners.tuner_layer import check_adapters_to_merge
+from peftkern.tuners.tuner_layer import check_adapters_to_merge, check_mergeable_base
 from peftkern.utils.quantized_modules import weight_of
 
 if TYPE_CHECKING:
@@ -49,28 +48,14 @@ def check_mergeable(layer: LoraLayer, adapter_names: list[str]) -> None:
     """Raises for a base layer whose weight cannot be changed in place, before anything is changed.
 
     Raises:
-        TypeError: The weight is sharded, parametrized or otherwise neither a plain floating-point tensor nor quantized.
-        ValueError: The weight is on the meta device, or there is no bias to merge a `lora_bias` into.
+        TypeError, ValueError: See `check_mergeable_base`.
+        ValueError: There is no bias to merge a `lora_bias` into.
     """
     base = layer.get_base_layer()
-    kind = type(base).__name__
-    if "parametrizations" in base._modules:
-        raise TypeError(f"cannot merge into a {kind} whose weight is parametrized: remove the parametrization first")
-    weight: Any = getattr(layer, "weight", None)
-    if weight_of(base) is None and not _is_plain_float(weight):
-        found = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, torch.Tensor) else repr(weight)
-        raise TypeError(f"cannot merge into a {kind} whose weight is {found}: it must be a plain floating-point tensor")
-    if weight.device.type == "meta":
-        raise ValueError(f"cannot merge into a {kind} whose weight is on the meta device: load it on a device first")
+    check_mergeable_base(layer)
     for name in adapter_names:
         if layer.lora_bias.get(name) and getattr(base, "bias", None) is None:
             raise ValueError(f"cannot merge adapter {name!r} with lora_bias=True: the base layer has no bias")
-
-
-def _is_plain_float(weight: Any) -> bool:
-    """Whether it is an ordinary tensor of floats that can be added to: those of eight bits cannot."""
-    plain = type(weight) in (nn.Parameter, torch.Tensor)
-    return plain and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 @torch.no_grad()

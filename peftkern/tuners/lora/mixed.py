@@ -16,7 +16,7 @@ from torch import nn
 from peftkern.adapter_pool import LayerAdapters
 from peftkern.ops import multi_lora_linear
 from peftkern.ops.adapter_route import AdapterBatch
-from peftkern.tuners.fusing import bare_weight, base_alone, compute_dtype
+from peftkern.tuners.fusing import bare_weight, base_alone, compute_dtype, why_plain
 from peftkern.tuners.mixed import LayerRows, MixedRows
 
 
@@ -187,7 +187,7 @@ def _is_simple(layer: Any, names: list[str]) -> bool:
     """A quick yes to `_why_not_fused`: a bare linear layer, adapters of bare ones, and their weights in the pool."""
     held = layer._modules
     base = bare_weight(held["base_layer"])
-    if base is None or layer.fan_in_fan_out:
+    if base is None or layer.fan_in_fan_out or why_plain():
         return False
     As, Bs, dropouts = held["lora_A"]._modules, held["lora_B"]._modules, held["lora_dropout"]._modules
     for name in names:
