@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from bench.adapters import Adapted, LoraFunction, Rival, by_hand
 from bench.environment import ROOT, version_of
 from peftkern import __version__ as peftkern_version
-from peftkern import share_inputs
+from peftkern import fuse_mlps, share_inputs
 from peftkern.ops.plan import DECODE_TOKENS
 
 FOLDER = ROOT / ".rivals"
@@ -66,14 +66,28 @@ def forced_path(path: str) -> LoraFunction:
     return function
 
 
+def _as_in_a_model(layer: nn.Module) -> None:
+    """What `get_peft_model` does with the layers of a decoder."""
+    share_inputs(layer)
+    fuse_mlps(layer)
+
+
 def peftkern_rivals() -> list[Rival]:
-    """The layer as users have it (adapters in the weight's dtype, and fp32 masters), and as `get_peft_model` ties the
-    layers of a decoder; then each path by itself."""
+    """The layer as users have it (adapters in the weight's dtype, and fp32 masters), in a decoder as `get_peft_model`
+    has it, and without what that adds; then each path by itself."""
     version = peftkern_version
-    wide, finish = _peftkern_layer(torch.float32), share_inputs
+    wide, finish = _peftkern_layer(torch.float32), _as_in_a_model
     return [
         Rival("peftkern", "peftkern", _peftkern_layer(None), version=version, finish=finish),
         Rival("peftkern fp32 adapters", "peftkern", wide, True, version=version, sixteen_bit_only=True, finish=finish),
+        Rival(
+            "peftkern, MLP as it is",
+            "peftkern",
+            _peftkern_layer(None),
+            version=version,
+            layers_only=True,
+            finish=share_inputs,
+        ),
         Rival("peftkern, nothing shared", "peftkern", _peftkern_layer(None), version=version, layers_only=True),
         *(
             Rival(

@@ -1,5 +1,6 @@
 """The grid of real calls whose kernel launches the static check compiles; over 4-bit weights, of IA3, over many
-adapters, of projections that share x and over experts: static_cases_4bit.py, _ia3, _multi, _shared and _experts.
+adapters, of projections that share x, of gated MLPs and over experts: static_cases_4bit.py, _ia3.py, _multi.py,
+_shared.py, _gated.py and _experts.py.
 
 A case is an operation with its sizes, dtypes and options. Its launches are the library's own: tensors on the meta
 device go through `plan` and the functions that an operation takes its launches from; what is compiled would run.
@@ -15,6 +16,7 @@ import torch
 
 from bench.static_cases_4bit import Case4bit, all_cases_4bit, quick_cases_4bit
 from bench.static_cases_experts import Experts, all_cases_experts, quick_cases_experts
+from bench.static_cases_gated import Gated, all_cases_gated, quick_cases_gated
 from bench.static_cases_ia3 import IA3Linear, all_cases_ia3, quick_cases_ia3
 from bench.static_cases_multi import MultiLoraLinear, MultiLoraLinearShared, all_cases_multi
 from bench.static_cases_shared import LoraLinearShared, all_cases_shared
@@ -146,13 +148,20 @@ Case = (
     | LoraLinearShared
     | MultiLoraLinearShared
     | Experts
+    | Gated
 )
 
 
 def quick_cases() -> list[Case]:
     """A handful: the headline shape, forward and backward, and one token; the same over a 4-bit weight."""
-    headline = [LoraLinear(**S1), LoraLinear(**{**S1, "M": 1})]
-    return [*headline, *quick_cases_4bit(), *quick_cases_ia3(), *quick_cases_experts()]
+    return [
+        LoraLinear(**S1),
+        LoraLinear(**{**S1, "M": 1}),
+        *quick_cases_4bit(),
+        *quick_cases_ia3(),
+        *quick_cases_gated(),
+        *quick_cases_experts(),
+    ]
 
 
 def embedding_cases() -> list[Case]:
@@ -200,5 +209,5 @@ def all_cases() -> list[Case]:
         for case, masters, variant in product(headline, (False, True), ({}, {"K": 4104}, {"dtype": torch.float16}))
     ]
     linear = dict.fromkeys([*headline, *llama, *variants, *awkward, *options, *forced])
-    rest = [*all_cases_4bit(), *all_cases_ia3(), *all_cases_multi(), *all_cases_shared(), *all_cases_experts()]
-    return [*linear, *embedding_cases(), *rest]
+    others = [*all_cases_4bit(), *all_cases_ia3(), *all_cases_multi(), *all_cases_shared(), *all_cases_gated()]
+    return [*linear, *embedding_cases(), *others, *all_cases_experts()]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from peftkern.status import get_layer_status, get_model_status
     from peftkern.tuners.ia3 import IA3Config, IA3Model
     from peftkern.tuners.lora import LoraConfig, LoraModel
+    from peftkern.tuners.lora.gated_mlp import fuse_mlps
     from peftkern.tuners.lora.shared_input import share_inputs
     from peftkern.utils.adapter_error import AdapterFileError
     from peftkern.utils.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
@@ -64,6 +65,7 @@ _HOMES = {
         *("ArrowConfig", "BdLoraConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraConfig", "LoraGAConfig"),
         *("LoraModel", "LoraRuntimeConfig", "MontecloraConfig", "VeloraConfig"),
     ],
+    "peftkern.tuners.lora.gated_mlp": ["fuse_mlps"],
     "peftkern.tuners.lora.shared_input": ["share_inputs"],
     "peftkern.utils.adapter_error": ["AdapterFileError"],
     "peftkern.utils.kbit": ["cast_mixed_precision_params", "prepare_model_for_kbit_training"],

@@ -39,6 +39,16 @@ def lora_linear(
     return y if bias is None else y + bias
 
 
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """`act(gate) * up` for "silu", "gelu" (by erf) or "gelu_tanh" (its approximation)."""
+    if activation == "silu":
+        return gate / (1 + torch.exp(-gate)) * up
+    if activation == "gelu":
+        return 0.5 * gate * (1 + torch.erf(gate / 2**0.5)) * up
+    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    return 0.5 * gate * (1 + torch.tanh(inner)) * up
+
+
 def ia3_linear(
     x: torch.Tensor,
     weight: torch.Tensor,

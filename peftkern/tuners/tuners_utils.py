@@ -193,6 +193,9 @@ class BaseTuner(nn.Module, ABC):
     def settle_layers(self, model: nn.Module) -> None:
         """What a method does with its layers once they are all in the model."""
 
+    def release_layers(self, model: nn.Module) -> None:
+        """Undoes what `settle_layers` did outside of the layers, before they leave the model."""
+
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         """Raises ValueError if the adapters here cannot live with one of this configuration."""
         for name in self.peft_config:
@@ -452,6 +455,7 @@ class BaseTuner(nn.Module, ABC):
         return self._unload()
 
     def _unload(self) -> nn.Module:
+        self.release_layers(self.model)
         merged = [layer.get_base_layer() for layer in self._layers() if is_merged_into_dense(layer)]
         # A tied module stands in several places, so names of duplicates count. What is inside comes first: a wrapper
         # (modules_to_save) may hold layers of another adapter, which go by other names once it is gone.

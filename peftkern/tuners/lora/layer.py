@@ -219,6 +219,8 @@ class Linear(LoraLayer, nn.Module):
 
     # The `SharedInput` of layers that are called with the same x, if this is one of them.
     _shared_input: Any = None
+    # Whether this is the last projection of an MLP whose forward `gated_mlp` took over.
+    _ends_mlp: bool = False
 
     def __init__(
         self,
@@ -304,8 +306,12 @@ class Linear(LoraLayer, nn.Module):
 
     def plan(self, tokens: int) -> Plan:
         """The path that forward takes for `tokens` rows of x: "unfused", or that of `lora_linear`."""
-        alone = self.plan_alone(tokens)
-        return alone if self._shared_input is None else self._shared_input.plan(alone, tokens)
+        plan = self.plan_alone(tokens)
+        if self._shared_input is not None:
+            plan = self._shared_input.plan(plan, tokens)
+        if self._ends_mlp and plan.path != "unfused":
+            plan = Plan(plan.path, f"{plan.reason}; its input, act(gate) * up, is made again in backward, not kept")
+        return plan
 
     def plan_alone(self, tokens: int) -> Plan:
         """`plan`, were there no other layers with the same x."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from peftkern.tuners.lora.embedding import Embedding
 from peftkern.tuners.lora.experts import ParamWrapper
+from peftkern.tuners.lora.gated_mlp import fuse_known_mlps, release_mlps
 from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.merging import check_mergeable, checked_merge
 from peftkern.tuners.lora.mixed import MixedAdapters
@@ -88,6 +89,10 @@ class LoraModel(BaseTuner):
 
     def settle_layers(self, model: nn.Module) -> None:
         share_known_inputs(model)
+        fuse_known_mlps(model)
+
+    def release_layers(self, model: nn.Module) -> None:
+        release_mlps(model)
 
     def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         for layer in self._layers():
