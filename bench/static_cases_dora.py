@@ -92,8 +92,8 @@ class DoraLinear:
 
 
 def quick_cases_dora() -> list[DoraLinear]:
-    """The headline shape."""
-    return [DoraLinear(8192, *Q)]
+    """The headline shape, forward: backward's launches are `lora_linear`'s and IA3's."""
+    return [DoraLinear(8192, *Q, masters=False, learns=False)]
 
 
 def all_cases_dora() -> list[DoraLinear]:
@@ -123,4 +123,9 @@ def all_cases_dora() -> list[DoraLinear]:
             some, ((4095, 1000), (4096, 1001), (4104, 4104)), ((HALF, False), (HALF, True), (torch.float32, False))
         )
     ]
-    return list(dict.fromkeys([*quick_cases_dora(), *headline, *variants, *awkward]))
+    # What is stored beside the accumulator of a persistent GEMM, or in its place.
+    outputs = [
+        DoraLinear(8192, *sizes, R, masters=masters, bias=True, learns=learns)
+        for sizes, R, masters, learns in product((Q, (4104, 4104)), (16, 64, 128), (False, True), (False, True))
+    ]
+    return list(dict.fromkeys([*quick_cases_dora(), *headline, *variants, *awkward, *outputs]))

@@ -39,13 +39,12 @@ def test_output_and_gradients_match_fp64(N, K, R, dtype, masters, p, path, devic
     check(outputs, tensors, dy, keep, p, extra=2)  # A and B are rounded in the norm too
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("asked", range(6))
-def test_only_the_gradients_asked_for(asked, p, path, device):
+def test_only_the_gradients_asked_for(asked, path, device):
     """Would catch a kernel that needs an operand which was not kept."""
     full = make(12, 18, 24, 3, device=device)
     tensors = [t.detach().requires_grad_(i == asked) for i, t in enumerate(full)]
-    dy, options = torch.randn(12, 18, device=device), {"dropout_p": p, "seed": torch.tensor([3], device=device)}
+    dy, options = torch.randn(12, 18, device=device), {"dropout_p": 0.3, "seed": torch.tensor([3], device=device)}
     alone, together = (run(t, dy, **options)[1 + asked] for t in (tensors, full))
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
 

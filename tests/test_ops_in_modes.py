@@ -11,6 +11,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from multi_data import layer
 from peftkern import use_backend
 from peftkern.ops import (
+    dora_linear,
     ia3_linear,
     linear_cross_entropy,
     lora_embedding,
@@ -65,6 +66,8 @@ OPERATIONS = {
     "multi_lora_linear_shared": lambda t, pool: sum(
         multi_lora_linear_shared(t["x"], [frozen(t)] * 2, [pool] * 2, ids(t["x"]))
     ),
+    "dora_linear": lambda t, pool: dora_linear(t["x"], t["w"], t["A"], t["B"], t["l"], 0.7, t["bias"]),
+    "dora_linear_4bit": lambda t, pool: dora_linear(t["x"], nf4(t), t["A"], t["B"], t["l"], 0.7, t["bias"]),
     "ia3_linear": lambda t, pool: ia3_linear(t["x"], t["w"], t["l"], t["bias"]),
     "ia3_linear_4bit": lambda t, pool: ia3_linear(t["x"], nf4(t), t["l"]),
     "multi_ia3_linear": lambda t, pool: multi_ia3_linear(

@@ -9,6 +9,8 @@ from multi_data import layer
 from peftkern.ops import (
     dequantize,
     dequantize_4bit,
+    dora_linear,
+    dora_norm,
     ia3_linear,
     linear_cross_entropy,
     lora_embedding,
@@ -38,6 +40,8 @@ def test_a_scaling_that_is_no_number_is_named(scaling):
     """Would catch float()'s own error, which does not say which argument it is about."""
     for call in (
         lambda: lora_linear(X, W, A, B, scaling),
+        lambda: dora_linear(X, W, A, B, BIAS, scaling),
+        lambda: dora_norm(W, A, B, scaling),
         lambda: shared(scalings=(1.0, scaling)),
         lambda: lora_embedding(LABELS[:3], torch.randn(K, N), A, B, scaling),
     ):

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .dropout import Dropout, keep_tile
 from .ia3_tables import scale_tile
-from .launch import Call, cdiv, nbytes, strides
+from .launch import Call, cdiv, compile_options, nbytes, strides
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -95,6 +95,7 @@ def dropout_calls(
             constants={"BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c},
             num_warps=tile.num_warps,
             num_stages=1,
+            options=compile_options(arch),
             bytes=nbytes(a, b, out, rest),
             flops=3 * M * C,
         )

@@ -2,9 +2,9 @@
 
 Where the product is the persistent GEMM's (lora_linear_persistent.py), y leaves from its accumulator, beside u or,
 where nothing will be differentiated, in its place: there are registers for c and a second store beside a 128 x 256 tile
-(202 to 252 of 255, no spill, on Triton 3.6 and 3.9), and c is known before the product begins. That is 2 M N bytes of u
-not read again, or with u itself 6 M N not moved, in 16 bits. Other tiles give u to a pass of its own (ia3_scale.py):
-those with K split have no whole sum, the rest are for few rows or awkward strides.
+(191 to 255 are used, without a spill, on Triton 3.6 and 3.9), and c is known before the product begins. That is 2 M N
+bytes of u not read again, or with u itself 6 M N not moved, in 16 bits. Other tiles give u to a pass of its own
+(ia3_scale.py): those with K split have no whole sum, the rest are for few rows or awkward strides.
 """
 
 from __future__ import annotations

@@ -175,6 +175,8 @@ def dora_norm_tile(*, arch: int, dtype: torch.dtype, R: int, aligned: bool) -> T
         return Tile(32, 32, rank_block(R, 16), 4, 1)
     if dtype == torch.float32:
         return Tile(32, 32 if not aligned or arch >= 900 else 64, 16, 4, 2)
+    if arch == 1100:
+        return Tile(32, 64 if aligned else 32, rank_block(R, 32), 4, 2)
     if arch >= 900 or not aligned:
         return Tile(64, 64 if aligned else 32, rank_block(R, 64 if arch >= 900 else 32), 4, 2)
     roomy = arch in (80, 90, 100)

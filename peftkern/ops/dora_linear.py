@@ -91,13 +91,16 @@ def dora_linear(
     if type(scaling) is not float or scaling != scaling:
         scaling = number("dora_linear: scaling", scaling)
     dense = weight if isinstance(weight, torch.Tensor) else None
-    cast = autocast_dtype(x) if calls_are_changed() else None
+    changed = calls_are_changed()
+    cast = autocast_dtype(x) if changed else None
     if cast is not None:
         x = x.to(cast)
+    plain = dense is not None and adapters_fit(x, dense, lora_A, lora_B, bias)
     if dense is None:
         check_quantized("dora_linear", x, weight, lora_A, lora_B, bias, mixed=cast is not None)  # type: ignore[arg-type]
-    elif not adapters_fit(x, dense, lora_A, lora_B, bias):
+    elif not plain:
         check_adapters("dora_linear", x, dense, lora_A, lora_B, bias, mixed=cast is not None)
+    plain = plain and type(magnitude) in (torch.Tensor, torch.nn.Parameter)
     _check_vectors(x, weight, magnitude, norm, mixed=cast is not None)
     p = dropout_in_force(dropout_p, training)
     seed = None if p == 0.0 else dropout_seed(seed, x.device)
@@ -107,7 +110,7 @@ def dora_linear(
     keep_u = learns and magnitude.requires_grad
     norm = None if norm is None else norm.detach()
     rest = (scaling, p, path, keep_u)
-    if calls_are_changed() or dense is None or not adapters_fit(x, dense, lora_A, lora_B, bias):
+    if changed or not plain:
         tensors, sizes = _flatten(weight)
         if needs_operator(x, lora_A, lora_B, magnitude, *tensors):
             return _operator(x, tensors, lora_A, lora_B, magnitude, bias, seed, norm, sizes, *rest)[0]
