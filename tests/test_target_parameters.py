@@ -382,6 +382,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dropout": (dict(lora_dropout=0.1), ValueError, "lora_dropout=0.1 does not go with target_parameters"),
     "fan_in_fan_out": (dict(fan_in_fan_out=True), ValueError, "fan_in_fan_out=True does not go"),
     "lora_bias": (dict(lora_bias=True), ValueError, "lora_bias=True does not go"),
+    "dora": (dict(use_dora=True), ValueError, "use_dora=True does not go"),
     "loftq": (dict(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}), ValueError, "'loftq' does not go"),
     "a string": (dict(target_parameters="odd.matrix"), TypeError, "target_parameters must be a list"),
     "nothing there": (dict(target_parameters=["odd.nothing"]), ValueError, r"target_parameters=\['odd.nothing'\] no"),
