@@ -481,3 +481,14 @@ def test_a_call_without_names_does_not_take_another_threads_batch():
     thread.join()
     assert len(errors) == 2 and all("batch of another thread" in error for error in errors)
     torch.testing.assert_close(model(ids()), want)
+
+
+def test_a_model_compiles_after_a_batch_that_named_adapters():
+    """Would catch layers that ask, while they are traced, whether a backward pass runs: that broke the graph."""
+    model = llamas()[0].train()
+    tokens = ids(4, 6)
+    model(input_ids=tokens, adapter_names=NAMES).logits.sum().backward()
+    expected = model(input_ids=tokens).logits
+    model(input_ids=tokens, adapter_names=NAMES).logits.sum().backward()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(input_ids=tokens).logits, expected)

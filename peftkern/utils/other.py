@@ -95,7 +95,7 @@ def batch_in_force(layer: Any) -> Any:
             "AdapterBank.batch. Name the adapters in this thread's call too, which then waits for its turn, or keep "
             "other calls apart with a lock"
         )
-    if mixed is None and layer._mixed_before is not None:
+    if mixed is None and layer._mixed_before is not None and not torch.compiler.is_compiling():
         if torch._C._current_graph_task_id() != -1:  # this thread runs a backward pass
             return layer._mixed_before
         layer._mixed_before = None
