@@ -190,15 +190,15 @@ def _warn_of_left_out(model: LoraModel, adapters: list[str], adapter_name: str, 
     if with_dora:
         what = "starts with magnitudes of its own" if adapters[0] in with_dora else "has no magnitudes"
         warnings.warn(
-            f"{adapter_name!r} combines A and B alone: magnitudes of {with_dora} (use_dora) are left out, and it {what}",
+            f"{adapter_name!r} combines A and B alone: the magnitudes of {with_dora} are left out, and it {what}",
             stacklevel=4,
         )
     copies = [m for m in model.model.modules() if isinstance(m, ModulesToSaveWrapper)]
     trained = [name for name in dict.fromkeys(adapters) if any(name in wrapper.modules_to_save for wrapper in copies)]
     if trained:
         warnings.warn(
-            f"{adapter_name!r} combines A and B alone: modules that {trained} trained whole (modules_to_save) are the base "
-            "model's in it",
+            f"{adapter_name!r} combines A and B alone: modules that {trained} trained whole (modules_to_save) are "
+            "the base model's in it",
             stacklevel=4,
         )
 
