@@ -68,6 +68,18 @@ def test_prune_keeps_the_share(method):
         merge_utils.prune(tensor, 0, "random", rescale=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_dare_keeps_is_rescaled_in_float32(dtype):
+    """Catches a quotient that is rounded to the adapter's 16 bits before it is added up."""
+    tensor = tasks(dtype)[0]
+    torch.manual_seed(4)
+    kept = merge_utils.random_pruning(tensor, 0.7, rescale=False)
+    torch.manual_seed(4)
+    scaled = merge_utils.random_pruning(tensor, 0.7, rescale=True)
+    assert kept.dtype == dtype and scaled.dtype == torch.float32
+    assert torch.equal(scaled, kept.float() / 0.7)
+
+
 def test_majorities_and_means_by_hand():
     """Catches a zero that votes, a tie that goes to the negative, and a mean over all tasks."""
     stacked = torch.tensor([[3.0, -1.0, 0.0, 1.0], [-1.0, -1.0, 0.0, -1.0], [-1.0, 0.0, 0.0, 0.0]])

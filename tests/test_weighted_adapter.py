@@ -310,12 +310,13 @@ def test_layers_that_the_first_configuration_does_not_reach_are_named():
 
 
 def test_modules_trained_whole_are_told():
-    """Catches silence about a head that the new adapter does not have."""
+    """Catches silence about a head that the new adapter does not have, and a list that two configurations share."""
     adapters = {"a": {"target_modules": ["up"], "modules_to_save": ["down"]}, "b": {"target_modules": ["up"]}}
     ours, theirs = both(adapters=adapters)
     with pytest.warns(UserWarning, match="trained whole"):
         ours.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new")
     quiet(theirs.add_weighted_adapter, ["a", "b"], [1.0, 1.0], "new")
+    assert ours.peft_config["new"].modules_to_save is not ours.peft_config["a"].modules_to_save
     for model in (ours, theirs):
         assert not any(p.requires_grad for n, p in model.named_parameters() if ".new" in n)
         model.set_adapter("new")
