@@ -58,7 +58,7 @@ def parts() -> list[Part]:
         ),
         Part(
             "many",
-            0.2,
+            0.15,
             ["bench.many", "--parts", "decode"],
             [["bench.many", "--quick", "--parts", "decode", "--tokens", str(M)] for M in (1, 4, 16, 64)],
         ),
@@ -69,8 +69,8 @@ def parts() -> list[Part]:
             [["bench.many", "--quick", "--parts", "train", "prefill", "--tokens", str(M)] for M in (512, 2048, 8192)],
         ),
         Part("ia3", 0.1, ["bench.ia3", "--no-compiled"], []),
-        Part("experts", 0.1, ["bench.experts"], []),
-        Part("dora", 0.1, ["bench.dora", "--no-compiled"], []),
+        Part("experts", 0.075, ["bench.experts"], []),
+        Part("dora", 0.075, ["bench.dora", "--no-compiled"], []),
     ]
 
 

@@ -19,10 +19,10 @@ from peftkern.config import PeftConfig
 from peftkern.mapping_func import get_peft_model
 from peftkern.peft_model_base import PeftModel
 from peftkern.tuners.lora import LoraConfig, LoraModel
+from peftkern.tuners.lora.config import highest_rank
 from peftkern.tuners.lora.experts import ParamWrapper
 from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.mixed import MixedAdapters
-from peftkern.tuners.lora.model import highest_rank
 from peftkern.tuners.mixed import BASE
 from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import AdapterFileError, shorten, shown

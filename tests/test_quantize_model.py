@@ -25,6 +25,11 @@ from tiny_models import ids, mlp, tiny_llama
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def nested(depth: int) -> str:
+    """An empty list in lists, so deep that what reads it as a list does and what walks through it may not."""
+    return "[" * depth + "]" * depth
+
+
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
     """The folder of a tiny dense Llama in bfloat16."""
@@ -470,7 +475,7 @@ DAMAGE = {
     "another architecture": (edit_config(architectures=["NoSuchModel"]), [CONFIG, "NoSuchModel", "pass model_class"]),
     "deep": (
         lambda d: (d / CONFIG).write_text(
-            (d / CONFIG).read_text().rstrip()[:-1] + ', "x": ' + "[" * 500 + "]" * 500 + "}"
+            (d / CONFIG).read_text().rstrip()[:-1] + ', "x": ' + nested(sys.getrecursionlimit() // 2) + "}"
         ),
         [CONFIG, "recursion"],
     ),

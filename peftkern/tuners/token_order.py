@@ -157,5 +157,7 @@ def _forward_of(module: nn.Module) -> str:
     """
     held = vars(module)
     forward = held.get("_old_forward") if "_hf_hook" in held else held.get("forward")
+    if getattr(getattr(forward, "func", None), "computes_what_the_class_does", False):  # one of peftkern's own
+        forward = None
     function = getattr(forward or type(module).forward, "__func__", forward or type(module).forward)
     return f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"

@@ -17,11 +17,11 @@ from peftkern.tuners.mixed import MixedRows
 from peftkern.tuners.targets import check_is_called, ends_with_name, fit_fan_in_fan_out, is_linear
 from peftkern.tuners.tuner_layer import BaseTunerLayer, check_mergeable_base
 from peftkern.tuners.tuners_utils import BaseTuner
+from peftkern.tuners.weighted import check_sources, joined_targets
 from peftkern.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 )
-from peftkern.utils.other import ModulesToSaveWrapper
 
 
 def is_feedforward(config: Any, key: str) -> bool:
@@ -121,11 +121,14 @@ class IA3Model(BaseTuner):
             adapter_name: The new adapter's name.
 
         Raises:
-            ValueError: An unknown name, one that is taken, other than one weight each, more than one with
+            TypeError: `adapters` is a str, or a weight is no number.
+            ValueError: An unknown name, one that is taken, other than one finite weight each, more than one with
                 `modules_to_save` of the same module, or targets of which some are names and some expressions.
         """
-        new_targets = self._check_weighted(adapters, weights, adapter_name)
+        weights = check_sources(self, adapters, weights, adapter_name)
         first: Any = self.peft_config[adapters[0]]
+        fields = ("target_modules", "feedforward_modules")
+        new_targets: dict[str, Any] = {field: joined_targets(self, adapters, field) for field in fields}
         self.peft_config[adapter_name] = dataclasses.replace(first, **new_targets)
         try:
             self.inject_adapter(self.model, adapter_name)
@@ -142,28 +145,3 @@ class IA3Model(BaseTuner):
                     if name in layer.ia3_l:
                         total += layer.ia3_l[name] * weight
                 layer.ia3_l[adapter_name].copy_(total)
-
-    def _check_weighted(self, adapters: list[str], weights: list[float], adapter_name: str) -> dict[str, Any]:
-        """The new configuration's `target_modules` and `feedforward_modules`; raises as `add_weighted_adapter` says."""
-        if not adapters:
-            raise ValueError("adapters: expected at least one name, got none")
-        self._check_names(adapters)
-        if adapter_name in self.peft_config:
-            raise ValueError(f"adapter_name: there is an adapter {adapter_name!r} already")
-        if len(weights) != len(adapters):
-            raise ValueError(f"weights: expected one for each of {len(adapters)} adapters, got {len(weights)}")
-        for module in self.model.modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                both = [name for name in adapters if name in module.modules_to_save]
-                if len(both) > 1:
-                    raise ValueError(f"adapters: {both} each have a copy of a module (modules_to_save): no sum of them")
-        joined: dict[str, Any] = {}
-        for field in ("target_modules", "feedforward_modules"):
-            values = [getattr(self.peft_config[name], field) for name in adapters]
-            if len({isinstance(value, str) for value in values}) > 1:
-                raise ValueError(f"adapters: expected {field} that are all names or all expressions, got {values}")
-            if isinstance(values[0], str):
-                joined[field] = "|".join(f"({value})" for value in values)
-            else:
-                joined[field] = set().union(*values)
-        return joined

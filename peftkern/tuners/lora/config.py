@@ -230,6 +230,11 @@ class LoraConfig(PeftConfig):
         raise NotImplementedError(f"LoraConfig._register_custom_module is not built in peftkern, got {mapping!r}")
 
 
+def highest_rank(config: Any) -> int:
+    """The largest rank that `config` gives any module."""
+    return max([config.r, *config.rank_pattern.values()])
+
+
 def _check_rank(name: str, value: Any) -> None:
     _expect(name, value, (int,), "an int of at least 1")
     if value < 1:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from peftkern.tuners.lora.config import highest_rank
 from peftkern.tuners.lora.embedding import Embedding
 from peftkern.tuners.lora.experts import ParamWrapper
 from peftkern.tuners.lora.gated_mlp import fuse_known_mlps, release_mlps
@@ -16,16 +17,12 @@ from peftkern.tuners.lora.merging import check_mergeable, checked_merge
 from peftkern.tuners.lora.mixed import MixedAdapters
 from peftkern.tuners.lora.parameter_targets import ParameterTarget, match_parameters, settle_expert_targets, wrap
 from peftkern.tuners.lora.shared_input import share_known_inputs
+from peftkern.tuners.lora.weighted import Combination, add_weighted
 from peftkern.tuners.mixed import MixedRows
 from peftkern.tuners.targets import check_is_called, fit_fan_in_fan_out, get_pattern_key, is_linear
 from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.tuners.tuners_utils import BaseTuner
 from peftkern.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-
-def highest_rank(config: Any) -> int:
-    """The largest rank that `config` gives any module."""
-    return max([config.r, *config.rank_pattern.values()])
 
 
 def rank_and_alpha(config: Any, key: str) -> tuple[int, int | float]:
@@ -41,7 +38,7 @@ class LoraModel(BaseTuner):
     `ParamWrapper` around the module of each targeted parameter.
     The arguments and errors are those of `BaseTuner`; the configuration is a `LoraConfig`.
 
-    PEFT's `add_weighted_adapter` and `subtract_mutated_init` are not built.
+    PEFT's `subtract_mutated_init` is not built.
     """
 
     prefix: str = "lora_"
@@ -145,3 +142,51 @@ class LoraModel(BaseTuner):
                 f"{slots} of up to {highest}: add adapters by the bank's add, which refuses what does not fit"
             )
         return MixedAdapters(self.model, slots, highest, LoraLayer)
+
+    # -- combining adapters ---------------------------------------------------------------------------------------
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Adds an adapter that combines others, frozen until it is active; they stay as they are.
+
+        As in PEFT it has the first one's configuration with the targets of all, and scaling 1. What each combination
+        computes, and how dare's masks follow from torch's seed: peftkern/tuners/lora/weighted.py.
+
+        Args:
+            adapters: Names of adapters here; a single one is combined by "linear".
+            weights: A number for each, of either sign.
+            adapter_name: The new adapter's name.
+            combination_type: "svd", "cat" (exact, its rank is the ranks' sum), "linear", "ties", "dare_linear",
+                "dare_ties", "magnitude_prune" (of A and of B: rough, and of adapters of one rank), or one of the last
+                four with "_svd" (of B A).
+            svd_rank: The new rank where "svd" decides; None for the largest of the adapters'.
+            svd_clamp: Quantile of the elements of A and B to which both are clamped, in [0, 1]; None for no clamping.
+            svd_full_matrices: Taken for PEFT's callers. What full matrices have more is cut off, so it is not computed.
+            svd_driver: cuSOLVER's method, "gesvd", "gesvdj" or "gesvda", of layers on CUDA devices.
+            density: The share of elements that pruning keeps, in [0, 1], for all but "svd", "linear" and "cat".
+            majority_sign_method: How ties finds the sign of most: "total" or "frequency".
+
+        Raises:
+            TypeError: `adapters` is a str, a weight is no number, or a layer's A or B is no plain tensor.
+            ValueError: An unknown name, one that is taken (PEFT returns without a word), other than one weight each, a
+                value that is not allowed, ranks that differ, adapters with `target_parameters` or `lora_bias` or that
+                are not finite, more than one with `modules_to_save` of a module, or targets of which some are names and
+                some expressions. The model is as it was then.
+
+        Warns:
+            UserWarning: Of what is left out, as in PEFT: magnitudes of DoRA, modules trained whole, layers that the
+                first one's configuration does not reach.
+        """
+        how = Combination(combination_type, svd_clamp, svd_driver, density, majority_sign_method)
+        add_weighted(self, adapters, weights, adapter_name, how, svd_rank)
