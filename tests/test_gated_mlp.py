@@ -313,6 +313,30 @@ def test_off_stays_off():
         peftkern.fuse_mlps("llama")
 
 
+@pytest.mark.parametrize("end", ["off", "unload"])
+def test_a_hook_of_accelerate_before_it(end, calls):
+    """Would catch a forward that was given back, or whose adapters are gone, and that an accelerate hook brings back
+    when it is removed."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = adapted()
+    expected = results(model)
+    mlp = mlps(model)[0]
+    hooks.add_hook_to_module(mlp, hooks.ModelHook())
+    same(results(model), expected)
+    assert len(calls) == 4 and len(mlps(model)) == 2
+    if end == "off":
+        assert len(peftkern.fuse_mlps(model, enabled=False)) == 2
+        same(results(model), expected)
+    else:
+        model.unload()
+    assert not mlps(model)
+    hooks.remove_hook_from_module(mlp)
+    assert not is_fused(mlp) and mlp.forward == type(mlp).forward.__get__(mlp)
+    if end == "off":
+        same(results(model), expected)
+    assert len(calls) == 4
+
+
 def test_explain_says_so():
     """Would catch a table that does not tell which layers are computed otherwise than alone."""
     model = adapted()

@@ -12,6 +12,7 @@ that are merged, disabled or several) or compiles the model gets the class's own
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import torch
@@ -197,8 +198,11 @@ def release_mlps(model: nn.Module) -> None:
 
 
 def is_fused(mlp: nn.Module) -> bool:
-    """Whether a module's forward was taken over."""
-    forward = mlp.__dict__.get("forward")
+    """Whether a module's forward was taken over, also where an accelerate hook stands before it."""
+    return any(_is_ours(mlp.__dict__.get(name)) for name in ("forward", "_old_forward"))
+
+
+def _is_ours(forward: Any) -> bool:
     return isinstance(forward, functools.partial) and forward.func is _forward
 
 
@@ -210,5 +214,8 @@ def _take(mlp: Any) -> None:
 
 def _release(mlp: Any) -> None:
     if is_fused(mlp):
-        del mlp.__dict__["forward"]
+        if _is_ours(mlp.__dict__.get("forward")):
+            del mlp.__dict__["forward"]
+        else:  # what an accelerate hook calls, and gives back when it goes
+            mlp.__dict__["_old_forward"] = types.MethodType(type(mlp).forward, mlp)
         mlp._modules["down_proj"].__dict__.pop("_ends_mlp", None)
