@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib
 import io
+import types
 
 import pytest
 import torch
@@ -344,3 +345,24 @@ def test_explain_says_so():
     assert "made again in backward" in rows["down_proj"] and "made again" not in rows["up_proj"]
     peftkern.fuse_mlps(model, enabled=False)
     assert not any("made again" in row.reason for row in peftkern.explain(model).rows)
+
+
+@pytest.mark.parametrize("case", ["dora", "two adapters", "hook", "instance", "class"])
+def test_explain_says_so_only_where_it_is_so(case, monkeypatch, calls):
+    """Would catch a table that tells of a fused MLP where down_proj's adapter has DoRA, or others' forwards run."""
+    model = adapted(use_dora=case == "dora")
+    kind = type(mlps(model)[0])
+    own = kind.forward
+    if case == "two adapters":
+        model.add_adapter("other", peftkern.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model.base_model.set_adapter(["default", "other"])
+    for mlp in mlps(model):
+        if case == "hook":
+            mlp.act_fn.register_forward_hook(lambda *_: None)
+        if case == "instance":  # as kernels are patched in
+            mlp.forward = types.MethodType(lambda mlp, x: own(mlp, x), mlp)
+    if case == "class":
+        monkeypatch.setattr(kind, "forward", lambda mlp, x: own(mlp, x))
+    assert not any("made again" in row.reason for row in peftkern.explain(model).rows)
+    results(model)
+    assert not calls
