@@ -129,7 +129,7 @@ def weight_norm(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> t
 
 @without_autocast
 def _plain_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
-    """`dora_norm` for sharded weights and transforms: in operations that these know, and constant to all derivatives."""
+    """`dora_norm` for sharded weights and transforms: in operations that these know, constant to all derivatives."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     weight, A, B = (t.detach().to(wide) for t in (weight, A, B))
     return torch.linalg.vector_norm(weight + scaling * (B @ A), dim=1)

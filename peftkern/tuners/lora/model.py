@@ -115,8 +115,8 @@ class LoraModel(BaseTuner):
             raise ValueError("use_dora=True: the model is an AdapterBank's, and DoRA cannot be mixed in a batch")
         if isinstance(mixed, MixedAdapters) and mixed.is_fixed and config.target_parameters:
             raise ValueError(
-                f"target_parameters={sorted(config.target_parameters)}: the model is an AdapterBank's, and an adapter on "
-                "a parameter is part of a weight, which all rows share"
+                f"target_parameters={sorted(config.target_parameters)}: the model is an AdapterBank's, and an adapter "
+                "on a parameter is part of a weight, which all rows share"
             )
 
     def _check_same_parameters(self, config: Any) -> None:
