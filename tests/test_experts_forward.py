@@ -326,6 +326,17 @@ def test_biases_as_parameters():
         assert torch.allclose(merged_model(input_ids=tokens()).logits, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("targets", [["gate_up_proj", "down_proj"], ["down_proj"]])
+def test_offloaded_adapters_are_refused(targets):
+    """Catches garbage: an adapter whose values an accelerate hook took away, added to experts that it brings."""
+    accelerate = pytest.importorskip("accelerate")
+    model = peftkern.get_peft_model(moe("mixtral"), LoraConfig(r=2, target_modules=[], target_parameters=targets))
+    randomize(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"adapter 'default' of '.*_proj' is on the meta device"):
+        model(input_ids=tokens())
+
+
 def test_offloaded_experts():
     """Catches a delta that is added to a weight on the meta device, or lost when accelerate fetches the weight."""
     accelerate = pytest.importorskip("accelerate")

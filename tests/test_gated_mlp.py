@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib
 import io
+import types
 
 import pytest
 import torch
@@ -313,6 +314,30 @@ def test_off_stays_off():
         peftkern.fuse_mlps("llama")
 
 
+@pytest.mark.parametrize("end", ["off", "unload"])
+def test_a_hook_of_accelerate_before_it(end, calls):
+    """Would catch a forward that was given back, or whose adapters are gone, and that an accelerate hook brings back
+    when it is removed."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = adapted()
+    expected = results(model)
+    mlp = mlps(model)[0]
+    hooks.add_hook_to_module(mlp, hooks.ModelHook())
+    same(results(model), expected)
+    assert len(calls) == 4 and len(mlps(model)) == 2
+    if end == "off":
+        assert len(peftkern.fuse_mlps(model, enabled=False)) == 2
+        same(results(model), expected)
+    else:
+        model.unload()
+    assert not mlps(model)
+    hooks.remove_hook_from_module(mlp)
+    assert not is_fused(mlp) and mlp.forward == type(mlp).forward.__get__(mlp)
+    if end == "off":
+        same(results(model), expected)
+    assert len(calls) == 4
+
+
 def test_explain_says_so():
     """Would catch a table that does not tell which layers are computed otherwise than alone."""
     model = adapted()
@@ -320,3 +345,24 @@ def test_explain_says_so():
     assert "made again in backward" in rows["down_proj"] and "made again" not in rows["up_proj"]
     peftkern.fuse_mlps(model, enabled=False)
     assert not any("made again" in row.reason for row in peftkern.explain(model).rows)
+
+
+@pytest.mark.parametrize("case", ["dora", "two adapters", "hook", "instance", "class"])
+def test_explain_says_so_only_where_it_is_so(case, monkeypatch, calls):
+    """Would catch a table that tells of a fused MLP where down_proj's adapter has DoRA, or others' forwards run."""
+    model = adapted(use_dora=case == "dora")
+    kind = type(mlps(model)[0])
+    own = kind.forward
+    if case == "two adapters":
+        model.add_adapter("other", peftkern.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model.base_model.set_adapter(["default", "other"])
+    for mlp in mlps(model):
+        if case == "hook":
+            mlp.act_fn.register_forward_hook(lambda *_: None)
+        if case == "instance":  # as kernels are patched in
+            mlp.forward = types.MethodType(lambda mlp, x: own(mlp, x), mlp)
+    if case == "class":
+        monkeypatch.setattr(kind, "forward", lambda mlp, x: own(mlp, x))
+    assert not any("made again" in row.reason for row in peftkern.explain(model).rows)
+    results(model)
+    assert not calls

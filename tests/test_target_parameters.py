@@ -444,6 +444,10 @@ def test_mixed_batches_and_banks_refuse(tmp_path):
     for adapter in (str(tmp_path), peftkern.LoraConfig(target_parameters=BOTH["mixtral"], target_modules=["q_proj"])):
         with pytest.raises(ValueError, match=r"adapter 'law': target_parameters=\['experts.down_proj'"):
             bank.add("law", adapter)
+    fields = dict(target_parameters=BOTH["mixtral"], target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="target_parameters=.*the model is an AdapterBank's"):
+        bank.model.add_adapter("law", peftkern.LoraConfig(**fields))  # which would end all batches of the bank
+    assert bank.names == [] and not any(isinstance(m, ParamWrapper) for m in bank.model.modules())
     with pytest.raises(ValueError, match="adapter 'law': target_parameters"):
         peftkern.AdapterBank.from_pretrained(moe("mixtral"), {"law": tmp_path}, progress=False)
     base = moe("mixtral")

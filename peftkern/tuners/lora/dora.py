@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftkern.ops import dora_linear, dora_norm
+from peftkern.ops import dequantize, dora_linear, dora_norm
+from peftkern.ops._common import without_autocast
 from peftkern.ops.linear_quantized import linear_quantized
-from peftkern.tuners.fusing import compute_dtype, plain_weight, why_called_as_is
+from peftkern.tuners.fusing import compute_dtype, plain_weight, why_called_as_is, why_plain
 from peftkern.tuners.merging_quantized import quantized_base
 from peftkern.utils.quantized_modules import weight_of
 from peftkern.weights import Weight
@@ -118,10 +119,20 @@ def weight_norm(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> t
     A, B = _factors(layer, adapter)
     if not isinstance(weight, torch.Tensor):
         dtype = dtype or compute_dtype(layer.get_base_layer(), torch.float32)
+        if why_plain():
+            return _plain_norm(dequantize(weight, dtype), A, B, layer.scaling[adapter])
         return dora_norm(weight, A, B, layer.scaling[adapter], dtype=dtype)
-    if type(weight) not in (torch.Tensor, nn.Parameter):
-        return torch.linalg.vector_norm(weight + layer.scaling[adapter] * (B @ A), dim=1)
+    if type(weight) not in (torch.Tensor, nn.Parameter) or why_plain():
+        return _plain_norm(weight, A, B, layer.scaling[adapter])
     return dora_norm(weight, A, B, layer.scaling[adapter])
+
+
+@without_autocast
+def _plain_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
+    """`dora_norm` for sharded weights and transforms: in operations that these know, constant to all derivatives."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    weight, A, B = (t.detach().to(wide) for t in (weight, A, B))
+    return torch.linalg.vector_norm(weight + scaling * (B @ A), dim=1)
 
 
 class _KeptNorm:

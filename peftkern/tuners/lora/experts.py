@@ -150,7 +150,17 @@ class ParamWrapper(LoraLayer, nn.Module):
 
     @without_autocast
     def _sum(self, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
-        """`weight` plus what these adapters add, in its dtype; the sum is rounded once."""
+        """`weight` plus what these adapters add, in its dtype; the sum is rounded once.
+
+        Raises:
+            ValueError: An adapter is on the meta device and the weight is not: the sum would be of no values.
+        """
+        for name in names if not weight.is_meta else ():
+            if self.lora_A[name].weight.is_meta or self.lora_B[name].weight.is_meta:
+                raise ValueError(
+                    f"adapter {name!r} of {self.parameter_name!r} is on the meta device (an accelerate hook brings it "
+                    "for calls of lora_A and lora_B, which a parameter's adapter has none of): keep it on a device"
+                )
         A, B, scaling = self._factors(names)
         lhs, rhs = (A.transpose(1, 2), B.transpose(1, 2)) if self.is_transposed else (B, A)
         stacked = weight.view(self.num_experts, *weight.shape[-2:])

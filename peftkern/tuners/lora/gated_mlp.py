@@ -12,6 +12,7 @@ that are merged, disabled or several) or compiles the model gets the class's own
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import torch
@@ -200,18 +201,42 @@ def release_mlps(model: nn.Module) -> None:
 
 
 def is_fused(mlp: nn.Module) -> bool:
-    """Whether a module's forward was taken over."""
-    forward = mlp.__dict__.get("forward")
+    """Whether a module's forward was taken over, also where an accelerate hook stands before it."""
+    return any(_is_ours(mlp.__dict__.get(name)) for name in ("forward", "_old_forward"))
+
+
+def _is_ours(forward: Any) -> bool:
     return isinstance(forward, functools.partial) and forward.func is _forward
+
+
+class _EndOf:
+    """Of a down_proj: the MLP whose forward was taken over.
+
+    Args:
+        mlp: that MLP.
+    """
+
+    def __init__(self, mlp: nn.Module) -> None:
+        self.mlp = mlp
+
+    def is_in_force(self) -> bool:
+        """Whether its forward would be the operation now: no other method's or hooks' turn, no other forward."""
+        in_one = _is_in_one(type(self.mlp).forward)
+        if in_one is None or not is_fused(self.mlp) or _down(self.mlp) is None:
+            return False
+        return _activation(self.mlp._modules["activation_fn" if in_one else "act_fn"]) is not None
 
 
 def _take(mlp: Any) -> None:
     if "forward" not in mlp.__dict__:  # someone else's stays
         mlp.__dict__["forward"] = functools.partial(_forward, mlp)  # of which copies and pickles are the copy's own
-        mlp._modules["down_proj"].__dict__["_ends_mlp"] = True
+        mlp._modules["down_proj"].__dict__["_ends_mlp"] = _EndOf(mlp)
 
 
 def _release(mlp: Any) -> None:
     if is_fused(mlp):
-        del mlp.__dict__["forward"]
+        if _is_ours(mlp.__dict__.get("forward")):
+            del mlp.__dict__["forward"]
+        else:  # what an accelerate hook calls, and gives back when it goes
+            mlp.__dict__["_old_forward"] = types.MethodType(type(mlp).forward, mlp)
         mlp._modules["down_proj"].__dict__.pop("_ends_mlp", None)

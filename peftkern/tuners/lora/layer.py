@@ -239,8 +239,8 @@ class Linear(LoraLayer, nn.Module):
 
     # The `SharedInput` of layers that are called with the same x, if this is one of them.
     _shared_input: Any = None
-    # Whether this is the last projection of an MLP whose forward `gated_mlp` took over.
-    _ends_mlp: bool = False
+    # What `gated_mlp` knows of the MLP whose last projection this is, if it took the MLP's forward over.
+    _ends_mlp: Any = None
 
     def __init__(
         self,
@@ -329,7 +329,7 @@ class Linear(LoraLayer, nn.Module):
         plan = self.plan_alone(tokens)
         if self._shared_input is not None:
             plan = self._shared_input.plan(plan, tokens)
-        if self._ends_mlp and plan.path != "unfused":
+        if self._ends_mlp is not None and plan.path != "unfused" and self._ends_mlp.is_in_force():
             plan = Plan(plan.path, f"{plan.reason}; its input, act(gate) * up, is made again in backward, not kept")
         return plan
 

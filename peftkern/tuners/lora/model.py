@@ -110,6 +110,11 @@ class LoraModel(BaseTuner):
             raise ValueError(f"adapter {name!r}: its rank is {highest}, the bank has room for {mixed.max_rank}")
         if isinstance(mixed, MixedAdapters) and mixed.is_fixed and config.use_dora:
             raise ValueError("use_dora=True: the model is an AdapterBank's, and DoRA cannot be mixed in a batch")
+        if isinstance(mixed, MixedAdapters) and mixed.is_fixed and config.target_parameters:
+            raise ValueError(
+                f"target_parameters={sorted(config.target_parameters)}: the model is an AdapterBank's, and an adapter "
+                "on a parameter is part of a weight, which all rows share"
+            )
 
     def _check_same_parameters(self, config: Any) -> None:
         """Raises ValueError for another set of target_parameters than other adapters have: which parameter a wrapper's
