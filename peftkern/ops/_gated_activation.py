@@ -46,20 +46,33 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: str, path: str) -> t
     return h
 
 
-def gated_gradients(
-    dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, h: torch.Tensor, activation: str, path: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dgate, dup) [M, C], in the memory of dh and of h, which is no longer needed and is only written."""
+def gated_again(
+    gate: torch.Tensor, up: torch.Tensor, activation: str, path: str, needs_h: bool
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(h or None if it is not needed, what `gated_gradients` takes), as backward makes them."""
     if is_plain(path):
-        act, act_backward = ACTIVATIONS[activation]
-        torch.mul(dh, act(gate), out=h)
-        return act_backward(dh.mul_(up), gate), h
+        value = ACTIVATIONS[activation][0](gate.contiguous())
+        return value * up if needs_h else None, value
+    if needs_h:
+        h = gated(gate, up, activation, path)
+        return h, h
+    return None, torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
+def gated_gradients(
+    dh: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, made: torch.Tensor, activation: str, path: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dgate, dup) [M, C], in the memory of dh and of `made`, which `gated_again` gave: act(gate) in plain PyTorch, and
+    for the kernel, which makes that itself, only room."""
+    if is_plain(path):
+        made.mul_(dh)
+        return ACTIVATIONS[activation][1](dh.mul_(up), gate), made
     from peftkern_kernels import replay
     from peftkern_kernels.gated_activation import gated_backward_calls
 
     def build() -> Any:
         arch = device_info(gate.device).arch
-        return (), gated_backward_calls(dh, gate, up, dh, h, activation=activation, arch=arch)
+        return (), gated_backward_calls(dh, gate, up, dh, made, activation=activation, arch=arch)
 
-    replay.produce(("gated backward", activation), (dh, gate, up, h), build, gate.device)
-    return dh, h
+    replay.produce(("gated backward", activation), (dh, gate, up, made), build, gate.device)
+    return dh, made

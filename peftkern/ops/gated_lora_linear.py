@@ -27,7 +27,7 @@ from peftkern.ops._common import (
     two_dtypes,
     without_autocast,
 )
-from peftkern.ops._gated_activation import ACTIVATIONS, gated, gated_gradients, is_plain
+from peftkern.ops._gated_activation import ACTIVATIONS, gated, gated_again, gated_gradients, is_plain
 from peftkern.ops._lora_linear_shared_operator import flatten_all, unflatten_all
 from peftkern.ops.lora_linear import _backward as dense_backward
 from peftkern.ops.lora_linear import _forward as dense_forward
@@ -171,10 +171,11 @@ def _backward(
     K, N = gate.shape[-1], weight.shape[0]
     rows = (gate.reshape(-1, K), up.reshape(-1, K))
     h: Any = None
-    if needs_a:
+    made: Any = None
+    if needs_h:
+        h, made = gated_again(*rows, activation, path, needs_a)
+    elif needs_a:
         h = gated(*rows, activation, path)
-    elif needs_h:
-        h = torch.empty_like(rows[0], memory_format=torch.contiguous_format)  # room for dup
     saved: Any = (dy.reshape(-1, N), h, weight, lora_A, lora_B, s, mask, seed, scaling, dropout_p, path)
     if isinstance(weight, torch.Tensor):
         wanted: Any = ((needs_h, False, needs_a, needs_b, False), None)
@@ -184,7 +185,7 @@ def _backward(
         dh, da, db, _ = quantized_backward(*saved, *wanted)
     if not needs_h:
         return None, None, da, db
-    dgate, dup = gated_gradients(dh, *rows, h, activation, path)  # type: ignore[arg-type]
+    dgate, dup = gated_gradients(dh, *rows, made, activation, path)  # type: ignore[arg-type]
     return dgate.view(gate.shape), dup.view(gate.shape), da, db
 
 
