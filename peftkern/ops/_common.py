@@ -146,6 +146,21 @@ def unflattened(y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return _unsafe_view(y, (*shape, y.shape[1]))
 
 
+def is_plain(path: str) -> bool:
+    """Whether a path, also one that begins with "dequantize:", is plain PyTorch."""
+    return path.rpartition(":")[2] in PLAIN_PATHS
+
+
+def fake_gradients(
+    dy: torch.Tensor, full: Sequence[tuple[Sequence[int], torch.dtype | None]], needs: Sequence[bool]
+) -> tuple[torch.Tensor, ...]:
+    """What an operator's backward returns, for its fake: tensors of these shapes and dtypes, empty where not needed."""
+    return tuple(
+        dy.new_empty(shape, dtype=dtype) if need else dy.new_empty(0)
+        for need, (shape, dtype) in zip(needs, full, strict=True)
+    )
+
+
 def none_if_empty(t: torch.Tensor) -> torch.Tensor | None:
     """Operators return tensors only: an empty one stands for None."""
     return None if t.numel() == 0 else t
@@ -176,7 +191,7 @@ def kept_s(s: torch.Tensor | None, path: str) -> torch.Tensor | None:
     another path: `use_backend` holds for one thread, and on a GPU backward runs in another. torch.utils.checkpoint
     compares shapes, and so refuses what would be wrong gradients.
     """
-    return s if s is None or path.rpartition(":")[2] not in PLAIN_PATHS else s.unsqueeze(0)
+    return s if s is None or not is_plain(path) else s.unsqueeze(0)
 
 
 def taken_s(s: torch.Tensor | None) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from peftkern.backend import device_info
-from peftkern.ops._common import PLAIN_PATHS
+from peftkern.ops._common import is_plain
 
 _aten = torch.ops.aten
 ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
@@ -23,11 +23,6 @@ ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Te
         lambda grad, gate: _aten.gelu_backward(grad, gate, approximate="tanh"),
     ),
 }
-
-
-def is_plain(path: str) -> bool:
-    """Whether the projection that h goes into runs in plain PyTorch."""
-    return path.rpartition(":")[2] in PLAIN_PATHS
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str, path: str) -> torch.Tensor:

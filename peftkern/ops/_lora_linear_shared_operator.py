@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 
-from peftkern.ops._common import PLAIN_PATHS, rank_columns, refuse_double_backward
+from peftkern.ops._common import (
+    is_plain,
+    rank_columns,
+    refuse_double_backward,
+)
 from peftkern.ops._lora_linear_shared_call import Optional, backward_shared, forward_shared, launched_apart
 from peftkern.ops._projection_group import Group
 from peftkern.ops.lora_linear_quantized import flatten, unflatten
@@ -65,7 +69,7 @@ def unflatten_all(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> li
 
 def _draws_mask(seed: Optional, path: str) -> bool:
     """Whether forward keeps a mask, rather than the seed to draw it again."""
-    return seed is not None and path.rpartition(":")[2] in PLAIN_PATHS
+    return seed is not None and is_plain(path)
 
 
 def _dtype_of_all(lora_As: Sequence[torch.Tensor]) -> torch.dtype:

@@ -14,7 +14,11 @@ import torch
 from peftkern.adapter_pool import LayerAdapters, Layout
 from peftkern.ops import _multi_lora_linear_torch as plain
 from peftkern.ops._base_product import add_base_backward, base
-from peftkern.ops._common import PLAIN_PATHS, unflattened, without_autocast
+from peftkern.ops._common import (
+    is_plain,
+    unflattened,
+    without_autocast,
+)
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.ops.quantize import dequantize
 from peftkern_kernels.adapters import Adapters
@@ -57,11 +61,6 @@ class Call:
         """The adapters as the kernels take them."""
         held = self.adapters
         return held.kernel_adapters() if isinstance(held, LayerAdapters) else held
-
-
-def is_plain(path: str) -> bool:
-    """Whether a path, also one that begins with "dequantize:", is plain PyTorch."""
-    return path.rpartition(":")[2] in PLAIN_PATHS
 
 
 def forward(x: torch.Tensor, bias: Optional, call: Call, *, keep: bool) -> tuple[torch.Tensor, Optional]:

@@ -29,6 +29,8 @@ from peftkern.ops._common import (
     check_adapters,
     dropout_in_force,
     dropout_seed,
+    fake_gradients,
+    is_plain,
     kept_s,
     needs_operator,
     none_if_empty,
@@ -361,7 +363,7 @@ def _(x, tensors, lora_A, lora_B, magnitude, bias, seed, norm, sizes, scaling, d
     N, K = _sizes(tensors, sizes)
     M = x.numel() // K
     wide = wide_dtype(x.dtype)
-    mask_shape = (M, K) if seed is not None and path.rpartition(":")[2] in PLAIN_PATHS else (0,)
+    mask_shape = (M, K) if seed is not None and is_plain(path) else (0,)
     return (
         x.new_empty(*x.shape[:-1], N),
         x.new_empty(M, lora_A.shape[0]),
@@ -395,7 +397,7 @@ def _operator_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of (x, weight, lora_A, lora_B, magnitude, bias), empty where not asked for."""
     drawn = none_if_empty(mask)
-    if seed is not None and path.rpartition(":")[2] in PLAIN_PATHS:
+    if seed is not None and is_plain(path):
         drawn = mask  # also of no rows, when it is as empty as one that was not drawn
     kept: Any = (s, drawn, seed if drawn is None else None, u if needs[4] else None, c, inverse)
     rest: Any = (Numbers(scaling, dropout_p, path), tuple(needs), (magnitude_dtype, bias_dtype))
@@ -418,10 +420,7 @@ def _(
         ((N,), magnitude_dtype),
         ((N,), bias_dtype),
     )
-    return tuple(
-        dy.new_empty(shape, dtype=dtype) if need else dy.new_empty(0)
-        for need, (shape, dtype) in zip(needs, full, strict=True)
-    )
+    return fake_gradients(dy, full, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

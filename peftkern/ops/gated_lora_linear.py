@@ -18,6 +18,8 @@ from peftkern.ops._common import (
     autocast_dtype,
     dropout_in_force,
     dropout_seed,
+    fake_gradients,
+    is_plain,
     kept_s,
     needs_operator,
     none_if_empty,
@@ -27,7 +29,7 @@ from peftkern.ops._common import (
     two_dtypes,
     without_autocast,
 )
-from peftkern.ops._gated_activation import ACTIVATIONS, gated, gated_again, gated_gradients, is_plain
+from peftkern.ops._gated_activation import ACTIVATIONS, gated, gated_again, gated_gradients
 from peftkern.ops._lora_linear_shared_operator import flatten_all, unflatten_all
 from peftkern.ops.lora_linear import _backward as dense_backward
 from peftkern.ops.lora_linear import _forward as dense_forward
@@ -284,8 +286,8 @@ def _operator_backward(
 @_operator_backward.register_fake
 def _(dy, gate, up, tensors, lora_A, lora_B, s, mask, seed, numbers, scaling, dropout_p, activation, path, needs):
     needs_h, needs_a, needs_b = needs
-    full = ((gate, needs_h), (gate, needs_h), (lora_A, needs_a), (lora_B, needs_b))
-    return tuple(dy.new_empty(t.shape, dtype=t.dtype) if need else dy.new_empty(0) for t, need in full)
+    full = [(t.shape, t.dtype) for t in (gate, gate, lora_A, lora_B)]
+    return fake_gradients(dy, full, (needs_h, needs_h, needs_a, needs_b))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

@@ -18,6 +18,7 @@ from peftkern.ops._common import (
     apply_directly,
     ask,
     autocast_dtype,
+    fake_gradients,
     kept_s,
     needs_operator,
     number,
@@ -299,10 +300,7 @@ def _(dy, x, weight, lora_A, lora_B, s, offsets, scaling, path, needs, bias_dtyp
         ((0,), dy.dtype) if lora_B is None else (lora_B.shape, lora_B.dtype),
         ((E, N), bias_dtype),
     )
-    return tuple(
-        dy.new_empty(shape, dtype=dtype) if need else dy.new_empty(0)
-        for need, (shape, dtype) in zip(needs, full, strict=True)
-    )
+    return fake_gradients(dy, full, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

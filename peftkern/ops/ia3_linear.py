@@ -29,6 +29,7 @@ from peftkern.ops._common import (
     ask,
     autocast_dtype,
     calls_are_changed,
+    fake_gradients,
     needs_operator,
     refuse_double_backward,
     two_dtypes,
@@ -464,10 +465,7 @@ def _(dy, x, tensors, scale, z, ids, numbers, is_feedforward, path, needs, bias_
         (scale.shape, scale.dtype),
         ((N,), bias_dtype),
     )
-    return tuple(
-        dy.new_empty(shape, dtype=dtype) if need else dy.new_empty(0)
-        for need, (shape, dtype) in zip(needs, full, strict=True)
-    )
+    return fake_gradients(dy, full, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

@@ -24,6 +24,7 @@ from peftkern.ops._common import (
     check_adapters,
     dropout_in_force,
     dropout_seed,
+    fake_gradients,
     kept_s,
     needs_operator,
     none_if_empty,
@@ -320,10 +321,7 @@ def _(dy, x, weight, lora_A, lora_B, s, mask, seed, scaling, dropout_p, path, ne
         (lora_B.shape, lora_B.dtype),
         ((N,), bias_dtype),
     )
-    return tuple(
-        dy.new_empty(shape, dtype=dtype) if need else dy.new_empty(0)
-        for need, (shape, dtype) in zip(needs, full, strict=True)
-    )
+    return fake_gradients(dy, full, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

@@ -23,6 +23,8 @@ from peftkern.ops._common import (
     autocast_dtype,
     check_adapters,
     dropout_seed,
+    fake_gradients,
+    is_plain,
     kept_s,
     needs_operator,
     none_if_empty,
@@ -318,8 +320,7 @@ def _operator(
 def _(x, tensors, lora_A, lora_B, bias, seed, numbers, scaling, dropout_p, path):
     N, K, _ = numbers
     M = x.numel() // K
-    plain = path.partition(":")[2] in PLAIN_PATHS
-    mask_shape = (M, K) if seed is not None and plain else (0,)
+    mask_shape = (M, K) if seed is not None and is_plain(path) else (0,)
     return (
         x.new_empty(*x.shape[:-1], N),
         x.new_empty(M, lora_A.shape[0]),
@@ -361,10 +362,7 @@ def _(dy, x, tensors, lora_A, lora_B, s, mask, seed, numbers, scaling, dropout_p
         (lora_B.shape, lora_B.dtype),
         ((N,), bias_dtype),
     )
-    return tuple(
-        dy.new_empty(shape, dtype=dtype) if need else dy.new_empty(0)
-        for need, (shape, dtype) in zip(needs, full, strict=True)
-    )
+    return fake_gradients(dy, full, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

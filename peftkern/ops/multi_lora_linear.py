@@ -20,12 +20,13 @@ from peftkern.ops._common import (
     check_adapters,
     dropout_in_force,
     dropout_seed,
+    is_plain,
     kept_s,
     needs_operator,
     refuse_double_backward,
     taken_s,
 )
-from peftkern.ops._multi_lora_linear_call import WHOLE_POOL, Call, Owner, backward, forward, is_plain
+from peftkern.ops._multi_lora_linear_call import WHOLE_POOL, Call, Owner, backward, forward
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.ops.lora_linear_quantized import flatten, unflatten
 from peftkern.ops.plan import Plan, plan_multi_lora_linear

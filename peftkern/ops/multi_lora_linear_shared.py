@@ -18,13 +18,14 @@ from peftkern.ops._common import (
     autocast_dtype,
     dropout_in_force,
     dropout_seed,
+    is_plain,
     kept_s,
     needs_operator,
     refuse_double_backward,
     stored_apart,
     taken_s,
 )
-from peftkern.ops._multi_lora_linear_call import Call, backward_shared, forward_shared, is_plain
+from peftkern.ops._multi_lora_linear_call import Call, backward_shared, forward_shared
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.ops.multi_lora_linear import _batch, _check, _fits, _owners, _pick, multi_lora_linear, plan_for
 from peftkern.ops.plan import APART, MOST_PROJECTIONS, Plan, plan_multi_lora_linear_shared
