@@ -366,3 +366,21 @@ def test_explain_says_so_only_where_it_is_so(case, monkeypatch, calls):
     assert not any("made again" in row.reason for row in peftkern.explain(model).rows)
     results(model)
     assert not calls
+
+
+def test_explain_between_forward_and_backward_changes_nothing():
+    """Would catch a table that has a layer forget the batch which a checkpointed forward is computed again for."""
+    model = adapted()
+    model.add_adapter("other", peftkern.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
+    randomize(model)
+    model.enable_input_require_grads()
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = []
+    for asked in (False, True):
+        model.zero_grad()
+        loss = model(input_ids=ids(), labels=ids(), adapter_names=["other", "default"]).loss
+        if asked:
+            peftkern.explain(model)
+        loss.backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    same(*found)

@@ -21,6 +21,7 @@ from torch.nn.modules import module as torch_module
 
 from peftkern.ops import gated_lora_linear
 from peftkern.ops._common import autocast_dtype
+from peftkern.ops._lora_linear_traced import fitting_dtypes
 from peftkern.tuners.fusing import compute_dtype, is_nested
 from peftkern.tuners.lora.layer import Linear
 from peftkern.utils.other import batch_in_force
@@ -87,18 +88,22 @@ def _activation(module: Any) -> str | None:
     return None
 
 
-def _down(mlp: Any) -> tuple[Any, tuple[Any, ...]] | None:
-    """(down_proj, its operands) where it is one `lora_linear` that nothing looks at; None elsewhere."""
+def _end_of(mlp: Any) -> tuple[Any, tuple[Any, ...], str] | None:
+    """(down_proj, its operands, the activation) where nothing looks at what lies between gate, up and the output, and
+    the last product is one `lora_linear`; None elsewhere. Which batch is in force is not asked."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return None
     down = mlp._modules["down_proj"]
     held = down.__dict__
     if not _is_lora(down) or "forward" in held or "_hf_hook" in held or any(held[hooks] for hooks in _HOOKS):
         return None
-    if batch_in_force(down) is not None:
-        return None
     operands = down._operands()
-    return None if operands is None else (down, operands)
+    activation = None if operands is None else _activation(_act_of(mlp))
+    return None if operands is None or activation is None else (down, operands, activation)
+
+
+def _act_of(mlp: Any) -> nn.Module:
+    return mlp._modules["activation_fn" if _is_in_one(type(mlp).forward) else "act_fn"]
 
 
 def _is_lora(layer: Any) -> bool:
@@ -112,13 +117,12 @@ def _fitting(down: Any, operands: tuple[Any, ...], gate: torch.Tensor, up: torch
     if gate.dtype != up.dtype or gate.shape != up.shape or not gate.is_floating_point():
         return None
     weight, A, B, scaling, bias, _ = operands
-    if isinstance(weight, torch.Tensor):
-        return weight, A, B, scaling, bias
-    # A quantized layer computes in its own dtype, whatever x has: left to it where that is another.
-    dtype = compute_dtype(down._modules["base_layer"], gate.dtype)
-    if dtype != gate.dtype or autocast_dtype(gate) not in (None, dtype):
-        return None
-    A, B, bias = (t if t is None or t.dtype in (dtype, torch.float32) else t.to(dtype) for t in (A, B, bias))
+    if not isinstance(weight, torch.Tensor):
+        # A quantized layer computes in its own dtype, whatever x has: left to it where that is another.
+        dtype = compute_dtype(down._modules["base_layer"], gate.dtype)
+        if dtype != gate.dtype or autocast_dtype(gate) not in (None, dtype):
+            return None
+    A, B, bias = fitting_dtypes((A, B, bias), gate.dtype, weight)
     return weight, A, B, scaling, bias
 
 
@@ -127,21 +131,17 @@ def _forward(mlp: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     kind = type(mlp)
     in_one = None if kwargs or len(args) != 1 or is_nested(args[0]) else _is_in_one(kind.forward)
     # A compiler makes act(gate) and the product again by itself where that is cheaper than to keep them.
-    found = None if in_one is None or torch.compiler.is_compiling() else _down(mlp)
-    held = mlp._modules
-    activation = None if found is None else _activation(held["activation_fn" if in_one else "act_fn"])
-    if found is None or activation is None:
+    end = None if in_one is None or torch.compiler.is_compiling() else _end_of(mlp)
+    if end is None or batch_in_force(end[0]) is not None:
         return kind.forward(mlp, *args, **kwargs)
-    (x,) = args
+    held, (x,), (down, operands, activation) = mlp._modules, args, end
     if in_one:
         gate, up = held["gate_up_proj"](x).chunk(2, dim=-1)
     else:
         gate, up = held["gate_proj"](x), held["up_proj"](x)
-    down, operands = found
     fitting = _fitting(down, operands, gate, up)
     if fitting is None:
-        act = held["activation_fn" if in_one else "act_fn"]
-        return down(up * act(gate) if in_one else act(gate) * up)
+        return down(_act_of(mlp)(gate) * up)
     return gated_lora_linear(gate, up, *fitting, activation=activation, dropout_p=operands[-1])
 
 
@@ -221,10 +221,8 @@ class _EndOf:
 
     def is_in_force(self) -> bool:
         """Whether its forward would be the operation now: no other method's or hooks' turn, no other forward."""
-        in_one = _is_in_one(type(self.mlp).forward)
-        if in_one is None or not is_fused(self.mlp) or _down(self.mlp) is None:
-            return False
-        return _activation(self.mlp._modules["activation_fn" if in_one else "act_fn"]) is not None
+        known = _is_in_one(type(self.mlp).forward) is not None
+        return known and is_fused(self.mlp) and _end_of(self.mlp) is not None
 
 
 def _take(mlp: Any) -> None:
