@@ -13,26 +13,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import dropout, linear
 
-from bench import check, environment, measure, records
-from bench.progress import Progress
-from bench.run import interpret_kernels, save
-from peftkern import reference, use_backend
+from bench import check, environment
+from bench.problems import Row, parser, run_problems, time_in_turn, try_implementation
+from peftkern import reference
 from peftkern.ops import dora_linear, lora_linear
 from peftkern.ops._lora_linear_torch import keep_mask
 from peftkern.ops.dora_linear import _DoraLinear, plan_for
 
 Function = Callable[..., torch.Tensor]  # of x, weight, lora_A, lora_B, magnitude
-TARGET_SECONDS = 0.2  # of GPU time for each function that is timed, about
 SCALING = 2.0
 DROPOUT = 0.1
 
@@ -231,31 +228,14 @@ def measure_case(case: Case, device: torch.device, *, quick: bool, compiled: boo
             "ratio": None,
         }
         drawn = mask_of(name, case, path)
-        try:
-            if drawn is not None:
-                row["errors"] = {k: float(f"{e:.3g}") for k, e in work.check(function, drawn).items()}
-            functions[name] = lambda f=function, n=name: work.step(f, n)
-            functions[name]()
-            measure.synchronize(device)
-        except check.WrongResultError as error:
-            row |= {"status": "wrong", "reason": str(error)}
-            functions.pop(name, None)
-        except Exception as error:  # whatever another project's code raises is its result, with its reason
-            traceback.print_exc(limit=-3)
-            row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-            functions.pop(name, None)
+        run = partial(work.step, function, name)
+        errors = dict if drawn is None else partial(work.check, function, drawn)
+        if try_implementation(row, errors, device, run):
+            functions[name] = run
     work.keeps.clear()
-    once = measure.wall_microseconds({"frozen": functions["frozen"]}, device, reps=3, rounds=1)["frozen"].median
-    rounds = 1 if quick else 5
-    reps = 1 if quick else int(min(60, max(6, TARGET_SECONDS * 1e6 / once / rounds)))
-    gpu = measure.gpu_microseconds(functions, device, reps=reps, rounds=rounds) if on_gpu else {}
-    wall = measure.wall_microseconds(functions, device, reps=reps, rounds=rounds)
-    times = gpu or wall
-    for name in functions:
-        row = rows[name]
-        row["gpu_us"] = gpu[name].as_dict() if on_gpu else None
-        row["wall_us"] = wall[name].as_dict()
-        row["ratio"] = round(times[name].median / times["frozen"].median, 4)
+    medians = time_in_turn(rows, functions, "frozen", device, once=0 if quick else 3, rounds=5, reps=(6, 60))
+    for name, median in medians.items():
+        rows[name]["ratio"] = round(median / medians["frozen"], 4)
     return list(rows.values())
 
 
@@ -278,42 +258,19 @@ def print_rows(case: Case, rows: list[dict[str, Any]]) -> None:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.dora", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="tiny problems: does the program run? (CPU too)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="stop before the next problem after so long")
-    parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/<device>)")
-    parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile out")
-    return parser.parse_args(argv)
+    made = parser("bench.dora", __doc__)
+    made.add_argument("--no-compiled", action="store_true", help="leave torch.compile out")
+    return made.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
-    has_gpu = torch.cuda.is_available()
-    if not has_gpu and not options.smoke:
-        print("no GPU here: --smoke runs tiny problems on the CPU", file=sys.stderr)
-        return 2
-    if options.smoke and options.out is None:
-        print("--smoke: nothing worth keeping is measured, so --out says where the result goes", file=sys.stderr)
-        return 2
-    if not has_gpu:
-        interpret_kernels("bench.dora")
-    device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
-    rows: list[dict[str, Any]] = []
-    path = (options.out or environment.results_folder(device)) / "dora.json"
-    result = {"schema": records.SCHEMA, "kind": "dora", "environment": environment.describe(device), "rows": rows}
-    progress = Progress(result, lambda result: save(result, path.parent, path.name), options.minutes)
-    compiled = has_gpu and not options.no_compiled
-    with use_backend("auto"):
-        for case in progress.each([({"problem": case.key}, case) for case in cases(options.smoke)]):
-            found = measure_case(case, device, quick=options.smoke, compiled=compiled)
-            print_rows(case, found)
-            rows += found
-    result = progress.done()
-    print(f"{len(rows)} rows, {len(result['missing'])} problems missing, {result['seconds']} s: {path}")
-    faults = [r for r in rows if r["implementation"].startswith("peftkern") and r["status"] != "ok"]
-    for row in faults:
-        print(f"{row['status']}: {row['implementation']} in {row['problem']}: {row['reason']}", file=sys.stderr)
-    return 1 if faults else 0
+
+    def prepare(device: torch.device) -> Callable[[Case], list[Row]]:
+        compiled = device.type == "cuda" and not options.no_compiled
+        return lambda case: measure_case(case, device, quick=options.smoke, compiled=compiled)
+
+    return run_problems("dora", options, cases(options.smoke), prepare, print_rows)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import grouped_mm, silu
 
-from bench import check, environment, limits, measure, records
-from bench.progress import Progress
-from bench.run import interpret_kernels, save
+from bench import check, limits, measure
+from bench.problems import Row, parser, run_problems, time_in_turn, try_implementation
 from peftkern import reference, use_backend
 from peftkern.backend import current_backend
 from peftkern.ops import grouped_linear, grouped_lora_linear
@@ -35,7 +33,6 @@ from peftkern.ops.grouped_lora_linear import plan_for
 Projection = Callable[..., torch.Tensor]
 SCALING = 2.0
 RANK = 16
-TARGET_SECONDS = 0.2  # of GPU time for each function that is timed, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +230,6 @@ def limit_microseconds(case: Case, ceilings: limits.Ceilings, dtype: torch.dtype
 def measure_case(case: Case, device: torch.device, ceilings: limits.Ceilings, *, quick: bool) -> list[dict[str, Any]]:
     """Check and time every implementation of a case; one row each."""
     work = Work(case, device)
-    on_gpu = device.type == "cuda"
     truths = {learns: work.truth(learns) for learns in (True, False)}
     rows: dict[str, dict[str, Any]] = {}
     functions: dict[str, Callable[[], Any]] = {}
@@ -243,31 +239,18 @@ def measure_case(case: Case, device: torch.device, ceilings: limits.Ceilings, *,
         row |= dict.fromkeys(("path", "gpu_us", "wall_us", "ratio", "share_of_limit", "peak_bytes"))
         row["limit_us"] = round(limit, 3)
         learns = name not in WITHOUT_ADAPTERS
-        try:
-            errors = work.check(work.step(projection, learns), truths[learns])
-            row["errors"] = {k: float(f"{e:.3g}") for k, e in errors.items()}
-            functions[name] = lambda f=projection, a=learns: work.step(f, a)
-        except check.WrongResultError as error:
-            row |= {"status": "wrong", "reason": str(error)}
-        except Exception as error:  # whatever another project's code raises is its result, with its reason
-            traceback.print_exc(limit=-3)
-            row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        run = partial(work.step, projection, learns)
+        if try_implementation(row, lambda run=run, learns=learns: work.check(run(), truths[learns]), device):
+            functions[name] = run
     rows["peftkern"]["path"] = plan_for(work.x, work.weights[0], current_backend()).path
     truths.clear()
     base = "frozen" if "frozen" in functions else next(iter(functions), None)
     if base is None:
         return list(rows.values())
-    once = measure.wall_microseconds({base: functions[base]}, device, reps=2, rounds=1)[base].median
-    rounds = 1 if quick else 3
-    reps = 1 if quick else int(min(40, max(3, TARGET_SECONDS * 1e6 / once / rounds)))
-    gpu = measure.gpu_microseconds(functions, device, reps=reps, rounds=rounds) if on_gpu else {}
-    wall = measure.wall_microseconds(functions, device, reps=reps, rounds=rounds)
-    times = gpu or wall
+    medians = time_in_turn(rows, functions, base, device, once=0 if quick else 2, rounds=3, reps=(3, 40))
     for name, function in functions.items():
-        row, median = rows[name], times[name].median
-        row["gpu_us"] = gpu[name].as_dict() if on_gpu else None
-        row["wall_us"] = wall[name].as_dict()
-        row["ratio"] = round(median / times[base].median, 4) if base == "frozen" else None
+        row, median = rows[name], medians[name]
+        row["ratio"] = round(median / medians[base], 4) if base == "frozen" else None
         row["share_of_limit"] = round(limit / median, 4) if name not in WITHOUT_ADAPTERS else None
         row["peak_bytes"] = measure.peak_bytes(function, device)
     return list(rows.values())
@@ -292,43 +275,19 @@ def print_rows(case: Case, rows: list[dict[str, Any]]) -> None:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.experts", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="tiny problems: does the program run? (CPU too)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="stop before the next problem after so long")
-    parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/<device>)")
-    return parser.parse_args(argv)
+    return parser("bench.experts", __doc__).parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
-    has_gpu = torch.cuda.is_available()
-    if not has_gpu and not options.smoke:
-        print("no GPU here: --smoke runs tiny problems on the CPU", file=sys.stderr)
-        return 2
-    if options.smoke and options.out is None:
-        print("--smoke: nothing worth keeping is measured, so --out says where the result goes", file=sys.stderr)
-        return 2
-    if not has_gpu:
-        interpret_kernels("bench.experts")
-    device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
-    rows: list[dict[str, Any]] = []
-    path = (options.out or environment.results_folder(device)) / "experts.json"
-    result = {"schema": records.SCHEMA, "kind": "experts", "environment": environment.describe(device), "rows": rows}
-    sizes = {"n": 64, "copied": 1 << 16} if options.smoke else {}
-    dtype = torch.bfloat16 if has_gpu else torch.float32
-    ceilings = limits.measure_ceilings(device, {dtype}, **sizes)
-    progress = Progress(result, lambda result: save(result, path.parent, path.name), options.minutes)
-    with use_backend("auto" if has_gpu else "triton"):
-        for case in progress.each([({"problem": case.key}, case) for case in cases(options.smoke)]):
-            found = measure_case(case, device, ceilings, quick=options.smoke)
-            print_rows(case, found)
-            rows += found
-    result = progress.done()
-    print(f"{len(rows)} rows, {len(result['missing'])} problems missing, {result['seconds']} s: {path}")
-    faults = [r for r in rows if r["implementation"].startswith("peftkern") and r["status"] != "ok"]
-    for row in faults:
-        print(f"{row['status']}: {row['implementation']} in {row['problem']}: {row['reason']}", file=sys.stderr)
-    return 1 if faults else 0
+
+    def prepare(device: torch.device) -> Callable[[Case], list[Row]]:
+        sizes = {"n": 64, "copied": 1 << 16} if options.smoke else {}
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        ceilings = limits.measure_ceilings(device, {dtype}, **sizes)
+        return lambda case: measure_case(case, device, ceilings, quick=options.smoke)
+
+    return run_problems("experts", options, cases(options.smoke), prepare, print_rows, backend_on_cpu="triton")
 
 
 if __name__ == "__main__":

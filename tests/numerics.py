@@ -34,6 +34,16 @@ def padded_randn(
     return view
 
 
+def canvas(M: int, C: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """NaN [M + 1, C + 3]: what is stored past M or C shows."""
+    return torch.full((M + 1, C + 3), float("nan"), dtype=dtype, device=device)
+
+
+def untouched(out: torch.Tensor, M: int, C: int) -> bool:
+    """Whether nothing of a `canvas` but [M, C] was stored to."""
+    return bool(out[M].isnan().all() and out[:M, C:].isnan().all())
+
+
 def lora_linear_truth(
     tensors: list[torch.Tensor], dy: torch.Tensor, scaling: float, keep: torch.Tensor | None, p: float
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

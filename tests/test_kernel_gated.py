@@ -8,19 +8,10 @@ import torch
 pytest.importorskip("triton")
 
 from gated_data import ACTIVATIONS, bounds
-from numerics import arch_of, assert_rounded, padded_randn
+from numerics import arch_of, assert_rounded, canvas, padded_randn, untouched
 from peftkern import reference
 from peftkern_kernels.gated_activation import gated_backward_calls, gated_forward_calls
 from peftkern_kernels.launch import run_all
-
-
-def canvas(M: int, C: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """NaN [M + 1, C + 3]: what is stored past M or C shows."""
-    return torch.full((M + 1, C + 3), float("nan"), dtype=dtype, device=device)
-
-
-def untouched(out: torch.Tensor, M: int, C: int) -> bool:
-    return bool(out[M].isnan().all() and out[:M, C:].isnan().all())
 
 
 def make(M, C, dtype, device):

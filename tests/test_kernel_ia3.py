@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from numerics import arch_of, assert_rounded, padded_randn
+from numerics import arch_of, assert_rounded, canvas, padded_randn, untouched
 from peftkern_kernels.gemm_tables import Tile
 from peftkern_kernels.ia3_gemm import ia3_gemm_calls
 from peftkern_kernels.ia3_scale import scale_calls
@@ -16,15 +16,6 @@ from peftkern_kernels.launch import Call, run_all
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [(1, 1), (17, 33), (65, 130), (40, 64)]
-
-
-def canvas(M: int, C: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """NaN [M + 1, C + 3]: what is stored past M or C shows."""
-    return torch.full((M + 1, C + 3), float("nan"), dtype=dtype, device=device)
-
-
-def untouched(out: torch.Tensor, M: int, C: int) -> bool:
-    return bool(out[M].isnan().all() and out[:M, C:].isnan().all())
 
 
 def vectors(slots: int, C: int, dtype: torch.dtype, device: str) -> torch.Tensor:
