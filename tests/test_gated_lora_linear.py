@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gated_data import ACTIVATIONS, GatedProjection
+from held_paths import GEMM_PATHS, hold_lora_linear
 from numerics import padded_randn
 from peftkern import reference, use_backend
 from peftkern.ops import (
@@ -21,12 +22,10 @@ from peftkern.ops import (
     quantize_4bit,
     quantize_8bit,
 )
-from peftkern.ops import plan as plans
 from peftkern.ops._lora_linear_shared_operator import flatten_all
 from peftkern.ops._lora_linear_torch import keep_mask
 
 MODULE = importlib.import_module("peftkern.ops.gated_lora_linear")
-DENSE = importlib.import_module("peftkern.ops.lora_linear")
 SIZES = [(65, 70, 40, 12), (1, 17, 33, 3), (33, 48, 64, 16)]
 DTYPES = [(torch.float32, False), (torch.float16, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 
@@ -58,18 +57,10 @@ def test_quantized_weights_match_fp64(dtype, quantize):
         operands.check(operands.run("silu"), operands.truth("silu"))
 
 
-@pytest.fixture(params=["triton", "cublas", "mixed"])
+@pytest.fixture(params=GEMM_PATHS)
 def path(request, monkeypatch):
     """A path of `lora_linear` that the plan is held to."""
-    choose = plans.plan_lora_linear.__wrapped__
-
-    def forced(*arguments):
-        plan = choose(*arguments)
-        return plans.Plan(request.param, "forced by a test") if plan.path in ("triton", "cublas", "mixed") else plan
-
-    forced.__wrapped__ = forced
-    monkeypatch.setattr(DENSE, "plan_lora_linear", forced)
-    return request.param
+    return hold_lora_linear(monkeypatch, request.param)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])

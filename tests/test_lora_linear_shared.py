@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from held_paths import GEMM_PATHS, hold_lora_linear
 from numerics import assert_rounded, padded_randn
 from peftkern import reference, use_backend
 from peftkern.ops import dequantize, lora_linear, lora_linear_shared, quantize_4bit, quantize_8bit
@@ -16,7 +17,6 @@ from peftkern.ops._lora_linear_torch import keep_mask
 from peftkern.ops.lora_linear_shared import shared_plan_for
 
 MODULE = importlib.import_module("peftkern.ops.lora_linear_shared")
-DENSE = importlib.import_module("peftkern.ops.lora_linear")
 # tokens, in features, [out features, rank] of each projection
 SIZES = [
     (65, 40, [(70, 12), (17, 3)]),
@@ -127,18 +127,10 @@ def test_plain_path_matches_fp64(M, K, outs, dtype, masters, dropout_p):
     check(projections, got, projections.truth(keep=keep, p=dropout_p), roundings=roundings, dtype=dtype)
 
 
-@pytest.fixture(params=["triton", "cublas", "mixed"])
+@pytest.fixture(params=GEMM_PATHS)
 def path(request, monkeypatch):
     """A path of `lora_linear` that the plan is held to."""
-    choose = plans.plan_lora_linear.__wrapped__
-
-    def forced(*arguments):
-        plan = choose(*arguments)
-        return plans.Plan(request.param, "forced by a test") if plan.path in ("triton", "cublas", "mixed") else plan
-
-    forced.__wrapped__ = forced
-    monkeypatch.setattr(DENSE, "plan_lora_linear", forced)
-    return request.param
+    return hold_lora_linear(monkeypatch, request.param)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])

@@ -13,10 +13,10 @@ import sys
 import pytest
 import torch
 
+from held_paths import GEMM_PATHS, hold_lora_linear
 from numerics import assert_rounded, lora_linear_truth, padded_randn
 from peftkern import reference, use_backend
 from peftkern.ops import lora_linear
-from peftkern.ops import plan as plans
 
 SCALING = 0.75
 # The package exports the function under its module's name.
@@ -24,18 +24,10 @@ MODULE = importlib.import_module("peftkern.ops.lora_linear")
 SHAPES = [(65, 70, 40, 12), (33, 17, 130, 40), (5, 33, 70, 3), (1, 64, 64, 16)]
 
 
-@pytest.fixture(params=["triton", "cublas", "mixed"])
+@pytest.fixture(params=GEMM_PATHS)
 def path(request, monkeypatch):
-    """The path of sizes above a decode step's; the plan's own choice between the two needs a GPU's measurements."""
-    choose = plans.plan_lora_linear.__wrapped__
-
-    def forced(*arguments):
-        plan = choose(*arguments)
-        return plans.Plan(request.param, "forced by a test") if plan.path in ("triton", "cublas", "mixed") else plan
-
-    forced.__wrapped__ = forced
-    monkeypatch.setattr(MODULE, "plan_lora_linear", forced)
-    return request.param
+    """The path of sizes above a decode step's."""
+    return hold_lora_linear(monkeypatch, request.param)
 
 
 def run(tensors, dy, **options):
