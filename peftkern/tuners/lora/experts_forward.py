@@ -5,7 +5,8 @@
 where `grouped` is `ops.grouped_lora_linear`: W + scaling * B A is never made. It stands for the forward of the classes
 that transformers 5 decorates with `use_experts_implementation`, which say by attributes how they are built (`has_gate`,
 `has_bias`, `is_transposed`, `has_post_expert_norm`, `_apply_gate`); they are known by that forward, so transformers
-need not be imported.
+need not be imported. Some releases (5.17 is one) know neither `has_post_expert_norm` nor `_is_expert_parallel`: there
+no experts are normed, and experts that are spread over devices have a forward of their own.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def why_not_grouped(base: nn.Module) -> str:
     if reason:
         return reason
     held: Any = base
-    if held._is_expert_parallel:
+    if getattr(held, "_is_expert_parallel", False):
         return "its experts are spread over devices (expert parallelism)"
     chosen = getattr(held.config, "_experts_implementation", None)
     if chosen not in _IMPLEMENTATIONS:
@@ -112,7 +113,7 @@ def forward(
     h = _product(base, up, rows_by_expert(x, by_expert), by_expert.offsets, adapters)
     h = base._apply_gate(h) if base.has_gate else base.act_fn(h)
     y = _product(base, down, h, by_expert.offsets, adapters)
-    if base.has_post_expert_norm:
+    if getattr(base, "has_post_expert_norm", False):
         y = base.post_expert_norm(y)
     return sum_by_token(y, top_k_weights, by_expert).to(x.dtype)
 
