@@ -195,6 +195,9 @@ class TracedModel:
         from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
         self.model.train()
+        for module in self.model.modules():
+            if hasattr(module, "layerdrop"):  # in training it draws a number for each layer; the layers themselves train
+                module.training = False
         _set_checkpointing(self.model, checkpointing)
         excluded = [*self.model.parameters(), *self.model.buffers(), *(p.grad for p in self.adapters.values())]
         base = getattr(self.model, self.model.base_model_prefix)
