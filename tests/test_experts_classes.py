@@ -59,7 +59,7 @@ def test_every_class_of_experts_is_run_by_rows():
     attributes say, and one that would be called unfused: the output and x's gradient are those of its own loop over
     experts with W + BA in place. (Some of these compute in float32 whatever x has, so to its rounding.)"""
     tried = classes()
-    assert len(tried) >= 60
+    assert len(tried) >= 50  # 55 in transformers 5.17
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(7, 8, generator=generator, dtype=torch.float64).requires_grad_()
     chosen = torch.rand(7, 4, generator=generator).argsort(1)[:, :2]

@@ -30,6 +30,12 @@ def prepared(model: nn.Module, **kwargs) -> nn.Module:
         return peftkern.prepare_model_for_kbit_training(model, **kwargs)
 
 
+def is_checkpointed(model: nn.Module) -> bool:
+    """By transformers' name for it since 5.20, or by the older one."""
+    name = "is_activation_checkpointing"
+    return getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing")
+
+
 def test_upcast_embeddings_is_peft(dense):
     """Catches a parameter that PEFT widens and we do not, or the other way, and a difference in checkpointing."""
     import peft
@@ -39,7 +45,7 @@ def test_upcast_embeddings_is_peft(dense):
         other = peft.prepare_model_for_kbit_training(theirs(dense, name))
         for (key, a), (other_key, b) in zip(mine.named_parameters(), other.named_parameters(), strict=True):
             assert (key, a.dtype, a.requires_grad) == (other_key, b.dtype, b.requires_grad)
-        assert mine.is_activation_checkpointing and other.is_activation_checkpointing
+        assert is_checkpointed(mine) and is_checkpointed(other)
         assert torch.equal(mine.train()(ids()).logits, other.train()(ids()).logits)
 
 
@@ -94,7 +100,7 @@ def test_gradients_reach_an_adapter_through_checkpointing(dense, reentrant):
     out = model(input_ids=ids(), labels=ids())
     out.loss.backward()
     assert shift.grad.abs().sum() > 0
-    assert prepared(ours(dense, "nested"), use_gradient_checkpointing=False).is_activation_checkpointing is False
+    assert is_checkpointed(prepared(ours(dense, "nested"), use_gradient_checkpointing=False)) is False
 
 
 def test_preparing_twice_adds_no_second_hook(dense):
@@ -106,4 +112,4 @@ def test_preparing_twice_adds_no_second_hook(dense):
 def test_dense_models_are_frozen_and_not_checkpointed(dense):
     """Catches checkpointing switched on for a model that is not quantized, which PEFT does not do."""
     model = prepared(read(dense))
-    assert not model.is_activation_checkpointing and not any(p.requires_grad for p in model.parameters())
+    assert not is_checkpointed(model) and not any(p.requires_grad for p in model.parameters())
