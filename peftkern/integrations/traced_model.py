@@ -196,7 +196,7 @@ class TracedModel:
 
         self.model.train()
         for module in self.model.modules():
-            if hasattr(module, "layerdrop"):  # in training it draws a number for each layer; the layers themselves train
+            if hasattr(module, "layerdrop"):  # it would draw a number for each layer, which train all the same
                 module.training = False
         _set_checkpointing(self.model, checkpointing)
         excluded = [*self.model.parameters(), *self.model.buffers(), *(p.grad for p in self.adapters.values())]
