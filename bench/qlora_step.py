@@ -1,6 +1,6 @@
 """A whole QLoRA training step of an 8B Llama: tokens a second and peak memory, peftkern beside PEFT on bitsandbytes.
 
-    python -m bench.qlora_step [--vram 16 24] [--seq 2048 ...] [--rivals] [--steps 5] [--smoke] [--out DIR]
+    python -m bench.qlora_step [--vram 16 24] [--seq 2048 ...] [--rivals] [--steps 5] [--smoke] [--quick] [--out DIR]
 
 The model has Llama 3 8B's shapes and random 4-bit weights (bench/qlora_model.py): speed and memory only. LoRA of rank
 16 on all linear layers with fp32 adapters under bfloat16 autocast, gradient checkpointing, embeddings and lm_head in
@@ -15,14 +15,17 @@ forward + loss + backward + optimizer step. Each implementation runs in a proces
 Loss and the gradients' norm of the first step are compared before anything is timed: with PEFT's they must agree within
 2 % and 5 %. `--vram 16 24` runs everything again with the allocator capped at what a card of so many GiB leaves beside
 the CUDA context: labelled as this device under a cap, for its speed is not that card's. The result goes to
-bench/results/<device>/qlora.json, or to DIR; `--smoke` runs a model of two layers, on a CPU too.
+bench/results/<device>/qlora.json, or to DIR; `--smoke` runs a tiny model, on a CPU too; `--quick` two layers
+of the real one, so that a run after it compiles nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib
+import itertools
 import json
 import math
 import subprocess
@@ -54,7 +57,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seq", nargs="+", type=int, default=[2048], metavar="TOKENS", help="of the one sequence")
     parser.add_argument("--rivals", action="store_true", help="PEFT on bitsandbytes too")
     parser.add_argument("--steps", type=int, default=5, help="that are timed")
-    parser.add_argument("--smoke", action="store_true", help="a model of two layers: does the program run? (CPU too)")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model: does the program run? (CPU too)")
+    parser.add_argument("--quick", action="store_true", help="two layers, a step: fills the compilers' caches")
     parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/<device>)")
     parser.add_argument("--one", metavar="JSON", help=argparse.SUPPRESS)  # what a process of its own is told
     return parser.parse_args(argv)
@@ -179,14 +183,29 @@ MEASURED = (
 )
 
 
-def in_own_process(told: dict[str, Any]) -> dict[str, Any]:
-    """`measure_one` in a process that begins with an empty GPU; a crash is a result with its last words."""
+def started(told: dict[str, Any]) -> subprocess.Popen[str]:
+    """A process for `measure_one` that imports, which takes longer than the steps, and waits for a word to begin."""
     command = [sys.executable, "-m", "bench.qlora_step", "--one", json.dumps(told)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        words = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+def wait_for_a_word(told: dict[str, Any]) -> int:
+    """The other end of `started`: imports what touches no GPU, waits, measures, prints; 1 where nobody is left to."""
+    importlib.import_module("transformers.models.llama.modeling_llama")
+    if not sys.stdin.readline():
+        return 1
+    print(json.dumps(measure_one(told)))
+    return 0
+
+
+def in_own_process(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """What a process measures, with an empty GPU to itself from now on; a crash is a result with its last words."""
+    out, err = process.communicate("begin\n")
+    if process.returncode:
+        words = (err.strip() or out.strip() or f"exit status {process.returncode}").splitlines()[-1]
         return {"status": "failed", "reason": words[:300]}
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(out.splitlines()[-1])
 
 
 def label(device: str, cap: float | None) -> str:
@@ -203,6 +222,7 @@ def cap_bytes(cap: float | None) -> int | None:
     return int(cap * 2**30) - CONTEXT
 
 
+@functools.cache
 def estimated_bytes(shape: Shape, seq: int, optimizer: str) -> int:
     """What `peftkern.estimate` says that torch's allocator will hold at the peak: all but the CUDA context."""
     from peftkern.estimate import CONTEXT, estimate_memory
@@ -228,31 +248,36 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
     described = environment.describe(device)
-    shape = TINY if options.smoke else Shape()
+    shape = TINY if options.smoke else Shape(layers=2) if options.quick else Shape()
+    steps = 1 if options.quick else options.steps
     names = IMPLEMENTATIONS if options.rivals else IMPLEMENTATIONS[:1]
+    sequences = [min(s, 32) for s in options.seq] if options.smoke else options.seq
+    missing = bitsandbytes()[1]
+    todo: list[tuple[dict[str, Any], float | None, Any]] = []  # with the process that waits to do it
+    for seq, cap, name in itertools.product(sequences, (None, *options.vram), names):
+        told = {"implementation": name, "shape": asdict(shape), "seq": seq, "steps": steps}
+        told["cap_bytes"] = cap_bytes(cap)
+        todo.append((told, cap, started(told) if has_gpu and not why_not_run(name, missing) else None))
     rows: list[dict[str, Any]] = []
-    for seq in [min(s, 32) for s in options.seq] if options.smoke else options.seq:
-        for cap in (None, *options.vram):
-            ours: dict[str, Any] | None = None
-            for name in names:
-                told = {"implementation": name, "shape": asdict(shape), "seq": seq, "steps": options.steps}
-                told["cap_bytes"] = cap_bytes(cap)
-                row = {"implementation": name, "label": label(described["device"], cap), "seq": seq, "batch": 1}
-                row |= {"cap_gb": cap, "cap_bytes": told["cap_bytes"], **dict.fromkeys(MEASURED)}
-                why_not = why_not_run(name, bitsandbytes()[1])
-                if why_not:
-                    row |= {"status": "not run", "reason": why_not}
-                else:
-                    row |= in_own_process(told) if has_gpu else measure_one(told)
-                if row["status"] == "ok" and ours is not None:
-                    row["reason"] = disagreement(row, ours)
-                    row["status"] = "wrong" if row["reason"] else "ok"
-                if name == "peftkern" and row["status"] == "ok":
-                    ours = row
-                    if has_gpu:  # beside a peak that was measured
-                        row["estimated_bytes"] = estimated_bytes(shape, seq, row["optimizer"])
-                rows.append(row)
-                print(line_of(row), flush=True)
+    ours: dict[str, Any] | None = None
+    for told, cap, process in todo:
+        name, seq = told["implementation"], told["seq"]
+        row = {"implementation": name, "label": label(described["device"], cap), "seq": seq, "batch": 1}
+        row |= {"cap_gb": cap, "cap_bytes": told["cap_bytes"], **dict.fromkeys(MEASURED)}
+        why_not = why_not_run(name, missing)
+        if why_not:
+            row |= {"status": "not run", "reason": why_not}
+        else:
+            row |= in_own_process(process) if has_gpu else measure_one(told)
+        if name == "peftkern":
+            ours = row if row["status"] == "ok" else None
+            if ours is not None and has_gpu:  # beside a peak that was measured
+                row["estimated_bytes"] = estimated_bytes(shape, seq, row["optimizer"])
+        elif row["status"] == "ok" and ours is not None:
+            row["reason"] = disagreement(row, ours)
+            row["status"] = "wrong" if row["reason"] else "ok"
+        rows.append(row)
+        print(line_of(row), flush=True)
     described["clocks_after"] = environment.clocks()
     return {
         "schema": records.SCHEMA,
@@ -284,14 +309,13 @@ def line_of(row: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
     if options.one:
-        print(json.dumps(measure_one(json.loads(options.one))))
-        return 0
+        return wait_for_a_word(json.loads(options.one))
     has_gpu = torch.cuda.is_available()
     if not has_gpu and (options.vram or not options.smoke):
         print("no GPU here: a CPU runs --smoke alone, without --vram", file=sys.stderr)
         return 2
-    if options.smoke and options.out is None:
-        print("--smoke: nothing worth keeping is measured, so --out says where the result goes", file=sys.stderr)
+    if (options.smoke or options.quick) and options.out is None:
+        print("--smoke, --quick: nothing worth keeping is measured, so --out says where it goes", file=sys.stderr)
         return 2
     result = run(options)
     device = torch.device("cuda" if has_gpu else "cpu")

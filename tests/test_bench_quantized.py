@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from types import SimpleNamespace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -253,11 +252,18 @@ def test_a_peer_that_trains_something_else_is_told_apart():
     assert "gradient_norm" in qlora_step.disagreement({"loss": 10.0, "gradient_norm": math.nan}, ours)
 
 
-def test_a_process_that_dies_is_a_row_with_its_last_words(monkeypatch):
-    """Catches a crash of one implementation that ends the whole run, or is recorded as a number."""
-    dead = SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nRuntimeError: no kernel image")
-    monkeypatch.setattr(qlora_step.subprocess, "run", lambda *_, **__: dead)
-    assert qlora_step.in_own_process({}) == {"status": "failed", "reason": "RuntimeError: no kernel image"}
+def test_processes_wait_for_their_turn_and_one_that_dies_is_a_row_with_its_last_words():
+    """Catches a process that measures beside another or never begins, one that outlives the program that started it,
+    and a crash of one implementation that ends the whole run, or is recorded as a number."""
+    pytest.importorskip("transformers")
+    told = {"implementation": "peftkern", "shape": asdict(TINY), "seq": 8, "steps": 1, "cap_bytes": None}
+    right, wrong, left = (qlora_step.started(each) for each in (told, told | {"shape": {"depth": 2}}, told))
+    left.communicate()  # its standard input ends without a word
+    assert left.returncode == 1 and right.poll() is None
+    dead = qlora_step.in_own_process(wrong)
+    assert dead["status"] == "failed" and "TypeError" in dead["reason"], dead
+    row = qlora_step.in_own_process(right)
+    assert row["status"] == "ok" and row["tokens_per_second"] > 0, row
 
 
 def test_the_step_runs_end_to_end(tmp_path, capsys):
