@@ -1,6 +1,7 @@
 """DoRA: forward and backward of `dora_linear` beside the frozen layer, `lora_linear`, and PEFT's arithmetic and layer.
 
     python -m bench.dora [--smoke] [--minutes 8] [--out DIR] [--no-compiled]
+        [--problems NAME ...] [--seconds 0.2] [--quick]
 
 The q (4096 -> 4096) and down (14336 -> 4096) projections of an 8B Llama, rank 16, bfloat16 with fp32 adapters and
 magnitudes, at 512, 2048 and 8192 tokens, and q with dropout. Each implementation is checked against float64 first and
@@ -208,7 +209,9 @@ def mask_of(name: str, case: Case, path: str) -> str | None:
     return "plain" if name in ("peftkern", "peftkern compiled") and path == "torch" else "kernels"
 
 
-def measure_case(case: Case, device: torch.device, *, quick: bool, compiled: bool) -> list[dict[str, Any]]:
+def measure_case(
+    case: Case, device: torch.device, *, quick: bool, compiled: bool, seconds: float
+) -> list[dict[str, Any]]:
     """Check and time every implementation of a case; one row each."""
     work = Work(case, device)
     on_gpu = device.type == "cuda"
@@ -233,7 +236,8 @@ def measure_case(case: Case, device: torch.device, *, quick: bool, compiled: boo
         if try_implementation(row, errors, device, run):
             functions[name] = run
     work.keeps.clear()
-    medians = time_in_turn(rows, functions, "frozen", device, once=0 if quick else 3, rounds=5, reps=(6, 60))
+    how: dict[str, Any] = {"once": 0 if quick else 3, "rounds": 5, "reps": (6, 60), "seconds": seconds}
+    medians = time_in_turn(rows, functions, "frozen", device, **how)
     for name, median in medians.items():
         rows[name]["ratio"] = round(median / medians["frozen"], 4)
     return list(rows.values())
@@ -268,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def prepare(device: torch.device) -> Callable[[Case], list[Row]]:
         compiled = device.type == "cuda" and not options.no_compiled
-        return lambda case: measure_case(case, device, quick=options.smoke, compiled=compiled)
+        quick = options.smoke or options.quick
+        return lambda case: measure_case(case, device, quick=quick, compiled=compiled, seconds=options.seconds)
 
     return run_problems("dora", options, cases(options.smoke), prepare, print_rows)
 

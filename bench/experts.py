@@ -1,6 +1,6 @@
 """LoRA on a stack of experts: `grouped_lora_linear` beside the frozen experts and what PEFT does, on a GPU.
 
-    python -m bench.experts [--smoke] [--minutes 8] [--out DIR]
+    python -m bench.experts [--smoke] [--minutes 8] [--out DIR] [--problems NAME ...] [--seconds 0.2] [--quick]
 
 One mixture's experts, gate and up together, SiLU, down, at Qwen3-30B-A3B's and Mixtral 8x7B's sizes: forward and
 backward, bfloat16 with fp32 adapters of rank 16 on both stacks in PEFT's layout. Rows come sorted by expert, as random
@@ -227,7 +227,9 @@ def limit_microseconds(case: Case, ceilings: limits.Ceilings, dtype: torch.dtype
     return 1e6 * total
 
 
-def measure_case(case: Case, device: torch.device, ceilings: limits.Ceilings, *, quick: bool) -> list[dict[str, Any]]:
+def measure_case(
+    case: Case, device: torch.device, ceilings: limits.Ceilings, *, quick: bool, seconds: float
+) -> list[dict[str, Any]]:
     """Check and time every implementation of a case; one row each."""
     work = Work(case, device)
     truths = {learns: work.truth(learns) for learns in (True, False)}
@@ -247,7 +249,8 @@ def measure_case(case: Case, device: torch.device, ceilings: limits.Ceilings, *,
     base = "frozen" if "frozen" in functions else next(iter(functions), None)
     if base is None:
         return list(rows.values())
-    medians = time_in_turn(rows, functions, base, device, once=0 if quick else 2, rounds=3, reps=(3, 40))
+    how: dict[str, Any] = {"once": 0 if quick else 2, "rounds": 3, "reps": (3, 40), "seconds": seconds}
+    medians = time_in_turn(rows, functions, base, device, **how)
     for name, function in functions.items():
         row, median = rows[name], medians[name]
         row["ratio"] = round(median / medians[base], 4) if base == "frozen" else None
@@ -282,10 +285,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
 
     def prepare(device: torch.device) -> Callable[[Case], list[Row]]:
-        sizes = {"n": 64, "copied": 1 << 16} if options.smoke else {}
+        quick = options.smoke or options.quick
+        sizes = {"n": 64, "copied": 1 << 16} if quick else {}
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         ceilings = limits.measure_ceilings(device, {dtype}, **sizes)
-        return lambda case: measure_case(case, device, ceilings, quick=options.smoke)
+        return lambda case: measure_case(case, device, ceilings, quick=quick, seconds=options.seconds)
 
     return run_problems("experts", options, cases(options.smoke), prepare, print_rows, backend_on_cpu="triton")
 

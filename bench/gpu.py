@@ -68,10 +68,17 @@ def parts() -> list[Part]:
             ["bench.many", "--parts", "train", "prefill"],
             [["bench.many", "--quick", "--parts", "train", "prefill", "--tokens", str(M)] for M in (512, 2048, 8192)],
         ),
-        Part("ia3", 0.1, ["bench.ia3", "--no-compiled"], []),
-        Part("experts", 0.075, ["bench.experts"], []),
-        Part("dora", 0.075, ["bench.dora", "--no-compiled"], []),
+        _of_layers("ia3", 0.1, ["k, v", "down"], "--no-compiled"),
+        _of_layers("experts", 0.075, ["Qwen3-30B-A3B", "Mixtral 8x7B"]),
+        _of_layers("dora", 0.075, ["q", "down"], "--no-compiled"),
     ]
+
+
+def _of_layers(name: str, share: float, problems: list[str], *options: str) -> Part:
+    """A benchmark of `bench/problems.py`, warmed up by a process for each layer or model."""
+    command = [f"bench.{name}", *options]
+    warm_up = [[*command, "--quick", "--problems", problem] for problem in problems]
+    return Part(name, share, [*command, "--seconds", "0.1"], warm_up)
 
 
 def tests_command() -> list[str]:

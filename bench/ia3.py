@@ -1,6 +1,7 @@
 """IA3: forward and backward of `ia3_linear` beside the frozen layer, PEFT's arithmetic eager and compiled, and PEFT.
 
     python -m bench.ia3 [--smoke] [--minutes 8] [--out DIR] [--no-compiled]
+        [--problems NAME ...] [--seconds 0.2] [--quick]
 
 The layers that IA3 adapts in an 8B Llama: k and v (4096 -> 1024, output scaled) and down (14336 -> 4096, input scaled),
 bfloat16 with an fp32 vector, at 512, 2048 and 8192 tokens. Each implementation is checked against float64 first and
@@ -166,7 +167,9 @@ class Work:
         return errors
 
 
-def measure_case(case: Case, device: torch.device, *, quick: bool, compiled: bool) -> list[dict[str, Any]]:
+def measure_case(
+    case: Case, device: torch.device, *, quick: bool, compiled: bool, seconds: float
+) -> list[dict[str, Any]]:
     """Check and time every implementation of a case; one row each."""
     work = Work(case, device)
     on_gpu = device.type == "cuda"
@@ -190,7 +193,8 @@ def measure_case(case: Case, device: torch.device, *, quick: bool, compiled: boo
             functions[name] = run
     rows["peftkern"]["path"] = plan_for(work.x, work.weight, case.feedforward, "auto").path
     del work.truth
-    medians = time_in_turn(rows, functions, "frozen", device, once=0 if quick else 3, rounds=5, reps=(6, 60))
+    how: dict[str, Any] = {"once": 0 if quick else 3, "rounds": 5, "reps": (6, 60), "seconds": seconds}
+    medians = time_in_turn(rows, functions, "frozen", device, **how)
     for name, median in medians.items():
         rows[name]["ratio"] = round(median / medians["frozen"], 4)
     return list(rows.values())
@@ -224,7 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def prepare(device: torch.device) -> Callable[[Case], list[Row]]:
         compiled = device.type == "cuda" and not options.no_compiled
-        return lambda case: measure_case(case, device, quick=options.smoke, compiled=compiled)
+        quick = options.smoke or options.quick
+        return lambda case: measure_case(case, device, quick=quick, compiled=compiled, seconds=options.seconds)
 
     return run_problems("ia3", options, cases(options.smoke), prepare, print_rows)
 

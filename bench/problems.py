@@ -53,6 +53,7 @@ def time_in_turn(
     once: int,
     rounds: int,
     reps: tuple[int, int],
+    seconds: float = TARGET_SECONDS,
 ) -> dict[str, float]:
     """Time functions in turn, note `gpu_us` and `wall_us` in their rows, and return the median of each in microseconds.
 
@@ -64,11 +65,12 @@ def time_in_turn(
         once: runs of the base to tell that; 0 for a single run of each.
         rounds: of all of them.
         reps: least and most runs of each in a round.
+        seconds: of GPU time for each, about.
     """
     repeated = 1
     if once:
         took = measure.wall_microseconds({base: functions[base]}, device, reps=once, rounds=1)[base].median
-        repeated = int(min(reps[1], max(reps[0], TARGET_SECONDS * 1e6 / took / rounds)))
+        repeated = int(min(reps[1], max(reps[0], seconds * 1e6 / took / rounds)))
     else:
         rounds = 1
     on_gpu = device.type == "cuda"
@@ -85,6 +87,9 @@ def parser(program: str, about: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog=f"python -m {program}", description=(about or "").splitlines()[0])
     made.add_argument("--smoke", action="store_true", help="tiny problems: does the program run? (CPU too)")
     made.add_argument("--minutes", type=float, default=8.0, help="stop before the next problem after so long")
+    made.add_argument("--problems", nargs="+", metavar="NAME", help="only these layers or models, or keys of results")
+    made.add_argument("--seconds", type=float, default=TARGET_SECONDS, help="GPU time for each function, about")
+    made.add_argument("--quick", action="store_true", help="once each: fills the compilers' caches, measures nothing")
     made.add_argument("--out", type=Path, help="folder of the result (default: bench/results/<device>)")
     return made
 
@@ -102,7 +107,7 @@ def run_problems(
     Args:
         kind: of the result, which names its file and the program.
         options: of `parser`.
-        cases: the problems, each with a `key`.
+        cases: the problems, each with a `name` and a `key`.
         prepare: makes, once for a device, what measures a case.
         show: prints a case's rows.
         backend_on_cpu: the backend where there is no GPU.
@@ -111,12 +116,14 @@ def run_problems(
     if not has_gpu and not options.smoke:
         print("no GPU here: --smoke runs tiny problems on the CPU", file=sys.stderr)
         return 2
-    if options.smoke and options.out is None:
-        print("--smoke: nothing worth keeping is measured, so --out says where the result goes", file=sys.stderr)
+    if (options.smoke or options.quick) and options.out is None:
+        print("--smoke, --quick: nothing worth keeping is measured, so --out says where it goes", file=sys.stderr)
         return 2
     if not has_gpu:
         interpret_kernels(f"bench.{kind}")
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+    if options.problems:
+        cases = [case for case in cases if case.name in options.problems or case.key in options.problems]
     rows: list[Row] = []
     path = (options.out or environment.results_folder(device)) / f"{kind}.json"
     result = {"schema": records.SCHEMA, "kind": kind, "environment": environment.describe(device), "rows": rows}
