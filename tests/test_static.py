@@ -300,9 +300,23 @@ def test_sass_is_read():
 
 def test_the_main_loop_is_found():
     """Catches the wait inside the main loop, or the prologue, being taken for the loop that loads."""
-    assert pipelined_loops(parse_sass(SASS)) == [Loop(asynchronous=2, synchronous=0)]
+    assert pipelined_loops(parse_sass(SASS)) == [Loop(asynchronous=2, synchronous=0, matrix=1)]
     with_ldg = SASS.replace("SYNCS.PHASECHK.TRANS64.TRYWAIT P0,", "LDG.E R9,")
-    assert pipelined_loops(parse_sass(with_ldg)) == [Loop(asynchronous=2, synchronous=1)]
+    assert pipelined_loops(parse_sass(with_ldg)) == [Loop(asynchronous=2, synchronous=1, matrix=1)]
+
+
+def test_matrix_instructions_that_wait_for_each_other_are_a_fault():
+    """Catches a GEMM that the assembler has serialized: a wait after each instruction, not after each product."""
+    second = (
+        "        /*0024*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8].tnspB, R24, gsb0 ; /* 0x0 */\n"
+    )
+    one_group = SASS.replace("        /*0030*/", second + "        /*0030*/")
+    serial = one_group.replace("gdesc[UR8], R24 ;", "gdesc[UR8], R24, gsb0 ;")
+    fault = "matrix instructions: each of the 2 in a loop waits for the one before"
+    for sass, awaited, faults in ((one_group, 1, []), (serial, 2, [fault])):
+        loops = pipelined_loops(parse_sass(sass))
+        assert loops == [Loop(asynchronous=2, synchronous=0, matrix=2, awaited=awaited)]
+        assert judge(but(loops=loops)) == faults
 
 
 def test_nvidia_code_is_read():

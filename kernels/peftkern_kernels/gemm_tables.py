@@ -61,17 +61,16 @@ def _family(arch: int) -> str:
 
 # (family, bits, aligned) -> tile by size: "large" fills the device with large tiles; "medium" is the rest above 64
 # rows; "small" is up to 64 rows, "tiny" up to 16 (Hopper's and Blackwell's matrix instructions take 64 rows or more).
-# Where they are there: "large kn" is for a weight stored as [K, N], which is backward's orientation, and "masked" takes
-# the place of all above 64 rows for what a persistent tile cannot do (dropout, an unaligned output); "odd out" that of
-# "medium" where the output is stored element by element. Beside an accumulator an epilogue holds a tile of x or z:
-# "epilogue" is then the large tile, and "masked" the medium one.
+# Where they are there: "large kn" is for a weight stored as [K, N], which is backward's orientation; "odd out" takes
+# the place of "medium" where the output is stored element by element; "one tile" and "one tile medium" are for programs
+# that end with their tile, for what a persistent one cannot do (dropout, wide ranks, an unaligned output, an epilogue).
 _TILES: dict[tuple[str, int, bool], dict[str, Tile]] = {
     ("hopper", 16, True): {
         "large": Tile(128, 256, 64, 8, 3, group_m=16, tma=True, persistent=True),
         "large kn": Tile(128, 256, 64, 8, 3, group_m=4, tma=True, persistent=True),
         "medium": Tile(128, 128, 64, 4, 3, tma=True),
-        "masked": Tile(128, 128, 64, 8, 4, tma=True),
-        "epilogue": Tile(128, 256, 64, 8, 4, group_m=16, tma=True),
+        "one tile": Tile(128, 256, 64, 8, 4, group_m=16, tma=True),
+        "one tile medium": Tile(128, 128, 64, 8, 4, tma=True),
         "small": Tile(64, 128, 64, 4, 4, tma=True),
         "tiny": Tile(64, 128, 64, 4, 4),
     },
@@ -169,17 +168,16 @@ def choose_tile(
         M, N, K: sizes.
         aligned: every row of both operands starts on a 16-byte boundary and one stride of each is 1.
         weight_is_kn: the weight's unit stride is along N.
-        persistent: whether a persistent tile will do (no dropout, `out` aligned).
+        persistent: whether a persistent tile will do (no dropout, rank up to 64, `out` aligned).
         out_aligned: rows of `out` can be stored 16 bytes at a time.
         crowded: beside the accumulator there is so much in registers that the largest tile would spill.
         epilogue: more than a store follows the product, and needs the whole sum: K is not split.
     """
     rows = _rows(arch, 16 if dtype.itemsize == 2 else 32, aligned)
     processors = MULTIPROCESSORS.get(arch, 64)
-    if not persistent and "masked" in rows:
-        rows = {**rows, **dict.fromkeys(("large", "large kn", "medium"), rows["masked"])}
-    if epilogue and "epilogue" in rows:
-        rows = {**rows, "large": rows["epilogue"], "medium": rows["masked"]}
+    if (epilogue or not persistent) and "one tile" in rows:
+        large = rows["one tile"]
+        rows = {**rows, "large": large, "large kn": large, "medium": rows["one tile medium"]}
     large = rows.get("large kn", rows["large"]) if weight_is_kn else rows["large"]
     if M <= 16:
         tile = rows["tiny"]

@@ -45,6 +45,8 @@ def _grouped_gemm_tma_kernel(
             s_ptr, b_ptr, bias_ptr, slot, expert.to(tl.int64), rows, offs_n % N, R, stride_sm, stride_sr,
             stride_be, stride_bn, stride_br, stride_bias_e, stride_bias_n, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
         )  # fmt: skip
+        if WEIGHT_IS_KN:  # as in lora_linear_tma.py
+            acc = tl.where((offs_m < length)[:, None], acc, 0.0)
         for k in range(0, tl.where(slot >= 0, K, 0), BLOCK_K):
             x = x_desc.load([first, k])  # [BLOCK_M, BLOCK_K]
             if WEIGHT_IS_KN:

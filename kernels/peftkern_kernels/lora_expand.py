@@ -15,6 +15,7 @@ from .dropout import Dropout, keep_tile
 from .gemm_tables import rank_block
 from .launch import Call, cdiv, compile_options, nbytes, strides
 from .multi_tile import MixedFactor, many_adapters_product, slot_key
+from .reduction_tables import vectorizes
 
 
 @triton.jit
@@ -148,11 +149,11 @@ def expand_arguments(
 def expand_rank_block(
     b: torch.Tensor | MixedFactor, dtype: torch.dtype, dropout: Dropout | None, *, most: int = 64
 ) -> int:
-    """BLOCK_R of an expand beside a large accumulator: `most` of the tile, halved for what else is in registers.
-
-    That is a mask or fp32 factors for one, each row's own adapter for another.
-    """
-    halvings = (dropout is not None or b.dtype.itemsize > dtype.itemsize) + isinstance(b, MixedFactor)
+    """BLOCK_R of an expand beside a large accumulator: `most` of the tile, halved for each other thing in registers: a
+    mask, factors in fp32 or loaded element by element, each row's own adapter."""
+    mixed = isinstance(b, MixedFactor)
+    wide = b.dtype.itemsize > dtype.itemsize or not (mixed or vectorizes(b) or vectorizes(b.t()))
+    halvings = (dropout is not None) + wide + mixed
     return min(rank_block(b.shape[1], dtype), max(16, most >> halvings))
 
 

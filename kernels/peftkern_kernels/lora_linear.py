@@ -116,17 +116,19 @@ def tile_of(
     weight: torch.Tensor,
     b: torch.Tensor | MixedFactor,
     out: torch.Tensor,
+    bias: torch.Tensor | None,
     dropout: Dropout | None,
     arch: int,
 ) -> Tile:
     """The tile of `base_plus_expand_calls`, whose arguments these are."""
     (M, N), K = out.shape, x.shape[1]
-    mixed = isinstance(b, MixedFactor)
     can_stay = dropout is None and is_aligned(out) and out.dtype == x.dtype
-    can_stay = can_stay and not isinstance(b, MixedFactor) and stays_with(x, b)
+    can_stay = can_stay and not isinstance(b, MixedFactor) and stays_with(x, b, bias)
     sizes: dict[str, Any] = {"M": M, "N": N, "K": K, "weight_is_kn": not is_aligned(weight), "persistent": can_stay}
     sizes["out_aligned"] = vectorizes(out)
-    sizes["crowded"] = dropout is not None and mixed  # a dropout mask of many adapters has a key for each row
+    # Beside a mask: a key of each row's own adapter, addresses of single elements.
+    scattered = isinstance(b, MixedFactor) or not (vectorizes(b) or vectorizes(b.t()))
+    sizes["crowded"] = dropout is not None and scattered
     tile = choose_tile(arch, x.dtype, **sizes, aligned=_operands_are(is_aligned, x, weight))
     on_descriptors = tile.tma and tile.split_k == 1
     if not on_descriptors and not _operands_are(vectorizes, x, weight):
@@ -159,7 +161,7 @@ def base_plus_expand_calls(
     """
     if out.shape[0] == 0:
         return []
-    tile = tile_of(x, weight, b, out, dropout, arch)
+    tile = tile_of(x, weight, b, out, bias, dropout, arch)
     options: dict[str, Any] = {"bias": bias, "precision": precision, "tile": tile}
     if tile.persistent and not isinstance(b, MixedFactor):
         calls = persistent_calls(x, weight, s, b, out, arch=arch, **options)

@@ -25,10 +25,9 @@ from .gemm_tables import Tile, choose_tile
 from .gemm_tile import tile_of_program
 from .launch import Call, cdiv, compile_options, is_aligned, nbytes, scratch, strides
 from .lora_expand import triton_dtype
-from .lora_linear_persistent import finish_tile, multiprocessors
+from .lora_linear_persistent import MOST_RANK, finish_tile, multiprocessors
 from .lora_linear_tma import descriptor, weight_descriptor
 
-MOST_RANK = 64  # more columns of s beside a tile of 256 would spill
 _PREPARED = 4096  # elements of `a` that a program of the small launch takes
 
 
@@ -113,7 +112,7 @@ def _lora_linear_fused_kernel(
         tl.atomic_xchg(ready_ptr + tile_m, 1, sem="release", scope="gpu")
         finish_tile(
             acc, s_ptr, b_ptr, bias_ptr, out_desc, row, 0, M, N, R, stride_sm, stride_sr, stride_bn, stride_br,
-            stride_bias, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, 1, PRECISION,
+            stride_bias, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
         )  # fmt: skip
 
     # The others, in one loop over all their steps of K. Numbered behind those of the first column, so that programs
@@ -141,7 +140,7 @@ def _lora_linear_fused_kernel(
             ready = _wait(ready_ptr + row // BLOCK_M, WAITS)
             finish_tile(
                 acc, s_ptr + ready, b_ptr, bias_ptr, out_desc, row, column, M, N, R, stride_sm, stride_sr, stride_bn,
-                stride_br, stride_bias, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, 1, PRECISION,
+                stride_br, stride_bias, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
             )  # fmt: skip
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 

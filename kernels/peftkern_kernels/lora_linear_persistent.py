@@ -4,8 +4,8 @@
 with an empty pipeline and ends with a store that nothing hides. Here a program walks its tiles in a single loop over
 all their steps of K: while one tile is finished, its expand added and stored, the loads of the next one are under way.
 
-For ranks up to 128 (64 with fp32 factors), and without dropout: the mask falls on the low-rank part alone, which would
-need an accumulator beside the tile's.
+For ranks up to 64, and without dropout: the mask falls on the low-rank part alone, which would need an accumulator
+beside the tile's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from .lora_expand import triton_dtype
 from .lora_linear_tma import descriptor, weight_descriptor
 from .reduction_tables import vectorizes
 
+MOST_RANK = 64
+
 
 @triton.jit
 def scale_columns(u, c_ptr, bias_ptr, column, N, stride_bias, COLUMNS: tl.constexpr):
@@ -38,7 +40,7 @@ def scale_columns(u, c_ptr, bias_ptr, column, N, stride_bias, COLUMNS: tl.conste
 def finish_tile(
     acc, s_ptr, b_ptr, bias_ptr, out_desc, row, column, M, N, R, stride_sm, stride_sr, stride_bn, stride_br,
     stride_bias, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    RANK_STEPS: tl.constexpr, PRECISION: tl.constexpr, c_ptr=None, scaled_desc=None,
+    PRECISION: tl.constexpr, c_ptr=None, scaled_desc=None,
 ):  # fmt: skip
     """Add expand and bias to the sums of the tile at (row, column), and store it.
 
@@ -47,15 +49,13 @@ def finish_tile(
     """
     rows = (tl.cast(row, tl.int64) + tl.arange(0, BLOCK_M)) % M
     columns = (tl.cast(column, tl.int64) + tl.arange(0, BLOCK_N)) % N
-    # Unrolled: a loop that has another in it is no longer pipelined, which costs a fifth of the speed.
-    for r in tl.static_range(RANK_STEPS):
-        offs_r = r * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-        mask_r = offs_r < R
-        s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
-        b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r[:, None] * stride_br
-        s = tl.load(s_ptrs, mask=mask_r[None, :], other=0.0).to(DTYPE)  # [BLOCK_M, BLOCK_R]
-        b = tl.load(b_ptrs, mask=mask_r[:, None], other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
-        acc = tl.dot(s, b, acc, input_precision=PRECISION)
+    offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
+    mask_r = offs_r < R
+    s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
+    b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r[:, None] * stride_br
+    s = tl.load(s_ptrs, mask=mask_r[None, :], other=0.0).to(DTYPE)  # [BLOCK_M, BLOCK_R]
+    b = tl.load(b_ptrs, mask=mask_r[:, None], other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
+    acc = tl.dot(s, b, acc, input_precision=PRECISION)
     if bias_ptr is not None and c_ptr is None:
         acc += tl.load(bias_ptr + columns * stride_bias).to(tl.float32)[None, :]
     # In two halves, which need half the shared memory: room for a third stage of loads.
@@ -78,7 +78,7 @@ def _lora_linear_persistent_kernel(
     M, N, K, R, stride_sm, stride_sr, stride_bn, stride_br, stride_bias,
     DTYPE: tl.constexpr, WEIGHT_IS_KN: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    RANK_STEPS: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(K, BLOCK_K)
@@ -103,7 +103,7 @@ def _lora_linear_persistent_kernel(
         if step == steps - 1:
             finish_tile(
                 acc, s_ptr, b_ptr, bias_ptr, out_desc, row, column, M, N, R, stride_sm, stride_sr, stride_bn, stride_br,
-                stride_bias, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, RANK_STEPS, PRECISION, c_ptr, scaled_desc,
+                stride_bias, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION, c_ptr, scaled_desc,
             )  # fmt: skip
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
@@ -119,16 +119,13 @@ def multiprocessors(device: torch.device, arch: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def rank_step(x: torch.Tensor, b: torch.Tensor) -> int:
-    """The step of `finish_tile` along the rank: 16 to 64, or to 32 where `b` [N, R] takes more registers on its way, in
-    fp32 or loaded element by element."""
-    narrow = b.dtype.itemsize > x.dtype.itemsize or not (vectorizes(b) or vectorizes(b.t()))
-    return rank_block(b.shape[1], x.dtype, narrow=narrow)
-
-
-def stays_with(x: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether a factor [N, R] beside x is thin enough: from three steps of the rank on, unrolled, the kernel spills."""
-    return b.shape[1] <= 2 * rank_step(x, b)
+def stays_with(x: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether a factor [N, R] beside x is thin enough: more would spill. (Two products, one after the other, would not,
+    but with a second one the assembler has every matrix instruction of the main loop wait for the one before.)"""
+    most = MOST_RANK if vectorizes(b) or vectorizes(b.t()) else 16
+    if bias is not None and b.dtype.itemsize > x.dtype.itemsize:
+        most = min(most, MOST_RANK // 2)
+    return b.shape[1] <= most
 
 
 def persistent_calls(
@@ -156,7 +153,7 @@ def persistent_calls(
     w_desc, weight_is_kn = weight_descriptor(weight, tile)
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     processors = multiprocessors(x.device, arch)
-    block_r = rank_step(x, b)
+    block_r = rank_block(b.shape[1], x.dtype)
     return [
         Call(
             name="base + expand",
@@ -187,7 +184,6 @@ def persistent_calls(
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
                 "BLOCK_R": block_r,
-                "RANK_STEPS": cdiv(R, block_r),
                 "GROUP_M": tile.group_m,
                 "PRECISION": precision,
             },

@@ -40,6 +40,10 @@ def _lora_linear_tma_kernel(
         stride_bn, stride_br, stride_bias, threshold, keep_scale,
         ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, POOL, PRECISION,
     )  # fmt: skip
+    if WEIGHT_IS_KN or POOL != "":
+        # Where sums come straight from matrix instructions, the assembler has each one of the loop below wait for the
+        # one before; not where other instructions have written them.
+        acc = tl.where((offs_m < M)[:, None], acc, 0.0)
     for k in range(0, K, BLOCK_K):
         x = x_desc.load([row, k])  # [BLOCK_M, BLOCK_K]
         if WEIGHT_IS_KN:
