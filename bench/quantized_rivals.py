@@ -23,7 +23,7 @@ from peftkern.utils.quantized_files import write_quantized
 from peftkern.utils.quantized_modules import Linear4bit
 from peftkern.weights import Weight4bit
 
-PATHS = ("fused_4bit", "decode_4bit", "dequantize:triton", "dequantize:cublas", "dequantize:mixed", "dequantize:decode")
+PATHS = ("fused_4bit", "decode_4bit", "dequantize:triton", "dequantize:cublas", "dequantize:decode")
 Wrap = Callable[[nn.Linear, int, float, float], Adapted]
 
 

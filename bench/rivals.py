@@ -28,7 +28,7 @@ from peftkern import fuse_mlps, share_inputs
 from peftkern.ops.plan import DECODE_TOKENS
 
 FOLDER = ROOT / ".rivals"
-PEFTKERN_PATHS = ("triton", "cublas", "mixed", "fused", "torch", "decode")
+PEFTKERN_PATHS = ("triton", "cublas", "torch", "decode")
 
 
 def frozen() -> Rival:

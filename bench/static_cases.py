@@ -194,7 +194,7 @@ def all_cases() -> list[Case]:
     ]
     forced += [replace(case, path="triton") for case in (*sizes[:4], *awkward)]
     forced += [
-        replace(case, path="fused", masters=masters, bias=masters, **variant)
+        replace(case, path="triton", masters=masters, bias=masters, **variant)
         for case, masters, variant in product(headline, (False, True), ({}, {"K": 4104}, {"dtype": torch.float16}))
     ]
     linear = dict.fromkeys([*headline, *llama, *variants, *awkward, *options, *forced])

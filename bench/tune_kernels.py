@@ -24,7 +24,6 @@ from peftkern_kernels.ia3_tables import ElementTile
 from peftkern_kernels.launch import Call
 from peftkern_kernels.lora_dy_pass import ONE_PASS_RANK, dy_pass_calls
 from peftkern_kernels.lora_linear import pointer_calls
-from peftkern_kernels.lora_linear_fused import fused_calls, fused_tile
 from peftkern_kernels.lora_linear_persistent import persistent_calls
 from peftkern_kernels.lora_linear_split import split_calls
 from peftkern_kernels.lora_linear_tma import tma_calls
@@ -162,26 +161,6 @@ def _gemm(name: str, o: Operands, arch: int, backward: bool) -> Tunable:
     return Tunable(name, p, table, candidates, build, SPLITS[:5] if p.M <= 512 else (), [out], truth)
 
 
-def _fused(name: str, o: Operands, arch: int, backward: bool) -> Tunable | None:
-    """The GEMM with the shrink inside as well (path "fused"), against its own shrink and base + expand; None where it
-    cannot be."""
-    p = o.problem
-    x, weight, a, b = (o.dy, o.weight.t(), o.b.t(), o.a.t()) if backward else (o.x, o.weight, o.a, o.b)
-    out, s = torch.empty(p.M, weight.shape[0], dtype=p.dtype, device=x.device), torch.empty_like(o.s)
-    table = fused_tile(x, weight, p.R, out, arch)
-    if table is None:
-        return None
-
-    def build(tile: GemmTile, splits: int | None) -> list[Call]:
-        return fused_calls(x, weight, a, b, SCALING, out, s, tile=tile, arch=arch)
-
-    def truth() -> list[torch.Tensor]:
-        exact = SCALING * x.double() @ a.double().T
-        return [x.double() @ weight.double().T + exact @ b.double().T, exact]
-
-    return Tunable(name, p, table, [*gemm_candidates(arch, p, table)], build, (), [out, s], truth)
-
-
 def _shrink(o: Operands, arch: int) -> Tunable:
     p = o.problem
     out = torch.empty(p.M, p.R, dtype=p.dtype, device=o.x.device)
@@ -267,9 +246,6 @@ def tunables(p: Problem, device: torch.device, arch: int) -> Iterator[Tunable]:
     if not p.dropout:  # the forward's GEMM never drops
         yield _gemm("base + expand, forward", operands, arch, backward=False)
     yield _gemm("base + expand, dX", operands, arch, backward=True)
-    if not p.dropout:
-        fused = (_fused(f"base + shrink + expand, {name}", operands, arch, name == "dX") for name in ("forward", "dX"))
-        yield from (tunable for tunable in fused if tunable is not None)
     if p.R <= ONE_PASS_RANK and not p.dropout:
         yield _dy_pass(operands, arch)
     yield _weight_gradient(operands, arch)

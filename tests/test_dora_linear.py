@@ -444,7 +444,7 @@ HOPPER, NATIVE_CPU = DeviceInfo("cuda", 90), DeviceInfo("cpu", 0, "no CPU backen
 @pytest.mark.parametrize(
     "changes, path",
     [
-        ({}, "mixed"),
+        ({}, "triton"),
         ({"M": 16}, "decode"),
         ({"M": 0}, "torch"),
         ({"dtype": torch.float64}, "torch"),
@@ -452,8 +452,8 @@ HOPPER, NATIVE_CPU = DeviceInfo("cuda", 90), DeviceInfo("cpu", 0, "no CPU backen
         ({"blocksize": 64, "M": 16}, "dequantize:decode"),
         ({"blocksize": 64, "M": 16, "decodes": True}, "decode_4bit"),
         ({"blocksize": 64, "M": 128, "decodes": True}, "fused_4bit"),
-        ({"blocksize": 0, "decodes": True}, "dequantize:mixed"),
-        ({"blocksize": 64}, "dequantize:mixed"),
+        ({"blocksize": 0, "decodes": True}, "dequantize:triton"),
+        ({"blocksize": 64}, "dequantize:triton"),
         ({"blocksize": 64, "backend": "torch"}, "dequantize:torch"),
         ({"blocksize": 64, "backend": "torch", "decodes": True}, "dequantize:torch"),
     ],

@@ -48,7 +48,7 @@ def check(tensors, dtype, p, path):
     eps = torch.finfo(dtype).eps
     outputs = [y.detach(), *(tensors[i].grad for i in (0, 2, 3, 4))]
     # S (dS) and masters are rounded to the dtype; on cuBLAS the expand is too.
-    rounded = (3 + (path in ("cublas", "torch")), 3 + (path in ("cublas", "mixed", "fused", "torch")), 3, 3, 1)
+    rounded = (3 + (path in ("cublas", "torch")), 3 + (path in ("cublas", "torch")), 3, 3, 1)
     for out, truth, magnitude, count in zip(outputs, *results, rounded, strict=True):
         factor = eps / torch.finfo(out.dtype).eps
         assert_rounded(out, truth, magnitude, terms=M + N + K + R, rounded=count * factor)
@@ -56,7 +56,7 @@ def check(tensors, dtype, p, path):
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("masters", [False, True])
-@pytest.mark.parametrize("path", ["triton", "cublas", "mixed", "fused"])
+@pytest.mark.parametrize("path", ["triton", "cublas"])
 @pytest.mark.parametrize(
     "M, N, K, R",
     [(4096, 2048, 2048, 16), (2048, 4096, 1024, 64), (512, 1024, 4096, 128), (130, 1000, 4095, 12), (64, 256, 512, 8)],
@@ -118,29 +118,6 @@ def test_cuda_graph_replays_with_new_inputs_and_a_new_mask(M, p):
     graph.replay()
     for got, want in zip(captured, step(), strict=True):
         assert torch.equal(got, want)
-
-
-def test_fused_gemm_beside_other_work_reads_no_row_too_early(monkeypatch):
-    """Would catch a flag that is raised before its rows of S are there to be read, and programs that wait for one which
-    has no multiprocessor: two streams, whose kernels take each other's places, 40 times each."""
-    monkeypatch.setattr(MODULE, "plan_for", lambda *_: Plan("fused", "forced by a test"))
-    tensors = make(8192, 2048, 2048, 16, torch.bfloat16, torch.float32)
-    inputs = [tensors[i] for i in (0, 2, 3)]
-    dy = torch.randn(8192, 2048, device="cuda").bfloat16()
-
-    def step():
-        y = lora_linear(*tensors[:4], SCALING, tensors[4])
-        return y.detach(), *torch.autograd.grad(y, inputs, dy)
-
-    first = step()
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    equal = []
-    for i in range(80):
-        with torch.cuda.stream(streams[i % 2]):  # compared without a wait: both streams stay full
-            equal.append(torch.stack([(a == b).all() for a, b in zip(first, step(), strict=True)]))
-    torch.cuda.synchronize()
-    assert torch.stack(equal).all()
 
 
 def test_same_bits_on_two_runs():

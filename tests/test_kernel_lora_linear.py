@@ -17,7 +17,8 @@ from numerics import assert_rounded, padded_randn
 from peftkern import reference
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.gemm_tables import SHARED_MEMORY, Tile, choose_tile
-from peftkern_kernels.launch import run_all
+from peftkern_kernels.launch import is_aligned, run_all
+from peftkern_kernels.lora_factor import as_weight
 from peftkern_kernels.lora_linear import base_plus_expand_calls, pointer_calls
 from peftkern_kernels.lora_linear_persistent import multiprocessors, persistent_calls
 from peftkern_kernels.lora_linear_split import split_calls
@@ -36,7 +37,7 @@ def problem(M, N, K, R, dtype, device, *, adapter_dtype=None, transposed=False, 
     b_shape = (R, N) if transposed else (N, R)
     b = padded_randn(*b_shape, pad=3 * pad, dtype=adapter_dtype, device=device)
     weight, b = (weight.t(), b.t()) if transposed else (weight, b)
-    s = padded_randn(M, R, pad=4 * pad, dtype=dtype, device=device)
+    s = padded_randn(M, R, pad=4 * pad + (-R % 8 if pad == 8 else 0), dtype=dtype, device=device)
     vector = padded_randn(1, N, pad=1, dtype=dtype, device=device)[0] if bias else None
     dropout = Dropout(torch.tensor([20240517 << 20], dtype=torch.int64, device=device), p) if p else None
     out = torch.full((M + 1, N + pad), float("nan"), dtype=dtype, device=device)
@@ -174,11 +175,12 @@ def by_staying(tile):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
-    "M, N, K, R", [(1, 16, 32, 1), (17, 136, 200, 12), (65, 24, 40, 64), (130, 72, 32, 16), (33, 264, 24, 3)]
+    "M, N, K, R", [(1, 16, 32, 1), (17, 136, 200, 12), (65, 24, 40, 70), (130, 72, 32, 16), (33, 264, 24, 3)]
 )
 def test_programs_that_stay_match_fp64(M, N, K, R, transposed, dtype, device):
-    """1 to 27 tiles for at most 4 programs, one or many steps of K: catches an accumulator that keeps the last tile's
-    sum, a tile that is skipped, a step of the next tile at this one's coordinates, and a store over the edge."""
+    """1 to 27 tiles for at most 4 programs, one or many steps of K and of the rank: catches an accumulator that keeps
+    the last tile's sum, a tile that is skipped, a step of the next tile at this one's coordinates, a step of the rank
+    that is left out or loads x, and a store over the edge."""
     check(by_staying(small()), M, N, K, R, dtype, device, transposed=transposed, pad=8)
 
 
@@ -208,6 +210,18 @@ def test_programs_that_stay_only_without_dropout_and_with_an_aligned_output():
     ]
     names = [calls[0].kernel.__name__ for calls in kernels]
     assert names == ["_lora_linear_persistent_kernel", "_lora_linear_tma_kernel", "_lora_linear_tma_kernel"]
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("N, R, dtype", [(70, 12, torch.float16), (65, 3, torch.float32), (130, 80, torch.float32)])
+def test_a_factor_is_turned_and_cast_for_the_gemm(N, R, dtype, across, device):
+    """Catches a factor whose transpose is copied as it lay, a rank or row that is left out, rows that no descriptor can
+    describe, and a copy where none is needed."""
+    b = padded_randn(N, R, pad=3, dtype=dtype, device=device)
+    made, calls = as_weight(b, torch.float16, across, arch=0)
+    run_all(calls)
+    assert torch.equal(made, b.half()) and is_aligned(made.t() if across else made)
+    assert as_weight(made, torch.float16, across, arch=0) == (made, [])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

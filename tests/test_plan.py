@@ -24,8 +24,8 @@ def path(M, N=4096, K=4096, R=16, dtype=torch.bfloat16, device=HOPPER, aligned=T
 def test_sixteen_bits_take_kernels(arch):
     """Would catch an architecture that falls back silently."""
     device = DeviceInfo("cuda", arch)
-    assert path(8192, device=device) == ("mixed" if arch == 90 else "triton")
-    assert path(17, device=device) == ("mixed" if arch == 90 else "triton")
+    assert path(8192, device=device) == "triton"
+    assert path(17, device=device) == ("cublas" if arch == 90 else "triton")
     assert path(16, device=device) == "decode"
     assert path(1, device=device, dtype=torch.float16) == "decode"
 
@@ -34,7 +34,7 @@ def test_cublas_where_triton_has_no_matrix_instruction_or_no_aligned_rows():
     """Would catch fp32 on FFMA in Triton, and synchronous loads at large sizes."""
     assert path(8192, dtype=torch.float32) == "cublas"
     assert path(8192, K=4095, aligned=False) == "cublas"
-    assert path(64, K=4095, aligned=False) in ("triton", "mixed")
+    assert path(64, K=4095, device=DeviceInfo("cuda", 89), aligned=False) == "triton"
 
 
 def test_plain_path_elsewhere():

@@ -41,7 +41,7 @@ def dora_output_calls(
     if y.shape[0] == 0:
         return []
     product = y if u is None else u
-    tile = tile_of(x, weight, b, product, None, None, arch)
+    tile = tile_of(x, weight, s, b, product, None, arch)
     if tile.persistent and is_aligned(y):
         calls = persistent_calls(
             x, weight, s, b, u, bias=bias, precision=precision, tile=tile, arch=arch, c=c, scaled=y

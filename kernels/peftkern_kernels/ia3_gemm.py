@@ -211,5 +211,5 @@ def ia3_gemm_calls(
         call.bytes = nbytes(a, weight, scale, bias, x, out, z, planes)
         call.flops = 2 * M * N * K
     if planes is not None and sums is not None:
-        calls += reduce_calls([PlaneSum(planes, sums.view(1, N))], name="dl: sum over rows")
+        calls += reduce_calls([PlaneSum(planes, sums.view(1, N))], name="dl: sum over rows", arch=arch)
     return calls

@@ -146,4 +146,4 @@ def scale_sum_calls(
         bytes=nbytes(a, b, scale, out, planes),
         flops=3 * M * C,
     )
-    return [call, *reduce_calls([PlaneSum(planes, total)], name="dl: sum over rows")]
+    return [call, *reduce_calls([PlaneSum(planes, total)], name="dl: sum over rows", arch=arch)]

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
+from .overlap import begin, overlap_options, overlaps
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import Tile, best_splits, dy_pass_tile, vectorizes
 
@@ -29,8 +30,9 @@ def _lora_dy_pass_kernel(
     dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr,  # [M, N] [N, R] [M, R] -> fp32 [column blocks, M, R], [row shares, N, R]
     M, N, R, stride_dym, stride_dyn, stride_bn, stride_br, stride_sm, stride_sr, m_chunk,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_N: tl.constexpr,
-    LOAD_TWICE: tl.constexpr, PRECISION: tl.constexpr,
+    LOAD_TWICE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     blocks_r = tl.cdiv(R, BLOCK_R)
     block_n = (tl.program_id(0) // blocks_r).to(tl.int64)
     block_r = (tl.program_id(0) % blocks_r).to(tl.int64)
@@ -150,12 +152,13 @@ def dy_pass_calls(
             "EVEN_N": N % tile.block_c == 0,
             "LOAD_TWICE": arch in (80, 86, 89, 120),
             "PRECISION": precision,
+            "OVERLAP": overlaps(arch),
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        options=compile_options(arch),
+        options=compile_options(arch) | overlap_options(arch),
         bytes=nbytes(dy, b, s, ds_planes, db_planes),
         flops=4 * M * N * R,
     )
     sums = [PlaneSum(ds_planes, ds_out, scaling), PlaneSum(db_planes, db_out)]
-    return [call, *reduce_calls(sums, name="dY pass: sums over columns and rows")]
+    return [call, *reduce_calls(sums, name="dY pass: sums over columns and rows", arch=arch)]

@@ -151,9 +151,10 @@ def expand_rank_block(
 ) -> int:
     """BLOCK_R of an expand beside a large accumulator: `most` of the tile, halved for each other thing in registers: a
     mask, factors in fp32 or loaded element by element, each row's own adapter."""
-    mixed = isinstance(b, MixedFactor)
-    wide = b.dtype.itemsize > dtype.itemsize or not (mixed or vectorizes(b) or vectorizes(b.t()))
-    halvings = (dropout is not None) + wide + mixed
+    wide = b.dtype.itemsize > dtype.itemsize
+    if isinstance(b, torch.Tensor):
+        wide = wide or not (vectorizes(b) or vectorizes(b.t()))
+    halvings = (dropout is not None) + wide + isinstance(b, MixedFactor)
     return min(rank_block(b.shape[1], dtype), max(16, most >> halvings))
 
 

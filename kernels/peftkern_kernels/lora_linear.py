@@ -23,7 +23,7 @@ from .gemm_tables import Tile, choose_tile
 from .gemm_tile import accumulate_base, tile_of_program
 from .launch import Call, cdiv, compile_options, is_aligned, nbytes, strides
 from .lora_expand import expand_arguments, expand_rank_block, expand_tile
-from .lora_linear_persistent import persistent_calls, stays_with
+from .lora_linear_persistent import persistent_calls
 from .lora_linear_split import split_calls
 from .lora_linear_tma import tma_calls
 from .multi_tile import MixedFactor
@@ -114,16 +114,16 @@ def _operands_are(aligned: Callable[[torch.Tensor], bool], x: torch.Tensor, weig
 def tile_of(
     x: torch.Tensor,
     weight: torch.Tensor,
+    s: torch.Tensor,
     b: torch.Tensor | MixedFactor,
     out: torch.Tensor,
-    bias: torch.Tensor | None,
     dropout: Dropout | None,
     arch: int,
 ) -> Tile:
     """The tile of `base_plus_expand_calls`, whose arguments these are."""
     (M, N), K = out.shape, x.shape[1]
-    can_stay = dropout is None and is_aligned(out) and out.dtype == x.dtype
-    can_stay = can_stay and not isinstance(b, MixedFactor) and stays_with(x, b, bias)
+    can_stay = dropout is None and not isinstance(b, MixedFactor) and is_aligned(s)
+    can_stay = can_stay and is_aligned(out) and out.dtype == s.dtype == x.dtype
     sizes: dict[str, Any] = {"M": M, "N": N, "K": K, "weight_is_kn": not is_aligned(weight), "persistent": can_stay}
     sizes["out_aligned"] = vectorizes(out)
     # Beside a mask: a key of each row's own adapter, addresses of single elements.
@@ -161,7 +161,7 @@ def base_plus_expand_calls(
     """
     if out.shape[0] == 0:
         return []
-    tile = tile_of(x, weight, b, out, bias, dropout, arch)
+    tile = tile_of(x, weight, s, b, out, dropout, arch)
     options: dict[str, Any] = {"bias": bias, "precision": precision, "tile": tile}
     if tile.persistent and not isinstance(b, MixedFactor):
         calls = persistent_calls(x, weight, s, b, out, arch=arch, **options)

@@ -1,11 +1,15 @@
 """The frozen GEMM with the low-rank part in its accumulator, by persistent programs: one for each multiprocessor.
 
-`out = x W^T + bias + S B^T`, as in lora_linear_tma.py. There a program does one tile and ends, so that each tile begins
-with an empty pipeline and ends with a store that nothing hides. Here a program walks its tiles in a single loop over
-all their steps of K: while one tile is finished, its expand added and stored, the loads of the next one are under way.
+    out = x W^T + bias + s b^T = [x | s] [W | b]^T + bias
 
-For ranks up to 64, and without dropout: the mask falls on the low-rank part alone, which would need an accumulator
-beside the tile's.
+so s and b are the last steps of the contraction: their tiles come through descriptors of their own, but by the same
+loop, and as early as any other's. Where the rank is no multiple of BLOCK_K, the copy engine fills the rest with zeros.
+
+In lora_linear_tma.py a program does one tile and ends, so that each tile begins with an empty pipeline and ends with a
+store that nothing hides. Here a program walks its tiles in a single loop over all their steps: while one tile is
+finished and stored, the loads of the next one are under way.
+
+Without dropout: the mask falls on the low-rank part alone, which would need an accumulator beside the tile's.
 """
 
 from __future__ import annotations
@@ -16,18 +20,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm_tables import MULTIPROCESSORS, Tile, rank_block
+from .gemm_tables import MULTIPROCESSORS, Tile
 from .gemm_tile import tile_of_program
 from .launch import Call, cdiv, nbytes, strides
 from .lora_expand import triton_dtype
+from .lora_factor import as_weight
 from .lora_linear_tma import descriptor, weight_descriptor
-from .reduction_tables import vectorizes
-
-MOST_RANK = 64
+from .overlap import begin, overlap_options, overlaps
 
 
 @triton.jit
-def scale_columns(u, c_ptr, bias_ptr, column, N, stride_bias, COLUMNS: tl.constexpr):
+def _scale_columns(u, c_ptr, bias_ptr, column, N, stride_bias, COLUMNS: tl.constexpr):
     """c * u + bias of a tile whose columns begin at `column`."""
     columns = (tl.cast(column, tl.int64) + tl.arange(0, COLUMNS)) % N
     u = u * tl.load(c_ptr + columns)[None, :]
@@ -37,26 +40,17 @@ def scale_columns(u, c_ptr, bias_ptr, column, N, stride_bias, COLUMNS: tl.conste
 
 
 @triton.jit
-def finish_tile(
-    acc, s_ptr, b_ptr, bias_ptr, out_desc, row, column, M, N, R, stride_sm, stride_sr, stride_bn, stride_br,
-    stride_bias, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr, c_ptr=None, scaled_desc=None,
+def _store_tile(
+    acc, bias_ptr, c_ptr, out_desc, scaled_desc, row, column, N, stride_bias,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add expand and bias to the sums of the tile at (row, column), and store it.
+    """Add the bias to the sums of the tile at (row, column), and store it.
 
     With c_ptr [N] the bias waits for DoRA: the tile u without it goes to out_desc, where there is one, and c * u + bias
     to scaled_desc.
     """
-    rows = (tl.cast(row, tl.int64) + tl.arange(0, BLOCK_M)) % M
-    columns = (tl.cast(column, tl.int64) + tl.arange(0, BLOCK_N)) % N
-    offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
-    mask_r = offs_r < R
-    s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
-    b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r[:, None] * stride_br
-    s = tl.load(s_ptrs, mask=mask_r[None, :], other=0.0).to(DTYPE)  # [BLOCK_M, BLOCK_R]
-    b = tl.load(b_ptrs, mask=mask_r[:, None], other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
-    acc = tl.dot(s, b, acc, input_precision=PRECISION)
     if bias_ptr is not None and c_ptr is None:
+        columns = (tl.cast(column, tl.int64) + tl.arange(0, BLOCK_N)) % N
         acc += tl.load(bias_ptr + columns * stride_bias).to(tl.float32)[None, :]
     # In two halves, which need half the shared memory: room for a third stage of loads.
     halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
@@ -65,23 +59,25 @@ def finish_tile(
         out_desc.store([row, column], left.to(DTYPE))
         out_desc.store([row, column + BLOCK_N // 2], right.to(DTYPE))
     if c_ptr is not None:
-        left = scale_columns(left, c_ptr, bias_ptr, column, N, stride_bias, BLOCK_N // 2)
+        left = _scale_columns(left, c_ptr, bias_ptr, column, N, stride_bias, BLOCK_N // 2)
         scaled_desc.store([row, column], left.to(DTYPE))
-        right = scale_columns(right, c_ptr, bias_ptr, column + BLOCK_N // 2, N, stride_bias, BLOCK_N // 2)
+        right = _scale_columns(right, c_ptr, bias_ptr, column + BLOCK_N // 2, N, stride_bias, BLOCK_N // 2)
         scaled_desc.store([row, column + BLOCK_N // 2], right.to(DTYPE))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "R"])
 def _lora_linear_persistent_kernel(
-    x_desc, w_desc, out_desc, scaled_desc,  # [M, K], [N, K] or [K, N], [M, N], [M, N]: descriptors
-    s_ptr, b_ptr, bias_ptr, c_ptr,  # [M, R] [N, R] [N] [N]
-    M, N, K, R, stride_sm, stride_sr, stride_bn, stride_br, stride_bias,
+    x_desc, w_desc, s_desc, b_desc,  # [M, K], [N, K] or [K, N], [M, R], [N, R] or [R, N]: descriptors
+    out_desc, scaled_desc, bias_ptr, c_ptr,  # [M, N], [M, N]: descriptors; [N] [N]
+    M, N, K, R, stride_bias,
     DTYPE: tl.constexpr, WEIGHT_IS_KN: tl.constexpr, PROGRAMS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    steps = tl.cdiv(K, BLOCK_K)
+    base_steps = tl.cdiv(K, BLOCK_K)
+    steps = base_steps + tl.cdiv(R, BLOCK_K)
     tile = tl.program_id(0) - PROGRAMS
     step = -1
     row = 0
@@ -94,17 +90,25 @@ def _lora_linear_persistent_kernel(
             tile += PROGRAMS
             pid_m, pid_n = tile_of_program(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
             row, column = (pid_m * BLOCK_M).to(tl.int32), (pid_n * BLOCK_N).to(tl.int32)  # descriptors count in int32
-        x = x_desc.load([row, step * BLOCK_K])  # [BLOCK_M, BLOCK_K]
-        if WEIGHT_IS_KN:
-            w = w_desc.load([step * BLOCK_K, column])  # [BLOCK_K, BLOCK_N]
+        # Only the descriptors are chosen here: loads inside a branch would not be issued ahead.
+        if step < base_steps:
+            left_desc = x_desc
+            right_desc = w_desc
+            k = step * BLOCK_K
         else:
-            w = w_desc.load([column, step * BLOCK_K]).T
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            left_desc = s_desc
+            right_desc = b_desc
+            k = (step - base_steps) * BLOCK_K
+        left = left_desc.load([row, k])  # [BLOCK_M, BLOCK_K]
+        if WEIGHT_IS_KN:
+            right = right_desc.load([k, column])  # [BLOCK_K, BLOCK_N]
+        else:
+            right = right_desc.load([column, k]).T
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
         if step == steps - 1:
-            finish_tile(
-                acc, s_ptr, b_ptr, bias_ptr, out_desc, row, column, M, N, R, stride_sm, stride_sr, stride_bn, stride_br,
-                stride_bias, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION, c_ptr, scaled_desc,
-            )  # fmt: skip
+            _store_tile(
+                acc, bias_ptr, c_ptr, out_desc, scaled_desc, row, column, N, stride_bias, DTYPE, BLOCK_M, BLOCK_N
+            )
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
 
@@ -117,15 +121,6 @@ def multiprocessors(device: torch.device, arch: int) -> int:
     if device.type != "cuda":
         return MULTIPROCESSORS.get(arch, 64)
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def stays_with(x: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether a factor [N, R] beside x is thin enough: more would spill. (Two products, one after the other, would not,
-    but with a second one the assembler has every matrix instruction of the main loop wait for the one before.)"""
-    most = MOST_RANK if vectorizes(b) or vectorizes(b.t()) else 16
-    if bias is not None and b.dtype.itemsize > x.dtype.itemsize:
-        most = min(most, MOST_RANK // 2)
-    return b.shape[1] <= most
 
 
 def persistent_calls(
@@ -144,36 +139,36 @@ def persistent_calls(
 ) -> list[Call]:
     """The launch of persistent programs, for a given tile; arguments as in `lora_linear.base_plus_expand_calls`,
     without dropout. With c [N] contiguous fp32, `out` (which may then be None) is without the bias and
-    `scaled = c * out + bias`.
+    `scaled = c * out + bias`. Before it, a small one that casts or turns `b` if the GEMM cannot read it as it is.
 
-    x, weight or weight.t(), out and scaled must have 16-byte aligned rows (`launch.is_aligned`), and the last two x's
-    dtype.
+    x, weight or weight.t(), s, out and scaled must have 16-byte aligned rows (`launch.is_aligned`), and all but weight
+    x's dtype.
     """
     M, (N, R), K = x.shape[0], b.shape, x.shape[1]
     w_desc, weight_is_kn = weight_descriptor(weight, tile)
+    b, casts = as_weight(b, x.dtype, across=weight_is_kn, arch=arch)
+    b_block = (tile.block_k, tile.block_n) if weight_is_kn else (tile.block_n, tile.block_k)
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     processors = multiprocessors(x.device, arch)
-    block_r = rank_block(b.shape[1], x.dtype)
     return [
+        *casts,
         Call(
             name="base + expand",
             kernel=_lora_linear_persistent_kernel,
             grid=(min(tiles, processors), 1, 1),
             args={
-                "s_ptr": s,
-                "b_ptr": b,
                 "bias_ptr": bias,
                 "c_ptr": c,
                 "x_desc": descriptor(x, tile.block_m, tile.block_k),
                 "w_desc": w_desc,
+                "s_desc": descriptor(s, tile.block_m, tile.block_k),
+                "b_desc": descriptor(b.t() if weight_is_kn else b, *b_block),
                 "out_desc": None if out is None else descriptor(out, tile.block_m, tile.block_n // 2),
                 "scaled_desc": None if scaled is None else descriptor(scaled, tile.block_m, tile.block_n // 2),
                 "M": M,
                 "N": N,
                 "K": K,
                 "R": R,
-                **strides(s, "sm", "sr"),
-                **strides(b, "bn", "br"),
                 **strides(bias, "bias"),
             },
             constants={
@@ -183,13 +178,14 @@ def persistent_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
-                "BLOCK_R": block_r,
                 "GROUP_M": tile.group_m,
                 "PRECISION": precision,
+                "OVERLAP": overlaps(arch),
             },
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            options=overlap_options(arch),
             bytes=nbytes(x, weight, s, b, bias, c, out, scaled),
             flops=2 * M * N * (K + R),
-        )
+        ),
     ]

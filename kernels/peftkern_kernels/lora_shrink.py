@@ -151,4 +151,4 @@ def shrink_calls(
     )
     if splits == 1:
         return [call]
-    return [call, *reduce_calls([PlaneSum(target, out, scale)], name="shrink: sum over K")]
+    return [call, *reduce_calls([PlaneSum(target, out, scale)], name="shrink: sum over K", arch=arch)]

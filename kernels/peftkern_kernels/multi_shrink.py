@@ -246,4 +246,4 @@ def group_shrink_calls(
     )
     if splits == 1:
         return [call]
-    return [call, *reduce_calls([PlaneSum(target, out)], name="shrink of many adapters: sum over K")]
+    return [call, *reduce_calls([PlaneSum(target, out)], name="shrink of many adapters: sum over K", arch=arch)]

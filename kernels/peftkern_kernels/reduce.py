@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .launch import Call, cdiv, nbytes, strides
+from .overlap import begin, overlap_options, overlaps
 from .reduction_tables import next_power_of_2
 
 
@@ -45,7 +46,9 @@ def _reduce_planes_kernel(
     planes1_ptr, out1_ptr, P1, C1, stride_oc1, stride_or1, scale1,
     R, blocks0,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, UNROLL: tl.constexpr, TWO: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     block_c = tl.program_id(0)
     block_r = tl.program_id(1)
     if block_c < blocks0:
@@ -65,12 +68,12 @@ class PlaneSum:
     scale: float = 1.0
 
 
-def reduce_calls(sums: list[PlaneSum], *, name: str = "sum of planes") -> list[Call]:
+def reduce_calls(sums: list[PlaneSum], *, arch: int, name: str = "sum of planes") -> list[Call]:
     """Launch for one or two sums over planes with the same last axis.
 
     Args:
         sums: one or two; none gives no launch.
-        name: what the launch is called in reports.
+        arch: as everywhere. name: what the launch is called in reports.
 
     Raises:
         ValueError: more than two sums, shapes that do not agree, or planes that are not contiguous fp32.
@@ -107,9 +110,16 @@ def reduce_calls(sums: list[PlaneSum], *, name: str = "sum of planes") -> list[C
             kernel=_reduce_planes_kernel,
             grid=(sum(blocks), cdiv(R, BLOCK_R), 1),
             args=args,
-            constants={"BLOCK_C": BLOCK_C, "BLOCK_R": BLOCK_R, "UNROLL": 8, "TWO": second is not None},
+            constants={
+                "BLOCK_C": BLOCK_C,
+                "BLOCK_R": BLOCK_R,
+                "UNROLL": 8,
+                "TWO": second is not None,
+                "OVERLAP": overlaps(arch),
+            },
             num_warps=4,
             num_stages=1,
+            options=overlap_options(arch),
             bytes=sum(nbytes(s.planes, s.out) for s in sums),
             flops=sum(s.planes.numel() for s in sums),
         )

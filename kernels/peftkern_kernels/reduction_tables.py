@@ -31,7 +31,7 @@ DEVICES = {
 OTHER_DEVICE = (128, 1_000_000)
 MAX_SPLITS = 64
 LAUNCH_US = 2  # what a second, dependent launch costs
-REACH = 1.25  # how far a multiprocessor can exceed its even share of the memory's bandwidth while others are idle
+REACH = 1.1  # how far a multiprocessor can exceed its even share of the memory's bandwidth while others are idle
 
 
 MEASURED = "bench/results/nvidia-h200/tune.json, tune-dropout.json"
@@ -146,7 +146,7 @@ def weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, align
 
 
 def dy_pass_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool) -> Tile:
-    """Tile of the one pass over dY that gives dS and dB (small R): rows x 256 columns held once, used twice."""
+    """Tile of the one pass over dY that gives dS and dB (small R): rows x 256 or 512 columns held once, used twice."""
     block_r = rank_block(R, 32)
     if arch >= 900:
         if dtype == torch.float32 or not aligned:
@@ -157,7 +157,7 @@ def dy_pass_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool
     if not aligned:
         return Tile(32, 128, block_r, 8, 2)
     if arch == 90 and block_r == 16:
-        return Tile(64, 256, 16, 8, 4, MEASURED)
+        return Tile(64, 512, 16, 8, 3, MEASURED) if M >= 2048 else Tile(64, 256, 16, 8, 4, MEASURED)
     if arch in (90, 100):  # one copy of the tile serves both products; Blackwell's masked rows take more registers
         return Tile(64, 256, block_r, 4 if arch == 90 else 8, 3)
     return Tile(32, 256, block_r, 8, 3)  # two copies: 90 KB of shared memory

@@ -186,7 +186,7 @@ def weight_gradient_calls(
         db = sums[-1].planes if has_db else None
     call = _gradient_call(ds, x, da, s, dy, db, scale, dropout, tile, m_chunk, splits, precision, arch)
     call.bytes = nbytes(ds, x, s, dy) + (4 * splits * (K + N) * R if splits > 1 else nbytes(da_out, db_out))
-    return [call, *reduce_calls(sums, name="weight gradient: sum over rows")]
+    return [call, *reduce_calls(sums, name="weight gradient: sum over rows", arch=arch)]
 
 
 def _gradient_call(

@@ -92,7 +92,7 @@ def forward_calls(
         rest = y
         product = scratch(M, N, dtype=x.dtype, device=x.device) if u is None else u
     product = y if product is None else product
-    if drop is None and path in ("triton", "mixed"):
+    if drop is None and path == "triton":
         common: dict[str, Any] = {"arch": arch, "precision": precision()}
         calls += shrink_calls(x, lora_A, s, scaling=scaling, **common)
         calls += dora_output_calls(x, weight, s, lora_B, c, y, u=u, bias=bias, **common)

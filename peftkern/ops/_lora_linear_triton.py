@@ -3,8 +3,7 @@
 `forward_calls` and `backward_calls` allocate outputs and return them with the `Call`s that fill them; nothing runs
 there: the static check compiles the list from meta tensors for every architecture, a benchmark adds up its bytes.
 `forward` and `backward`, which the operation calls, run the list, from a recording once a situation has been met.
-The weight is dense on the paths "triton", "cublas", "mixed", "fused" and "decode", a `Weight4bit` on "fused_4bit" and
-"decode_4bit".
+The weight is dense on the paths "triton", "cublas" and "decode", a `Weight4bit` on "fused_4bit" and "decode_4bit".
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from peftkern_kernels.lora_dy_pass import ONE_PASS_RANK, dy_pass_calls
 from peftkern_kernels.lora_expand import expand_calls
 from peftkern_kernels.lora_linear import base_plus_expand_calls
 from peftkern_kernels.lora_linear_4bit import base_4bit_plus_expand_calls, base_4bit_transposed_plus_expand_calls
-from peftkern_kernels.lora_linear_fused import fused_calls, fused_tile
 from peftkern_kernels.lora_shrink import shrink_calls
 from peftkern_kernels.weight_gradient import weight_gradient_calls
 
@@ -174,34 +172,9 @@ def forward_calls(
     if path == "decode_4bit":
         options = {"bias": bias, "dropout": dropout, **common}
         return y, s, [*decode_4bit_calls(x, packed(weight), lora_A, lora_B, scaling, y, s, **options)]
-    whole = _fused(x, weight, lora_A, lora_B, scaling, y, s, bias, dropout, path, arch)
-    if whole:
-        return y, s, whole
     calls = [*shrink_calls(x, lora_A, s, scaling=scaling, dropout=dropout, **common)]
     calls += output_calls(x, weight, s, lora_B, y, bias, path, arch)
     return y, s, calls
-
-
-def _fused(
-    x: torch.Tensor,
-    weight: Any,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scaling: float,
-    out: torch.Tensor,
-    s: torch.Tensor,
-    bias: torch.Tensor | None,
-    dropout: Dropout | None,
-    path: str,
-    arch: int,
-) -> Calls:
-    """Launches of `s = scaling * x a^T` and `out = x weight^T + bias + s b^T` in one GEMM; none if they cannot be."""
-    if path != "fused" or dropout is not None:
-        return []
-    tile = fused_tile(x, weight, a.shape[0], out, arch)
-    if tile is None:
-        return []
-    return [*fused_calls(x, weight, a, b, scaling, out, s, bias=bias, tile=tile, arch=arch, precision=precision())]
 
 
 def output_calls(
@@ -235,7 +208,7 @@ def input_gradient_calls(
 ) -> Calls:
     """Launches of `dX = dY W + keep / (1 - p) * (dS A)`, dS given."""
     common: dict[str, Any] = {"dropout": dropout, "arch": arch, "precision": precision()}
-    if path == "cublas" or (path in ("mixed", "fused") and dropout is not None):
+    if path == "cublas":
         return [*expand_calls(ds, lora_A.t(), dx, **common), _add_base(dy, weight.t(), dx)]
     if path in FUSED_4BIT_PATHS:
         return [*base_4bit_transposed_plus_expand_calls(dy, packed(weight), ds, lora_A, dx, **common)]
@@ -284,14 +257,10 @@ def backward_calls(
         ds = scratch(dy.shape[0], R, dtype=dy.dtype, device=dy.device)
     calls: Calls = []
     db_done = False
-    if dx is not None and dropout is None and path in ("decode", "fused"):
+    if dx is not None and dropout is None and path == "decode":
         # dX = dY W + (dY B) A has the form of a forward pass, with dS in S's place.
-        turned = (dy, weight.t(), lora_B.t(), lora_A.t(), scaling, dx, ds)
-        if path == "decode":
-            calls += decode_calls(*turned, bias=None, **common)
-        else:
-            calls += _fused(*turned, None, dropout, path, arch)
-    if not calls:
+        calls += decode_calls(dy, weight.t(), lora_B.t(), lora_A.t(), scaling, dx, ds, bias=None, **common)
+    else:
         if ds is not None:
             calls, db_done = thin_calls(dy, lora_B, s, ds, db, scaling, arch)
         if dx is not None:

@@ -9,9 +9,6 @@ Paths of `lora_linear`:
               matrix instructions.
     "triton"  shrink; base GEMM with the expand in its accumulator.
     "cublas"  shrink and expand as Triton kernels, the base GEMM by cuBLAS into the expand's output.
-    "mixed"   "triton", but for dX where dropout masks its low-rank part: that as "cublas".
-    "fused"   "mixed", but where nothing is dropped S and y come from one GEMM, and dS and dX from another
-              (lora_linear_fused.py). No plan takes it yet: it has not been timed.
     "decode"  at most 16 tokens: two launches with K split over programs, for up to four projections of one x.
 and over a quantized weight:
     "fused_4bit"  "triton", the weight decoded inside the GEMM: forward and backward.
@@ -43,15 +40,16 @@ import torch
 
 from peftkern.backend import DeviceInfo
 from peftkern_kernels.gemm_tables_4bit import fused_4bit_fits
-from peftkern_kernels.launch import MOST_PROJECTIONS
+from peftkern_kernels.launch import MOST_PROJECTIONS, cdiv
 
 DECODE_TOKENS = 16
 # Multiply-adds up to which a scalar loop over 16-bit numbers beats the casts around fp32 products: about 100 us of
 # casts and allocations against 0.15 to 1 multiply-add a nanosecond.
 SMALL_PRODUCT = 2**14
-# On an H200 dX with dropout took less time by cuBLAS onto the masked expand than by the kernel that the mask fits into.
-# That our persistent GEMM beats cuBLAS where there is none is predicted.
-HOPPER = "bench/results/nvidia-h200/stopped-runs.txt"
+# On an H200 the GEMM with the expand inside took less time than cuBLAS on top of the expand's output, with dropout too;
+# but it wants a tile of 128 x 256 for most of the multiprocessors.
+HOPPER = "bench/results/nvidia-h200/headline.json"
+HOPPER_TILES = 99
 HOPPER_MANY = "bench/results/nvidia-h200/many-train.json"
 FOLDED = "expand inside the base GEMM's accumulator, y written once"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -122,7 +120,9 @@ def plan_lora_linear(
         # Predicted: without 16-byte rows Triton loses asynchronous copies; cuBLAS has kernels for it.
         return Plan("cublas", "rows of x or weight are not 16-byte aligned: cuBLAS for the base (predicted)")
     if device.arch == 90:
-        return Plan("mixed", f"{FOLDED} (predicted); dX by cuBLAS where there is dropout ({HOPPER})")
+        if cdiv(M, 128) * cdiv(min(N, K), 256) < HOPPER_TILES:
+            return Plan("cublas", f"fewer than {HOPPER_TILES} large tiles: cuBLAS for the base ({HOPPER})")
+        return Plan("triton", f"{FOLDED} ({HOPPER})")
     return Plan("triton", f"{FOLDED} (predicted)")
 
 
@@ -243,7 +243,7 @@ def plan_multi_lora_linear(
             return Plan(dense.path, reason)
         return Plan(f"dequantize:{dense.path}", f"{reason}; the weight is written out dense for each product")
     path, reason = dense.path, f"{dense.reason}; rows grouped by adapter"
-    if path in ("mixed", "fused"):
+    if path == "triton" and device.arch == 90:
         path, reason = "cublas", f"rows grouped by adapter, the base by cuBLAS on top ({HOPPER_MANY})"
     if M <= MULTI_DECODE_TOKENS:
         path, reason = "decode", f"{M} tokens: the adapters, and the base of at most {DECODE_TOKENS}, in two launches"
