@@ -73,9 +73,10 @@ def test_cases_launch_what_their_path_says():
         return [call.kernel.fn.__name__.strip("_") for call in DoraLinear(*sizes, **options).launches(90)]
 
     norms = ["dora_norm_kernel", "dora_factors_kernel"]
-    forward = ["lora_shrink_kernel", "lora_linear_persistent_kernel"]  # which writes y as well
+    product = ["cast_factor_kernel", "lora_linear_persistent_kernel"]  # which writes y as well
+    forward = ["lora_shrink_kernel", *product]
     backward = ["ia3_scale_sum_kernel", "reduce_planes_kernel", "lora_dy_pass_kernel", "reduce_planes_kernel"]
-    backward += ["lora_linear_persistent_kernel", "weight_gradient_kernel", "reduce_planes_kernel"]
+    backward += [*product, "weight_gradient_kernel", "reduce_planes_kernel"]
     assert kernels(8192, *Q) == [*norms, *forward, *backward]
     drops = kernels(8192, *Q, dropout=True)
     assert drops == [*norms, "dora_dropout_kernel", *forward, "ia3_scale_kernel", *backward, "dora_dropout_kernel"]

@@ -138,7 +138,7 @@ def test_the_scaling_adds_a_bias_and_a_rest_before_it_rounds(dtype, in_place, de
 def test_both_outputs_of_one_product(arch, has_bias, keeps_u, device, monkeypatch):
     """Would catch a bias in u, c of another tile's columns, u that is stored where nobody asked for it; arch 90 stands
     for the persistent GEMM, whose tile here has edges in both directions."""
-    M, N, K, R = 40, 72, 32, 5
+    M, N, K, R = 40, 72, 32, 8
     x, w, s, b = (torch.randn(*shape, device=device).bfloat16() for shape in ((M, K), (N, K), (M, R), (N, R)))
     c, bias = torch.randn(N, device=device), torch.randn(N, device=device).bfloat16() if has_bias else None
     y, u = (torch.full((M + 1, N), NAN, dtype=torch.bfloat16, device=device) for _ in range(2))

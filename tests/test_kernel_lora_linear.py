@@ -272,7 +272,8 @@ def on_meta(M, N, K, R, dtype, *, transposed=False, pad=0):
     weight = torch.empty((K, N + pad) if transposed else (N, K + pad), dtype=dtype, device="meta")
     weight = weight[:, :N].t() if transposed else weight[:, :K]
     x, out = torch.empty(M, K + pad, dtype=dtype, device="meta")[:, :K], torch.empty(M, N, dtype=dtype, device="meta")
-    return x, weight, torch.empty(M, R, dtype=dtype, device="meta"), torch.empty(N, R, dtype=dtype, device="meta"), out
+    b = torch.empty((R, N) if transposed else (N, R), dtype=dtype, device="meta")
+    return x, weight, torch.empty(M, R, dtype=dtype, device="meta"), b.t() if transposed else b, out
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
