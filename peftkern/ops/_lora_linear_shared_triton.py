@@ -107,11 +107,7 @@ def forward(
     )
     ys = []
     for weight, lora_B, bias, columns in zip(group.weights, lora_Bs, biases, group.columns, strict=True):
-        y = x.new_empty(x.shape[0], weight.shape[0])
-        for part, rows, rows_path in _blocks(weight, x.dtype, group.path):
-            part_bias = None if bias is None else bias[part]
-            _run_output(x, rows, s[:, columns], lora_B[part], y[:, part], part_bias, rows_path, arch)
-        ys.append(y)
+        ys.append(_output(x, weight, s[:, columns], lora_B, bias, group.path, arch))
     return ys, s
 
 
@@ -165,6 +161,24 @@ def decoded_calls(
     return [*group_decode_4bit_calls(x, [packed(w) for w in group.weights], projections, **common)]
 
 
+def _output(
+    x: torch.Tensor,
+    weight: Any,
+    s: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    path: str,
+    arch: int,
+) -> torch.Tensor:
+    """`y = x W^T + bias + S B^T` [M, N]. No loop of a caller's: its last dense weight would outlive the iteration, and
+    stand beside the next projection's."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    for part, rows, rows_path in _blocks(weight, x.dtype, path):
+        part_bias = None if bias is None else bias[part]
+        _run_output(x, rows, s, lora_B[part], y[:, part], part_bias, rows_path, arch)
+    return y
+
+
 def _run_output(
     x: torch.Tensor,
     weight: Any,
@@ -216,12 +230,7 @@ def backward(
             dx = own if dx is None else dx.add_(own)
     elif needs_x:
         for dy, weight in zip(dys, group.weights, strict=True):
-            for part, rows, rows_path in _blocks(weight, dy.dtype, group.path):
-                own_dy = dense_rows(dy[:, part])
-                if dx is None:
-                    dx = _run_input_gradient(own_dy, rows, ds, lora_A, dropout, rows_path, arch)
-                else:
-                    dx.addmm_(own_dy, rows)
+            dx = _with_input_gradient(dx, dy, weight, ds, lora_A, dropout, group.path, arch)
     da = None
     if needs_a:
         da = torch.empty_like(lora_A)
@@ -249,6 +258,28 @@ def _run_thin(dy: torch.Tensor, lora_B: torch.Tensor, s: Kept, ds: Kept, db: Kep
         return calls
 
     replay.run(_key("lora_linear_shared dY", None, scaling), (dy, lora_B, s, ds, db), build, dy.device)
+
+
+def _with_input_gradient(
+    dx: Kept,
+    dy: torch.Tensor,
+    weight: Any,
+    ds: torch.Tensor,
+    lora_A: torch.Tensor,
+    dropout: Dropout | None,
+    path: str,
+    arch: int,
+) -> torch.Tensor:
+    """dX with `dY W` of one projection added in place; without a dX yet, that and the low-rank part of all of them.
+
+    A function of its own as `_output` is."""
+    for part, rows, rows_path in _blocks(weight, dy.dtype, path):
+        own_dy = dense_rows(dy[:, part])
+        if dx is None:
+            dx = _run_input_gradient(own_dy, rows, ds, lora_A, dropout, rows_path, arch)
+        else:
+            dx.addmm_(own_dy, rows)
+    return dx
 
 
 def _run_input_gradient(
