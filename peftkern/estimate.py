@@ -32,7 +32,10 @@ QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GB, MB = 1e9, 1e6
-CONTEXT = int(0.6 * GB)  # CUDA's context, cuBLAS's workspace and loaded kernels: 0.4 to 0.7 GB by driver and GPU
+CONTEXT = int(0.6 * GB)  # CUDA's context and loaded kernels: 0.4 to 0.7 GB by driver and GPU
+# What torch keeps for cuBLAS, out of its own allocator, for each thread that calls it: 32 MiB on Hopper, 8.1 elsewhere.
+# The caller's thread and autograd's, which runs backward, have one each from the first step on.
+CUBLAS_WORKSPACE, CUBLAS_THREADS = 32 << 20, 2
 SLACK = 0.05  # of activations: what the caching allocator cannot hand out again
 OPTIMIZER_BLOCK = 256  # values that share a scale in bitsandbytes' 8-bit optimizers
 WHENS = ("always", "in a layer", "in the loss", "assumed")
@@ -262,6 +265,7 @@ def _estimate(traced: TracedModel, s: Settings, activations: Activations) -> Est
         Part("adapters", adapter_bytes, "always", f"{count:,} parameters in {s.adapter_dtype}"),
         Part("gradients", adapter_bytes, "always", "of the adapters"),
         Part("optimizer state", *_optimizer(adapters, s)),
+        Part("cuBLAS workspaces", CUBLAS_THREADS * CUBLAS_WORKSPACE, "always", "2 threads', on Hopper; else a quarter"),
     ]
     kept = "each layer's input" if s.checkpointing else "all that the layers save, x by reference"
     name = "checkpoints" if s.checkpointing else "saved activations"
