@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .format_4bit import NO_FUSION, Packed4bit, block_scales, decode_in_order, load_codes
 from .launch import Call, cdiv, nbytes
+from .overlap import begin, overlap_options, overlaps
 from .tables_4bit import choose_dequantize
 
 
@@ -22,8 +23,9 @@ def _dequantize_4bit_kernel(
     packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr,  # ... -> [numel]
     words, numel,
     BLOCKSIZE: tl.constexpr, WORD: tl.constexpr, WORD_CODES: tl.constexpr, BLOCK_WORDS: tl.constexpr,
-    TAIL: tl.constexpr,
+    TAIL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     codes = load_codes(code_ptr)
     start = tl.program_id(0).to(tl.int64) * BLOCK_WORDS
     offs_w = tl.arange(0, BLOCK_WORDS)
@@ -80,11 +82,12 @@ def dequantize_4bit_calls(weight: Packed4bit, out: torch.Tensor, *, arch: int) -
                 "WORD_CODES": word_codes,
                 "BLOCK_WORDS": launch.block_words,
                 "TAIL": numel % word_codes != 0,
+                "OVERLAP": overlaps(arch),
             },
             num_warps=launch.num_warps,
             num_stages=1,
             bytes=weight.nbytes + nbytes(out),
             flops=numel,
-            options=dict(NO_FUSION),
+            options=NO_FUSION | overlap_options(arch),
         )
     ]

@@ -28,6 +28,8 @@ def choose_dequantize(arch: int, dtype: torch.dtype) -> DequantizeLaunch:
     """Launch parameters of `dequantize_4bit`. Four words a thread: one 16-byte load, four 16-byte stores."""
     if arch == 0:
         return DequantizeLaunch(128, 4)
+    if arch == 90 and dtype.itemsize == 2:  # bench/results/nvidia-h200/tune-4bit.json
+        return DequantizeLaunch(1024, 8)
     return DequantizeLaunch(1024 if dtype.itemsize == 4 else 512, 4)
 
 
