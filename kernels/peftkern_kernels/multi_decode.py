@@ -53,7 +53,7 @@ def _multi_decode_shrink_kernel(
         x_ptr, of_projection(which, pool_ptr, pool1_ptr, pool2_ptr, pool3_ptr),
         of_projection(which, planes_ptr, planes1_ptr, planes2_ptr, planes3_ptr), perm_ptr, blocks_ptr,
         of_projection(which, row_offset_ptr, row_offset1_ptr, row_offset2_ptr, row_offset3_ptr),
-        of_projection(which, rank_ptr, rank1_ptr, rank2_ptr, rank3_ptr), B, tl.program_id(1),
+        of_projection(which, rank_ptr, rank1_ptr, rank2_ptr, rank3_ptr), B, tl.program_id(1), tl.program_id(2),
         block_r * BLOCK_R, split, k_start, tl.minimum(k_start + k_part, K), M,
         sum_of(max_rank, max_rank1, max_rank2, max_rank3),
         stride_xm, stride_xk, stride_pool, BLOCK_M, BLOCK_R, BLOCK_K, EVEN_K, NUM_STAGES, PRECISION,
@@ -116,14 +116,15 @@ def _multi_decode_expand_kernel(
     N, N1, N2, N3, max_rank, max_rank1, max_rank2, max_rank3,
     stride_base_m, stride_base_m1, stride_base_m2, stride_base_m3, stride_om, stride_om1, stride_om2, stride_om3,
     B, M, stride_base_p, stride_base_n, stride_bias, stride_on, stride_sm, stride_sr,
-    SPLIT: tl.constexpr, BASE_PLANES: tl.constexpr, IN_PLACE: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLIT: tl.constexpr, BASE_PLANES: tl.constexpr, EARLY_BASE: tl.constexpr, IN_PLACE: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     which, block_n = block_of_projection(tl.program_id(0), N, N1, N2, N3, BLOCK_N)
     width = sum_of(max_rank, max_rank1, max_rank2, max_rank3)
     own_N = of_projection(which, N, N1, N2, N3)
     slot, first, length = piece_of(blocks_ptr, B, tl.program_id(1))
+    first, length = first + tl.program_id(2) * BLOCK_M, length - tl.program_id(2) * BLOCK_M
     row_offset, rank = adapter_of(
         slot, of_projection(which, row_offset_ptr, row_offset1_ptr, row_offset2_ptr, row_offset3_ptr),
         of_projection(which, rank_ptr, rank1_ptr, rank2_ptr, rank3_ptr),
@@ -132,15 +133,19 @@ def _multi_decode_expand_kernel(
         offs_m = tl.arange(0, BLOCK_M)
         mask_m = offs_m < length
         rows = tl.load(perm_ptr + first + offs_m, mask=mask_m, other=0).to(tl.int64)
-        offs_n = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < own_N
         own_s = None
         if s_out_ptr is not None:
             own_s = of_projection(which, s_out_ptr, s_out1_ptr, s_out2_ptr, s_out3_ptr)
-            if block_n == 0:
-                own_max = of_projection(which, max_rank, max_rank1, max_rank2, max_rank3)
-                _zero_past_rank(own_s, rows, mask_m, rank, own_max, stride_sm, stride_sr, BLOCK_M, BLOCK_R)
         if (rank > 0) | (not IN_PLACE):  # in place, rows of no adapter are right already
+            offs_n = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < own_N
+            mask = mask_n[:, None] & mask_m[None, :]
+            if base_ptr is not None:
+                own_base = of_projection(which, base_ptr, base1_ptr, base2_ptr, base3_ptr)
+                stride_bm = of_projection(which, stride_base_m, stride_base_m1, stride_base_m2, stride_base_m3)
+                base_ptrs = own_base + rows[None, :] * stride_bm + offs_n[:, None] * stride_base_n
+            if EARLY_BASE:  # under way beside B
+                base = tl.load(base_ptrs, mask=mask, other=0.0)
             own_planes = of_projection(which, planes_ptr, planes1_ptr, planes2_ptr, planes3_ptr)
             own_scaling = of_projection(which, scaling_ptr, scaling1_ptr, scaling2_ptr, scaling3_ptr)
             scale = tl.load(own_scaling + tl.maximum(slot, 0))
@@ -156,14 +161,14 @@ def _multi_decode_expand_kernel(
                     own_planes, b_ptr, own_s, block_n, rows, mask_m, offs_n, mask_n, rank, rank, scale,
                     M, width, stride_sm, stride_sr, SPLIT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, OVERLAP, PRECISION,
                 )  # fmt: skip
-            mask = mask_n[:, None] & mask_m[None, :]
-            if base_ptr is not None:
-                own_base = of_projection(which, base_ptr, base1_ptr, base2_ptr, base3_ptr)
-                stride_bm = of_projection(which, stride_base_m, stride_base_m1, stride_base_m2, stride_base_m3)
+            if OVERLAP:  # of rank 0 nothing has waited yet
+                tl.extra.cuda.gdc_wait()
+            if EARLY_BASE:
+                acc += base.to(tl.float32)
+            elif base_ptr is not None:
                 for plane in tl.static_range(BASE_PLANES):
-                    base_ptrs = own_base + plane * tl.cast(stride_base_p, tl.int64)
-                    base_ptrs += rows[None, :] * stride_bm + offs_n[:, None] * stride_base_n
-                    acc += tl.load(base_ptrs, mask=mask, other=0.0).to(tl.float32)
+                    plane_ptrs = base_ptrs + plane * tl.cast(stride_base_p, tl.int64)
+                    acc += tl.load(plane_ptrs, mask=mask, other=0.0).to(tl.float32)
             if bias_ptr is not None:
                 own_bias = of_projection(which, bias_ptr, bias1_ptr, bias2_ptr, bias3_ptr)
                 acc += tl.load(own_bias + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[:, None]
@@ -171,6 +176,12 @@ def _multi_decode_expand_kernel(
             stride_m = of_projection(which, stride_om, stride_om1, stride_om2, stride_om3)
             out_ptrs = own_out + rows[None, :] * stride_m + offs_n[:, None] * stride_on
             tl.store(out_ptrs, acc.to(own_out.dtype.element_ty), mask=mask)
+        if s_out_ptr is not None:  # noqa: SIM102 - a static test of its own
+            if block_n == 0:
+                if OVERLAP:
+                    tl.extra.cuda.gdc_wait()
+                own_max = of_projection(which, max_rank, max_rank1, max_rank2, max_rank3)
+                _zero_past_rank(own_s, rows, mask_m, rank, own_max, stride_sm, stride_sr, BLOCK_M, BLOCK_R)
     if OVERLAP:  # no program may end before the first launch has: what follows waits for this launch only
         tl.extra.cuda.gdc_wait()
 
@@ -241,7 +252,7 @@ def group_decode_calls(
     shrink = Call(
         name="decode with many adapters: shrink",
         kernel=_multi_decode_shrink_kernel,
-        grid=(split * sum(cdiv(rank, tile.block_r) for rank in ranks), routing.blocks.shape[1], 1),
+        grid=(split * sum(cdiv(rank, tile.block_r) for rank in ranks), routing.blocks.shape[1], _parts(M, tile)),
         args={
             "x_ptr": x,
             **_tables(held, routing),
@@ -255,7 +266,7 @@ def group_decode_calls(
             "stride_pool": first.pool_a.stride(0),
         },
         constants={
-            "BLOCK_M": BLOCK_ROWS,
+            "BLOCK_M": tile.rows,
             "BLOCK_R": tile.block_r,
             "BLOCK_K": tile.block_k,
             "EVEN_K": K % tile.block_k == 0,
@@ -317,7 +328,7 @@ def expand_planes_call(
     return Call(
         name="decode with many adapters: sum of planes + expand",
         kernel=_multi_decode_expand_kernel,
-        grid=(sum(cdiv(N, tile.block_n) for N in sizes), routing.blocks.shape[1], 1),
+        grid=(sum(cdiv(N, tile.block_n) for N in sizes), routing.blocks.shape[1], _parts(M, tile)),
         args={
             **_tables(held, routing),
             **numbered("planes{}_ptr", columns(planes, [a.max_rank for a in held])),
@@ -341,11 +352,13 @@ def expand_planes_call(
         constants={
             "SPLIT": split,
             "BASE_PLANES": 0 if base is None else base.shape[0],
+            # Planes of the base may be the first launch's own work, which is not there early.
+            "EARLY_BASE": tile.early_base and base is not None and base.shape[0] == 1,
             "IN_PLACE": first.base is first.out and first.bias is None,
             "DTYPE": triton_dtype(dtype),
-            "BLOCK_M": BLOCK_ROWS,
+            "BLOCK_M": tile.rows,
             "BLOCK_N": tile.block_n,
-            "BLOCK_R": tile.block_r,
+            "BLOCK_R": tile.expand_r or tile.block_r,
             "OVERLAP": tile.overlap,
             "PRECISION": precision,
         },
@@ -355,6 +368,11 @@ def expand_planes_call(
         bytes=nbytes(planes, *(each.base for each in group), *biases, *outs, *s_outs) + factors,
         flops=2 * M * sum(a.N * a.max_rank for a in held) + split * M * width,
     )
+
+
+def _parts(M: int, tile: DecodeTile) -> int:
+    """Programs that share a block of the routing, whose rows may be more than a program's."""
+    return cdiv(min(M, BLOCK_ROWS), tile.rows)
 
 
 def _tables(group: Sequence[Adapters], routing: Routing) -> dict[str, object]:

@@ -41,7 +41,7 @@ def shrink_beside_base(
         x_ptr, of_projection(which, a_ptr, a1_ptr, a2_ptr, a3_ptr),
         of_projection(which, s_planes_ptr, s_planes1_ptr, s_planes2_ptr, s_planes3_ptr), perm_ptr, blocks_ptr,
         of_projection(which, row_offset_ptr, row_offset1_ptr, row_offset2_ptr, row_offset3_ptr),
-        of_projection(which, rank_ptr, rank1_ptr, rank2_ptr, rank3_ptr), B, index // blocks_r, block_r * BLOCK_R,
+        of_projection(which, rank_ptr, rank1_ptr, rank2_ptr, rank3_ptr), B, index // blocks_r, 0, block_r * BLOCK_R,
         tl.program_id(1), k_start, k_stop, M, sum_of(R, R1, R2, R3), stride_xm, stride_xk, stride_ar,
         BLOCK_M, BLOCK_R, BLOCK_K, EVEN_K, 1, PRECISION,
     )  # fmt: skip

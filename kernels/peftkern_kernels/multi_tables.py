@@ -1,4 +1,4 @@
-"""Launch parameters of the kernels over many adapters, as pure functions. All predicted: none is timed yet.
+"""Launch parameters of the kernels over many adapters, as pure functions: predicted, but for Hopper's decode tiles.
 
 They follow those of one adapter (reduction_tables.py), on blocks whose rows the routing has fixed: a tile has at most
 `block_rows(M)` rows and divides it.
@@ -15,6 +15,9 @@ from .gemm_tables import MULTIPROCESSORS
 from .launch import cdiv
 from .reduction_tables import Tile, rank_block, shrink_tile, weight_gradient_tile
 from .routing import block_rows
+
+
+MANY_BLOCKS = 1 << 30
 
 
 def pools_vectorize(adapters: Adapters) -> bool:
@@ -60,9 +63,12 @@ class DecodeTile:
 
     Attributes:
         block_k, split_k, num_stages: the shrink's step along K, programs along K, and steps that are loaded ahead.
-        block_r: ranks of a program of either launch. shrink_warps: of the first.
+        block_r: ranks of a program of the first launch. shrink_warps: its warps.
         block_n, expand_warps: columns and warps of a program of the second.
         overlap: whether the second launch starts while the first runs, its loads of B under way (sm_90 and later).
+        expand_r: ranks that a program of the second takes at a time; 0: block_r.
+        rows: of a program of either, a power of two up to 16; matrix instructions take 8 or more.
+        early_base: whether the second loads what it adds to before it waits for the first; registers are held for it.
     """
 
     block_k: int
@@ -73,6 +79,34 @@ class DecodeTile:
     block_n: int
     expand_warps: int
     overlap: bool = False
+    expand_r: int = 0
+    rows: int = 16
+    early_base: bool = False
+
+
+# Hopper's decode tiles of aligned 16-bit adapters, by the most blocks of 16 ranks that a batch asks for (tokens x
+# projections x blocks): measured at 1, 16 and 64 tokens of rank 16, bench/results/nvidia-h200/tune-many.json.
+_HOPPER_DECODE: dict[int, DecodeTile] = {
+    4: DecodeTile(128, 32, 3, 16, 2, 64, 4, overlap=True),
+    32: DecodeTile(128, 16, 3, 16, 2, 256, 4, overlap=True),
+    MANY_BLOCKS: DecodeTile(128, 8, 3, 16, 2, 256, 1, overlap=True),
+}
+
+
+def _hopper_decode_tile(blocks: int, K: int, R: int) -> DecodeTile:
+    """The nearest row of the table, its split of K such that 256 to 1024 programs share the device.
+
+    Above rank 16 predicted: the first launch's programs stay those of 16 ranks, for one of 64 takes the shared memory
+    of four and, where ranks are mixed, makes all wait for the widest adapters; the second's take up to 64 ranks of
+    fewer columns, so that as many bytes of B are under way together.
+    """
+    tile = next(tile for most, tile in _HOPPER_DECODE.items() if blocks <= most)
+    split = min(32, max(1, K // tile.block_k))
+    split = 1 << (split.bit_length() - 1)
+    while (blocks * split > 256 and split > 8) or (blocks * split > 1024 and split > 1):
+        split //= 2
+    expand_r = rank_block(R, 64)
+    return replace(tile, split_k=split, expand_r=expand_r, block_n=max(64, min(tile.block_n, 4096 // expand_r)))
 
 
 def multi_decode_tile(
@@ -94,6 +128,8 @@ def multi_decode_tile(
     8 KB of B each (rank 16), all at once. `masters`: the adapters are fp32, and dtype, x's, is not. `projections`: of
     x, that share the launches, and so fill the device with fewer parts of K; R is then the largest of their ranks.
     """
+    if arch == 90 and dtype.itemsize == 2 and aligned and not masters:
+        return _hopper_decode_tile(projections * M * cdiv(R, 16), K, R)
     if arch == 0:
         return DecodeTile(32, min(4, cdiv(K, 32)), 1, rank_block(R, 32), 4, 64, 4)
     half = dtype.itemsize == 2

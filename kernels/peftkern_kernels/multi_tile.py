@@ -93,13 +93,17 @@ def many_adapters_product(
 
 @triton.jit
 def shrink_part(
-    x_ptr, pool_ptr, planes_ptr, perm_ptr, blocks_ptr, row_offset_ptr, rank_ptr, B, block, r_start, split,
+    x_ptr, pool_ptr, planes_ptr, perm_ptr, blocks_ptr, row_offset_ptr, rank_ptr, B, block, part, r_start, split,
     k_start, k_stop, M, max_rank, stride_xm, stride_xk, stride_pool,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """planes[split, row, r] = x[row, k_start:k_stop] A[r, k_start:k_stop] for one block's rows and BLOCK_R ranks."""
+    """planes[split, row, r] = x[row, k_start:k_stop] A[r, k_start:k_stop] for one block's rows and BLOCK_R ranks.
+
+    `part`: which BLOCK_M of the block's rows.
+    """
     slot, first, length = piece_of(blocks_ptr, B, block)
+    first, length = first + part * BLOCK_M, length - part * BLOCK_M
     row_offset, rank = adapter_of(slot, row_offset_ptr, rank_ptr)
     if (length > 0) & (r_start < rank):
         offs_m = tl.arange(0, BLOCK_M)
