@@ -95,6 +95,40 @@ def _sum_times_factor(
 
 
 @triton.jit
+def _finish_columns(
+    planes_ptr, b_ptr, base_ptr, bias_ptr, out_ptr, s_out_ptr, block_n, rows, mask_m, rank, scale, N, M, width,
+    stride_b, stride_base_p, stride_base_m, stride_base_n, stride_bias, stride_om, stride_on, stride_sm, stride_sr,
+    SPLIT: tl.constexpr, BASE_PLANES: tl.constexpr, EARLY_BASE: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[rows, BLOCK_N columns] = base + bias + S B^T."""
+    offs_n = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    mask = mask_n[:, None] & mask_m[None, :]
+    if base_ptr is not None:
+        base_ptrs = base_ptr + rows[None, :] * stride_base_m + offs_n[:, None] * stride_base_n
+    if EARLY_BASE:  # under way beside B
+        base = tl.load(base_ptrs, mask=mask, other=0.0)
+    acc = _sum_times_factor(
+        planes_ptr, b_ptr, s_out_ptr, block_n, rows, mask_m, offs_n, mask_n, rank, stride_b, scale, M, width,
+        stride_sm, stride_sr, SPLIT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, OVERLAP, PRECISION,
+    )  # fmt: skip
+    if OVERLAP:  # of rank 0 nothing has waited yet
+        tl.extra.cuda.gdc_wait()
+    if EARLY_BASE:
+        acc += base.to(tl.float32)
+    elif base_ptr is not None:
+        for plane in tl.static_range(BASE_PLANES):
+            plane_ptrs = base_ptrs + plane * tl.cast(stride_base_p, tl.int64)
+            acc += tl.load(plane_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    out_ptrs = out_ptr + rows[None, :] * stride_om + offs_n[:, None] * stride_on
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _zero_past_rank(
     s_out_ptr, rows, mask_m, rank, max_rank, stride_sm, stride_sr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
 ):
@@ -117,8 +151,8 @@ def _multi_decode_expand_kernel(
     stride_base_m, stride_base_m1, stride_base_m2, stride_base_m3, stride_om, stride_om1, stride_om2, stride_om3,
     B, M, stride_base_p, stride_base_n, stride_bias, stride_on, stride_sm, stride_sr,
     SPLIT: tl.constexpr, BASE_PLANES: tl.constexpr, EARLY_BASE: tl.constexpr, IN_PLACE: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ODD_N: tl.constexpr,
+    OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     which, block_n = block_of_projection(tl.program_id(0), N, N1, N2, N3, BLOCK_N)
     width = sum_of(max_rank, max_rank1, max_rank2, max_rank3)
@@ -137,45 +171,34 @@ def _multi_decode_expand_kernel(
         if s_out_ptr is not None:
             own_s = of_projection(which, s_out_ptr, s_out1_ptr, s_out2_ptr, s_out3_ptr)
         if (rank > 0) | (not IN_PLACE):  # in place, rows of no adapter are right already
-            offs_n = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-            mask_n = offs_n < own_N
-            mask = mask_n[:, None] & mask_m[None, :]
-            if base_ptr is not None:
-                own_base = of_projection(which, base_ptr, base1_ptr, base2_ptr, base3_ptr)
-                stride_bm = of_projection(which, stride_base_m, stride_base_m1, stride_base_m2, stride_base_m3)
-                base_ptrs = own_base + rows[None, :] * stride_bm + offs_n[:, None] * stride_base_n
-            if EARLY_BASE:  # under way beside B
-                base = tl.load(base_ptrs, mask=mask, other=0.0)
             own_planes = of_projection(which, planes_ptr, planes1_ptr, planes2_ptr, planes3_ptr)
             own_scaling = of_projection(which, scaling_ptr, scaling1_ptr, scaling2_ptr, scaling3_ptr)
             scale = tl.load(own_scaling + tl.maximum(slot, 0))
             b_ptr = of_projection(which, pool_ptr, pool1_ptr, pool2_ptr, pool3_ptr) + row_offset * own_N
-            if rank % 8 == 0:  # a stride that the compiler knows to be a multiple of 8: loads of 16 bytes
-                even_rank = rank // 8 * 8
-                acc = _sum_times_factor(
-                    own_planes, b_ptr, own_s, block_n, rows, mask_m, offs_n, mask_n, even_rank, even_rank, scale,
-                    M, width, stride_sm, stride_sr, SPLIT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, OVERLAP, PRECISION,
-                )  # fmt: skip
-            else:
-                acc = _sum_times_factor(
-                    own_planes, b_ptr, own_s, block_n, rows, mask_m, offs_n, mask_n, rank, rank, scale,
-                    M, width, stride_sm, stride_sr, SPLIT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, OVERLAP, PRECISION,
-                )  # fmt: skip
-            if OVERLAP:  # of rank 0 nothing has waited yet
-                tl.extra.cuda.gdc_wait()
-            if EARLY_BASE:
-                acc += base.to(tl.float32)
-            elif base_ptr is not None:
-                for plane in tl.static_range(BASE_PLANES):
-                    plane_ptrs = base_ptrs + plane * tl.cast(stride_base_p, tl.int64)
-                    acc += tl.load(plane_ptrs, mask=mask, other=0.0).to(tl.float32)
+            own_base, own_bias = None, None
+            if base_ptr is not None:
+                own_base = of_projection(which, base_ptr, base1_ptr, base2_ptr, base3_ptr)
             if bias_ptr is not None:
                 own_bias = of_projection(which, bias_ptr, bias1_ptr, bias2_ptr, bias3_ptr)
-                acc += tl.load(own_bias + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+            stride_bm = of_projection(which, stride_base_m, stride_base_m1, stride_base_m2, stride_base_m3)
             own_out = of_projection(which, out_ptr, out1_ptr, out2_ptr, out3_ptr)
             stride_m = of_projection(which, stride_om, stride_om1, stride_om2, stride_om3)
-            out_ptrs = own_out + rows[None, :] * stride_m + offs_n[:, None] * stride_on
-            tl.store(out_ptrs, acc.to(own_out.dtype.element_ty), mask=mask)
+            if rank % 8 == 0:  # a stride that the compiler knows to be a multiple of 8: loads of 16 bytes
+                even_rank = rank // 8 * 8
+                _finish_columns(
+                    own_planes, b_ptr, own_base, own_bias, own_out, own_s, block_n, rows, mask_m, even_rank, scale,
+                    own_N, M, width, even_rank, stride_base_p, stride_bm, stride_base_n, stride_bias, stride_m,
+                    stride_on, stride_sm, stride_sr, SPLIT, BASE_PLANES, EARLY_BASE, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R,
+                    OVERLAP, PRECISION,
+                )  # fmt: skip
+            else:  # element by element, whose addresses leave registers for fewer columns
+                for part in range(BLOCK_N // ODD_N):
+                    _finish_columns(
+                        own_planes, b_ptr, own_base, own_bias, own_out, own_s, block_n * (BLOCK_N // ODD_N) + part,
+                        rows, mask_m, rank, scale, own_N, M, width, rank, stride_base_p, stride_bm, stride_base_n,
+                        stride_bias, stride_m, stride_on, stride_sm, stride_sr, SPLIT, BASE_PLANES, EARLY_BASE, DTYPE,
+                        BLOCK_M, ODD_N, 16, OVERLAP, PRECISION,
+                    )  # fmt: skip
         if s_out_ptr is not None:  # noqa: SIM102 - a static test of its own
             if block_n == 0:
                 if OVERLAP:
@@ -359,6 +382,7 @@ def expand_planes_call(
             "BLOCK_M": tile.rows,
             "BLOCK_N": tile.block_n,
             "BLOCK_R": tile.expand_r or tile.block_r,
+            "ODD_N": min(tile.block_n, 64 * tile.expand_warps),
             "OVERLAP": tile.overlap,
             "PRECISION": precision,
         },
