@@ -1,7 +1,7 @@
 """Many adapters in one batch: peftkern beside vLLM, SGLang, PEFT and PyTorch's grouped products.
 
     python -m bench.many [--full] [--smoke] [--quick] [--minutes 10] [--parts decode prefill train] [--tokens M ...]
-    python -m bench.many --tune [--quick] [--share I/N]       # launch parameters of the decode pair
+    python -m bench.many --tune [--ranks R ...] [--quick] [--share I/N]   # launch parameters of the decode pair
 
 Decode: the low-rank pair alone (shrink and expand into y, without the base product), 1 to 64 tokens, recorded in a
 CUDA graph and replayed from a cold cache; the routing by itself and together with the pair; and a graph of one tiny
@@ -64,6 +64,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--tokens", nargs="+", type=int, metavar="M", help="only batches of so many tokens")
     parser.add_argument("--tune", action="store_true", help="try launch parameters of the decode pair instead")
+    parser.add_argument("--ranks", nargs="+", type=int, metavar="R", help="of --tune: of the adapters in turn (16)")
     parser.add_argument(
         "--share", default="0/1", metavar="I/N", help="of --tune --quick: every N-th candidate from I on"
     )

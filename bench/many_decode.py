@@ -21,7 +21,9 @@ from peftkern.backend import device_info
 from peftkern.ops._multi_lora_linear_triton import multi_calls
 from peftkern.ops._route_triton import route
 from peftkern_kernels.launch import run_all
+from peftkern_kernels.multi_decode import BLOCK_ROWS
 from peftkern_kernels.multi_tables import DecodeTile, multi_decode_tile
+from peftkern_kernels.reduction_tables import rank_block
 from peftkern_kernels.route_kernel import route_calls
 from peftkern_kernels.routing import empty_routing
 
@@ -50,19 +52,30 @@ def implementations(servers: list[Server]) -> Iterator[tuple[str, str | None, Ma
 # -- launch parameters --------------------------------------------------------------------------------------------
 
 
-def candidates(table: DecodeTile, K: int) -> tuple[list[DecodeTile], list[DecodeTile]]:
-    """Tiles that differ from the table's in the first launch, and such that do in the second."""
+SECOND_LAUNCH = ("block_n", "expand_warps", "expand_r", "overlap", "early_base")  # a tile's fields that it reads
+MOST_REGISTERS = 128  # of B's tile, a thread
+
+
+def candidates(table: DecodeTile, K: int, R: int) -> tuple[list[DecodeTile], list[DecodeTile]]:
+    """Tiles that differ from the table's in the first launch, and such that do in the second; R: the largest rank."""
+    widest = rank_block(R, 64)
     shrink = [
-        replace(table, block_k=k, num_stages=stages, split_k=split, shrink_warps=warps)
+        replace(table, block_k=k, num_stages=stages, split_k=split, shrink_warps=warps, block_r=ranks)
         for k, stages in ((64, 4), (128, 2), (128, 3), (128, 4), (256, 2), (256, 3))
         for split in (1, 2, 4, 8, 16, 32)
         for warps in (1, 2, 4)
+        for ranks in sorted({table.block_r, 16, min(32, widest)})
         if split * k <= K
     ]
     expand = [
-        replace(table, block_n=n, expand_warps=warps, overlap=overlap)
-        for n, warps, overlap in itertools.product((32, 64, 128, 256, 512), (1, 2, 4, 8), (False, True))
+        replace(table, block_n=n, expand_warps=warps, expand_r=ranks, overlap=overlap, early_base=early)
+        for n, warps in itertools.product((32, 64, 128, 256, 512), (1, 2, 4, 8))
+        for ranks in sorted({16, min(32, widest), widest})
+        for overlap, early in ((False, False), (True, False), (True, True))
+        if n * ranks <= 64 * warps * MOST_REGISTERS
     ]
+    if table.rows != BLOCK_ROWS:  # in both launches
+        expand.append(replace(table, rows=BLOCK_ROWS))
     return shrink, expand
 
 
@@ -109,7 +122,7 @@ def best_of(tried: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def tune(options: argparse.Namespace, device: torch.device, folder: Path) -> int:
-    """Try tiles at 1, 16 and 64 tokens of distinct adapters, print the best, and write tune-many.json.
+    """Try tiles at 1, 16 and 64 tokens of distinct adapters of `--ranks`, print the best, and write tune-many.json.
 
     The first launch's tiles are tried with the table's second launch, the second's with the table's first, then the
     best three of either together. `--quick --share I/N` only compiles every N-th.
@@ -117,14 +130,15 @@ def tune(options: argparse.Namespace, device: torch.device, folder: Path) -> int
     on_gpu, arch = device.type == "cuda", device_info(device).arch
     share, shares = (int(part) for part in options.share.split("/"))
     K, N = SMOKE_SHAPE if options.smoke else HEADLINE
+    ranks = tuple(options.ranks or (RANK,))
     dtype = torch.bfloat16 if on_gpu else torch.float16
     rows: list[dict[str, Any]] = []
     for M in options.tokens or ((3,) if options.smoke else TUNED_TOKENS):
-        case = Case("decode", M, K, N, max(LEAST_SLOTS, M), "distinct", (RANK,), dtype)
+        case = Case("decode", M, K, N, max(LEAST_SLOTS, M), "distinct", ranks, dtype)
         batch = Batch(case, Pool(case, device), device)
         y = torch.empty(M, N, dtype=dtype, device=device)
-        table = multi_decode_tile(arch=arch, dtype=dtype, M=M, N=N, K=K, R=RANK, aligned=True)
-        lists = candidates(table, K)
+        table = multi_decode_tile(arch=arch, dtype=dtype, M=M, N=N, K=K, R=max(ranks), aligned=True)
+        lists = candidates(table, K, max(ranks))
         if options.smoke:
             lists = (lists[0][:2], lists[1][:1])
         if options.quick:
@@ -137,9 +151,8 @@ def tune(options: argparse.Namespace, device: torch.device, folder: Path) -> int
         firsts, seconds = (
             sorted((row for row in found if row["us"]), key=lambda row: row["us"]["median"])[:3] for found in tried[:2]
         )
-        names = ("block_n", "expand_warps", "overlap")
         mixed = [
-            DecodeTile(**{**first["tile"], **{name: second["tile"][name] for name in names}})
+            DecodeTile(**{**first["tile"], **{name: second["tile"][name] for name in SECOND_LAUNCH}})
             for first, second in itertools.product(firsts, seconds)
         ]
         _time_all(batch, y, mixed, arch, False, tried[2])

@@ -184,11 +184,26 @@ def test_a_time_without_ok_is_refused():
 def test_tiles_that_are_tried_differ_from_the_table_and_fit():
     """Catches a search that leaves out the table's own tile, or splits K finer than a step."""
     table = many_decode.multi_decode_tile(arch=90, dtype=torch.bfloat16, M=64, N=4096, K=4096, R=16, aligned=True)
-    shrink, expand = many_decode.candidates(table, 4096)
+    shrink, expand = many_decode.candidates(table, 4096, 16)
     assert table in shrink and table in expand
+    options = {"arch": 90, "dtype": torch.bfloat16, "N": 4096, "K": 4096, "aligned": True}
+    for M in (1, 16, 64):  # ranks that differ are tried in blocks of their own in either launch
+        mixed = many_decode.multi_decode_tile(M=M, R=64, **options)
+        lists = many_decode.candidates(mixed, 4096, 64)
+        assert all(mixed in tiles for tiles in lists)
+        assert {t.block_r for t in lists[0]} == {16, 32} and {t.expand_r for t in lists[1]} == {16, 32, 64}
     assert all(tile.block_k * tile.split_k <= 4096 for tile in shrink)
     rows = [{"us": None}, {"us": {"median": 2.0}}, {"us": {"median": 1.0}}]
     assert many_decode.best_of(rows) is rows[2] and many_decode.best_of(rows[:1]) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="sizes for the interpreter")
+def test_tiles_of_mixed_ranks_are_tried(tmp_path):
+    """Catches a search whose rows do not say of which ranks they are, or whose tiles are wrong where ranks differ."""
+    assert many.main(["--tune", "--smoke", "--ranks", "8", "40", "--out", str(tmp_path)]) == 0
+    rows = records.read(tmp_path / "tune-many.json")["rows"]
+    assert [row["problem"] for row in rows] == ["decode K64 N48 M3 distinct r8+40"]
+    assert all(tried["reason"] == "" and tried["us"] for tried in rows[0]["candidates"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="sizes for the interpreter")

@@ -93,6 +93,22 @@ def test_other_tiles_and_the_same_bits_twice(device):
         assert len(calls) == 2 and torch.equal(first, check(x, adapters, routing, tile=tile)[0])
 
 
+@pytest.mark.parametrize("kind", ["mixed", "one"])
+@pytest.mark.parametrize("rows, expand_r, early", [(8, 0, False), (8, 64, True), (16, 16, True), (16, 32, False)])
+def test_parts_of_a_block_and_ranks_of_either_launch(kind, rows, expand_r, early, device):
+    """Bugs: rows of a block's second half left out or twice; planes read by another block of ranks than they have;
+    a base that is loaded early and forgotten; ranks below, at and above either block, multiples of 8 and not."""
+    ranks = (64, 8, 1, 33, 16, 70, 12, 40)
+    adapters = make_adapters(100, 200, torch.float16, device, ranks, max_rank=72)
+    routing, x = routed(37, len(ranks), device, kind), wide(37, 200, torch.float16, device)
+    tile = DecodeTile(32, 3, 2, 32, 1, 128, 1, expand_r=expand_r, rows=rows, early_base=early)
+    bias = torch.randn(100, device=device)
+    check(x, adapters, routing, tile=tile)
+    check(x, adapters, routing, tile=tile, in_place=True, keep_s=False)
+    check(x, adapters, routing, tile=tile, base=wide(37, 100, torch.float16, device), bias=bias)
+    check(x, adapters, routing, tile=tile, base=torch.randn(3, 37, 100, device=device))
+
+
 def test_empty_and_refused(device):
     """Bugs: a grid of zero programs; a batch too large for the path; a base of another shape."""
     adapters = make_adapters(17, 33, torch.float32, device)

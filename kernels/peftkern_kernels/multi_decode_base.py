@@ -94,7 +94,7 @@ def group_linear_decode_calls(
     tile = multi_decode_tile(arch=arch, dtype=x.dtype, **sizes, aligned=aligned, projections=len(group))
     # The loads of up to 16 planes of the base are under way together. Those planes are the first launch's too, which
     # lets none start before it ends: a row of no adapter would read them without waiting.
-    tile = replace(tile, block_n=64, overlap=False)
+    tile = replace(tile, block_n=64, expand_warps=max(4, tile.expand_warps), rows=16, overlap=False)
     bases = columns(planes.y, [a.N for a in held])
     whole = [replace(each, base=base) for each, base in zip(group, bases, strict=True)]
     return [call, expand_planes_call(planes.s, whole, routing, arch, precision, tile, x.dtype)]

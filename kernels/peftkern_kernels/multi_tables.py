@@ -17,7 +17,7 @@ from .reduction_tables import Tile, rank_block, shrink_tile, weight_gradient_til
 from .routing import block_rows
 
 
-MANY_BLOCKS = 1 << 30
+MANY_TOKENS = 1 << 30
 
 
 def pools_vectorize(adapters: Adapters) -> bool:
@@ -84,29 +84,31 @@ class DecodeTile:
     early_base: bool = False
 
 
-# Hopper's decode tiles of aligned 16-bit adapters, by the most blocks of 16 ranks that a batch asks for (tokens x
-# projections x blocks): measured at 1, 16 and 64 tokens of rank 16, bench/results/nvidia-h200/tune-many.json.
+# Hopper's decode tiles of aligned 16-bit adapters, by the most tokens (times projections): measured at 1, 16 and 64
+# tokens of rank 16, bench/results/nvidia-h200/tune-many.json, with 16 rows of a program and no early base. Both of
+# these are predicted: with 16 rows the last tile spilled.
 _HOPPER_DECODE: dict[int, DecodeTile] = {
-    4: DecodeTile(128, 32, 3, 16, 2, 64, 4, overlap=True),
-    32: DecodeTile(128, 16, 3, 16, 2, 256, 4, overlap=True),
-    MANY_BLOCKS: DecodeTile(128, 8, 3, 16, 2, 256, 1, overlap=True),
+    4: DecodeTile(128, 32, 3, 16, 2, 64, 4, overlap=True, rows=8, early_base=True),
+    32: DecodeTile(128, 16, 3, 16, 2, 256, 4, overlap=True, rows=8, early_base=True),
+    MANY_TOKENS: DecodeTile(128, 8, 3, 16, 2, 256, 1, overlap=True, rows=8, early_base=True),
 }
 
 
-def _hopper_decode_tile(blocks: int, K: int, R: int) -> DecodeTile:
+def _hopper_decode_tile(tokens: int, K: int, R: int) -> DecodeTile:
     """The nearest row of the table, its split of K such that 256 to 1024 programs share the device.
 
-    Above rank 16 predicted: the first launch's programs stay those of 16 ranks, for one of 64 takes the shared memory
-    of four and, where ranks are mixed, makes all wait for the widest adapters; the second's take up to 64 ranks of
-    fewer columns, so that as many bytes of B are under way together.
+    Above rank 16 predicted. The first launch's programs stay those of 16 ranks: one of 64 takes the shared memory of
+    four, and where ranks are mixed makes all wait for the widest adapters. The second's take more ranks of fewer
+    columns, 64 registers of B a thread, so that few rounds of loads follow each other.
     """
-    tile = next(tile for most, tile in _HOPPER_DECODE.items() if blocks <= most)
-    split = min(32, max(1, K // tile.block_k))
-    split = 1 << (split.bit_length() - 1)
+    tile = next(tile for most, tile in _HOPPER_DECODE.items() if tokens <= most)
+    blocks = tokens * cdiv(R, tile.block_r)
+    split = 1 << (min(32, max(1, K // tile.block_k)).bit_length() - 1)
     while (blocks * split > 256 and split > 8) or (blocks * split > 1024 and split > 1):
         split //= 2
-    expand_r = rank_block(R, 64)
-    return replace(tile, split_k=split, expand_r=expand_r, block_n=max(64, min(tile.block_n, 4096 // expand_r)))
+    expand_r = rank_block(R, 32 if tile.expand_warps == 1 else 64)
+    block_n = min(tile.block_n, 4096 * tile.expand_warps // expand_r)
+    return replace(tile, split_k=split, expand_r=expand_r, block_n=block_n)
 
 
 def multi_decode_tile(
@@ -129,7 +131,7 @@ def multi_decode_tile(
     x, that share the launches, and so fill the device with fewer parts of K; R is then the largest of their ranks.
     """
     if arch == 90 and dtype.itemsize == 2 and aligned and not masters:
-        return _hopper_decode_tile(projections * M * cdiv(R, 16), K, R)
+        return _hopper_decode_tile(projections * M, K, R)
     if arch == 0:
         return DecodeTile(32, min(4, cdiv(K, 32)), 1, rank_block(R, 32), 4, 64, 4)
     half = dtype.itemsize == 2
