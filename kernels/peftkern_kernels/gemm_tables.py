@@ -34,6 +34,7 @@ class Tile:
         tma: whether x and the weight are loaded through tensor descriptors.
         persistent: whether a program walks many tiles (lora_linear_persistent.py), if out is aligned as well.
         block_r: the widest step along the rank of an expand in the same launch.
+        overlap: of a decode step, whether its second launch starts while the first runs (sm_90 and later). Not timed.
     """
 
     block_m: int
@@ -46,6 +47,7 @@ class Tile:
     tma: bool = False
     persistent: bool = False
     block_r: int = 64
+    overlap: bool = False
 
 
 def _family(arch: int) -> str:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .dropout import Dropout, keep_tile
-from .gemm_tables import choose_decode_tile
+from .gemm_tables import Tile, choose_decode_tile
 from .launch import Call, cdiv, compile_options, nbytes, strides
 from .lora_decode_finish import MAX_ROWS, Planes, Projection, check_group, finish_call
 from .projections import block_of_projection, blocks_of, numbered, of_projection
@@ -85,8 +85,10 @@ def _decode_planes_kernel(
     M, N, N1, N2, N3, K, R, R1, R2, R3, k_part,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    NUM_STAGES: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     programs_r = blocks_of(R, R1, R2, R3, BLOCK_N)  # A's come first: a straggler would be all of the last wave
     k_start = tl.program_id(1) * k_part
     k_stop = tl.minimum(k_start + k_part, K)
@@ -149,6 +151,7 @@ def group_decode_calls(
     dropout: Dropout | None = None,
     arch: int,
     precision: str = "ieee",
+    tile: Tile | None = None,
 ) -> list[Call]:
     """The same two launches for up to four projections of x, each with what is its own.
 
@@ -157,7 +160,7 @@ def group_decode_calls(
     Args:
         x: [M, K] with M at most 16. weights: [N, K] of each, with one stride order; x's dtype.
         group: their tensors of a name have one dtype and one stride order; all have a bias or none.
-        dropout, arch, precision: as in `decode_calls`.
+        dropout, arch, precision: as in `decode_calls`. tile: overrides the table.
 
     Raises:
         ValueError: more than 16 rows or four projections, or kinds that do not agree.
@@ -165,8 +168,9 @@ def group_decode_calls(
     check_group(x, weights, group)
     if x.shape[0] == 0:
         return []
-    planes, call = _planes_call(x, weights, [each.a for each in group], dropout, arch, precision)
-    return [call, finish_call(planes, group, dropout, x.dtype, arch, precision)]
+    planes, call = _planes_call(x, weights, [each.a for each in group], dropout, arch, precision, tile)
+    overlap = call.constants["OVERLAP"]
+    return [call, finish_call(planes, group, dropout, x.dtype, arch, precision, overlap=overlap)]
 
 
 def shrink_arguments(
@@ -196,11 +200,13 @@ def _planes_call(
     dropout: Dropout | None,
     arch: int,
     precision: str,
+    tile: Tile | None,
 ) -> tuple[Planes, Call]:
     """The first launch, and what it fills."""
     (M, K), sizes, ranks = x.shape, [w.shape[0] for w in weights], [a.shape[0] for a in As]
     aligned = vectorizes(x) and all(vectorizes(w) or vectorizes(w.t()) for w in weights)
-    tile = choose_decode_tile(arch, x.dtype, N=sum(sizes), K=K, R=sum(ranks), aligned=aligned)
+    if tile is None:
+        tile = choose_decode_tile(arch, x.dtype, N=sum(sizes), K=K, R=sum(ranks), aligned=aligned)
     k_part = cdiv(cdiv(K, tile.block_k), tile.split_k) * tile.block_k
     split = cdiv(K, k_part)
     planes = Planes.empty(split, x, sizes, ranks)
@@ -223,6 +229,7 @@ def _planes_call(
             "BLOCK_K": tile.block_k,
             "EVEN_K": K % tile.block_k == 0,
             "NUM_STAGES": tile.num_stages,
+            "OVERLAP": tile.overlap,
             "PRECISION": precision,
         },
         num_warps=tile.num_warps,

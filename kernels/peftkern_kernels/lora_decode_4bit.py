@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .dropout import Dropout
 from .format_4bit import NO_FUSION, Packed4bit, load_codes
+from .gemm_tables import Tile
 from .gemm_tile_4bit import decode_tile, start_scales, step_scales
 from .launch import MOST_PROJECTIONS, Call, cdiv, compile_options, is_aligned, nbytes
 from .lora_decode import low_rank_program, shrink_arguments
@@ -89,9 +90,11 @@ def _decode_4bit_planes_kernel(
     M, N, N1, N2, N3, K, R, R1, R2, R3, row_words, k_part, part_words,
     stride_xm, stride_xk, stride_ar, stride_ak, threshold,
     GROUP: tl.constexpr, SHIFT: tl.constexpr, WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, NUM_STAGES: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, NUM_STAGES: tl.constexpr, OVERLAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     programs_r = blocks_of(R, R1, R2, R3, BLOCK_N)  # A's come first, as in lora_decode.py
     k_start = tl.program_id(1) * k_part
     k_stop = tl.minimum(k_start + k_part, K)
@@ -166,6 +169,7 @@ def group_decode_4bit_calls(
     dropout: Dropout | None = None,
     arch: int,
     precision: str = "ieee",
+    tile: Tile | None = None,
 ) -> list[Call]:
     """The same two launches for up to four projections of x, as `lora_decode.group_decode_calls`.
 
@@ -179,8 +183,9 @@ def group_decode_4bit_calls(
         raise ValueError("weights: expected one blocksize and one kind of scales")
     if x.shape[0] == 0:
         return []
-    planes, call = _planes_call(x, weights, [each.a for each in group], dropout, arch, precision)
-    return [call, finish_call(planes, group, dropout, x.dtype, arch, precision)]
+    planes, call = _planes_call(x, weights, [each.a for each in group], dropout, arch, precision, tile)
+    overlap = call.constants["OVERLAP"]
+    return [call, finish_call(planes, group, dropout, x.dtype, arch, precision, overlap=overlap)]
 
 
 def weights_fit(weights: Sequence[Packed4bit]) -> bool:
@@ -213,13 +218,15 @@ def _planes_call(
     dropout: Dropout | None,
     arch: int,
     precision: str,
+    tile: Tile | None,
 ) -> tuple[Planes, Call]:
     """The first launch, and what it fills."""
     (M, K), sizes, ranks, first = x.shape, [w.N for w in weights], [a.shape[0] for a in As], weights[0]
     words = K % 8 == 0 and first.packed.data_ptr() % 4 == 0
     codes = 8 if words else 2
     aligned = words and K % 32 == 0 and is_aligned(x)
-    tile = choose_decode_4bit(arch, x.dtype, M=M, N=sum(sizes), K=K, R=sum(ranks), aligned=aligned)
+    if tile is None:
+        tile = choose_decode_4bit(arch, x.dtype, M=M, N=sum(sizes), K=K, R=sum(ranks), aligned=aligned)
     # Columns of a row that surely share a block: a power of two that divides the row, the block and the tile.
     group = min(K & -K, first.blocksize, tile.block_k)
     k_part = cdiv(cdiv(K, tile.block_k), tile.split_k) * tile.block_k
@@ -246,6 +253,7 @@ def _planes_call(
             "BLOCK_K": tile.block_k,
             "EVEN_K": K % tile.block_k == 0,
             "NUM_STAGES": tile.num_stages,
+            "OVERLAP": tile.overlap,
             "PRECISION": precision,
         },
         num_warps=tile.num_warps,

@@ -50,7 +50,7 @@ def _decode_finish_kernel(
     stride_bn, stride_bn1, stride_bn2, stride_bn3, stride_br, stride_bias,
     stride_om, stride_om1, stride_om2, stride_om3, stride_on, stride_sm, stride_sr,
     DTYPE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     which, block_n = block_of_projection(tl.program_id(0), N, N1, N2, N3, BLOCK_N)
     own_N, own_R = of_projection(which, N, N1, N2, N3), of_projection(which, R, R1, R2, R3)
@@ -66,6 +66,8 @@ def _decode_finish_kernel(
     offs_n = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = (offs_m < M)[None, :]
     mask = (offs_n < own_N)[:, None] & mask_m
+    if OVERLAP:  # all of the first launch's planes are there after this; every program ends behind it, too
+        tl.extra.cuda.gdc_wait()
     base = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for plane in tl.static_range(SPLIT):
         base += tl.load(own_y + (plane * M + offs_m)[None, :] * own_N + offs_n[:, None], mask=mask, other=0.0)
@@ -131,9 +133,19 @@ def check_group(x: torch.Tensor, weights: Sequence[Any], group: Sequence[Project
 
 
 def finish_call(
-    planes: Planes, group: Sequence[Projection], dropout: Dropout | None, dtype: torch.dtype, arch: int, precision: str
+    planes: Planes,
+    group: Sequence[Projection],
+    dropout: Dropout | None,
+    dtype: torch.dtype,
+    arch: int,
+    precision: str,
+    *,
+    overlap: bool,
 ) -> Call:
-    """The second launch: planes -> outs and s_outs. S and B are rounded to `dtype`, x's."""
+    """The second launch: planes -> outs and s_outs. S and B are rounded to `dtype`, x's.
+
+    `overlap`: whether it starts while the first, which must allow it, runs (sm_90 and later).
+    """
     split, M, _ = planes.y[0].shape
     ranks, sizes, block_n = [s.shape[2] for s in planes.s], [y.shape[2] for y in planes.y], 64
     keep_scale = 1.0 if dropout is None else dropout.keep_scale
@@ -167,11 +179,12 @@ def finish_call(
             "BLOCK_M": MAX_ROWS,
             "BLOCK_N": block_n,
             "BLOCK_R": rank_block(max(ranks), dtype),
+            "OVERLAP": overlap,
             "PRECISION": precision,
         },
         num_warps=4,
         num_stages=1,
-        options=compile_options(arch),
+        options=compile_options(arch) | ({"launch_pdl": True} if overlap else {}),
         bytes=nbytes(*planes.y, *planes.s, *bs, *biases, *outs, *s_outs),
         flops=sum(2 * M * N * R + split * M * (N + R) for N, R in zip(sizes, ranks, strict=True)),
     )

@@ -16,7 +16,6 @@ from .launch import cdiv
 from .reduction_tables import Tile, rank_block, shrink_tile, weight_gradient_tile
 from .routing import block_rows
 
-
 MANY_TOKENS = 1 << 30
 
 
