@@ -82,26 +82,34 @@ def test_training_in_bfloat16(M, N, K, path, masters, p):
     check(layer, routing, dropout, y, *gradients)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("ranks", [(16,), (8, 12, 64, 16, 32)])
+@pytest.mark.parametrize("overlap, early", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("M", [1, 16, 64])
-def test_decoding(M, overlap):
-    """Bugs: planes read before they are written where launches overlap; a tile that the interpreter does not have."""
+def test_decoding(M, overlap, early, ranks):
+    """Bugs: planes read before they are written where launches overlap; a base of before the last pair, loaded early;
+    a tile that the interpreter does not have."""
     arch = arch_of("cuda")
     if overlap and arch < 90:
         pytest.skip("launches overlap from sm_90 on")
-    adapters = make_adapters(4096, 2048, torch.bfloat16, "cuda", (16,) * 64)
+    adapters = make_adapters(4096, 2048, torch.bfloat16, "cuda", (ranks * 64)[:64])
     x, before = torch.randn(M, 2048, device="cuda").bfloat16(), torch.randn(M, 4096, device="cuda").bfloat16()
     routing = route(torch.randperm(64, device="cuda")[:M], 64)
-    tile = multi_decode_tile(arch=arch, dtype=x.dtype, M=M, N=4096, K=2048, R=16, aligned=True)
+    tile = multi_decode_tile(arch=arch, dtype=x.dtype, M=M, N=4096, K=2048, R=max(ranks), aligned=True)
+    tile = replace(tile, overlap=overlap, early_base=early)
     for _ in range(50):
         y = before.clone()
-        run_all(multi_calls(x, adapters, routing, y, arch=arch, tile=replace(tile, overlap=overlap)))
+        run_all(multi_calls(x, adapters, routing, y, arch=arch, tile=tile))
+    twice = before.clone()
+    calls = multi_calls(x, adapters, routing, twice, arch=arch, tile=tile)
+    run_all([*calls, *calls])  # the second pair adds to what the first has left, in the same planes
     for m, slot in enumerate(routing.ids.tolist()):
         a, b = factors(adapters, slot, x.dtype)
         scale, x64 = float(adapters.scaling[slot]), x[m : m + 1].double()
         truth = before[m : m + 1].double() + scale * x64 @ a.T @ b.T
         magnitude = before[m : m + 1].double().abs() + scale * x64.abs() @ a.abs().T @ b.abs().T
         assert_rounded(y[m : m + 1], truth, magnitude, terms=2100, rounded=1)
+        again = y[m : m + 1].double() + truth - before[m : m + 1].double()
+        assert_rounded(twice[m : m + 1], again, 2 * magnitude, terms=2100, rounded=1)
 
 
 @pytest.mark.parametrize("path, M", [("decode", 16), ("decode", 64), ("cublas", 200)])

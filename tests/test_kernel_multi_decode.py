@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,7 +16,7 @@ from adapter_batches import RANKS, factors, make_adapters, routed, rows_of, wide
 from numerics import arch_of, assert_rounded  # noqa: E402
 from peftkern_kernels.launch import run_all  # noqa: E402
 from peftkern_kernels.multi_decode import multi_decode_calls  # noqa: E402
-from peftkern_kernels.multi_tables import DecodeTile  # noqa: E402
+from peftkern_kernels.multi_tables import DecodeTile, multi_decode_tile  # noqa: E402
 from peftkern_kernels.routing import build_routing  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -107,6 +112,20 @@ def test_parts_of_a_block_and_ranks_of_either_launch(kind, rows, expand_r, early
     check(x, adapters, routing, tile=tile, in_place=True, keep_s=False)
     check(x, adapters, routing, tile=tile, base=wide(37, 100, torch.float16, device), bias=bias)
     check(x, adapters, routing, tile=tile, base=torch.randn(3, 37, 100, device=device))
+
+
+def test_hoppers_tiles_are_those_that_were_measured():
+    """Catches a row of the table that names a result file and is not in it, and a split beyond K's steps."""
+    path = Path(__file__).parents[1] / "bench" / "results" / "nvidia-h200" / "tune-many.json"
+    options = {"arch": 90, "dtype": torch.bfloat16, "N": 4096, "aligned": True}
+    for row in json.loads(path.read_text())["rows"]:
+        M = int(row["problem"].split(" M")[1].split()[0])
+        tile = asdict(multi_decode_tile(M=M, K=4096, R=16, **options))
+        assert {name: tile[name] for name in row["best"]["tile"]} == row["best"]["tile"], row["problem"]
+    for M, K, R, projections in product((1, 3, 16, 64), (16, 128, 2000, 14336), (1, 16, 48, 256), (1, 4)):
+        tile = multi_decode_tile(M=M, K=K, R=R, projections=projections, **options)
+        assert 1 <= tile.split_k <= max(1, K // tile.block_k)
+        assert tile.block_n >= 64 and tile.block_n * tile.expand_r <= 4096 * tile.expand_warps
 
 
 def test_empty_and_refused(device):
