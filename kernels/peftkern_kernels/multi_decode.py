@@ -382,7 +382,7 @@ def expand_planes_call(
             "BLOCK_M": tile.rows,
             "BLOCK_N": tile.block_n,
             "BLOCK_R": tile.expand_r or tile.block_r,
-            "ODD_N": min(tile.block_n, 64 * tile.expand_warps),
+            "ODD_N": min(tile.block_n, 32 * tile.expand_warps),
             "OVERLAP": tile.overlap,
             "PRECISION": precision,
         },

@@ -93,20 +93,24 @@ _HOPPER_DECODE: dict[int, DecodeTile] = {
 }
 
 
-def _hopper_decode_tile(tokens: int, K: int, R: int) -> DecodeTile:
+def _hopper_decode_tile(M: int, K: int, R: int, projections: int) -> DecodeTile:
     """The nearest row of the table, its split of K such that 256 to 1024 programs share the device.
 
     Above rank 16 predicted. The first launch's programs stay those of 16 ranks: one of 64 takes the shared memory of
     four, and where ranks are mixed makes all wait for the widest adapters. The second's take more ranks of fewer
     columns, 64 registers of B a thread, so that few rounds of loads follow each other.
     """
+    tokens = M * projections
     tile = next(tile for most, tile in _HOPPER_DECODE.items() if tokens <= most)
     blocks = tokens * cdiv(R, tile.block_r)
     split = 1 << (min(32, max(1, K // tile.block_k)).bit_length() - 1)
     while (blocks * split > 256 and split > 8) or (blocks * split > 1024 and split > 1):
         split //= 2
-    expand_r = rank_block(R, 32 if tile.expand_warps == 1 else 64)
-    block_n = min(tile.block_n, 4096 * tile.expand_warps // expand_r)
+    few = tile.expand_warps == 1
+    # Several projections' pointers, or planes whose rows are read number by number, leave registers for half as much.
+    crowded = few and (projections > 1 or R % 16 != 0)
+    expand_r = rank_block(R, 16 if crowded else 32 if few else 64)
+    block_n = min(tile.block_n, (2048 if crowded else 4096) * tile.expand_warps // expand_r)
     return replace(tile, split_k=split, expand_r=expand_r, block_n=block_n)
 
 
@@ -130,7 +134,7 @@ def multi_decode_tile(
     x, that share the launches, and so fill the device with fewer parts of K; R is then the largest of their ranks.
     """
     if arch == 90 and dtype.itemsize == 2 and aligned and not masters:
-        return _hopper_decode_tile(projections * M, K, R)
+        return _hopper_decode_tile(M, K, R, projections)
     if arch == 0:
         return DecodeTile(32, min(4, cdiv(K, 32)), 1, rank_block(R, 32), 4, 64, 4)
     half = dtype.itemsize == 2
