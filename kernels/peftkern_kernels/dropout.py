@@ -56,16 +56,42 @@ def _philox_4x32_7(seed, c0, c1):
 
 
 @triton.jit
-def keep_tile(seed, offs_m, k_start, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """keep[BLOCK_M, BLOCK_K] as int1, for rows offs_m [BLOCK_M] and columns k_start + arange(BLOCK_K).
+def mask_words(seed, offs_m, k_start, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The numbers of rows offs_m [BLOCK_M] and columns k_start + arange(BLOCK_K) as uint32 [BLOCK_M, BLOCK_K / 2]: the
+    lower 16 bits of a word are of its even column, the upper ones of its odd column.
 
-    `k_start` and BLOCK_K must be multiples of 8, `threshold` is `Dropout.threshold`. Both count modulo 2^32.
+    `k_start` and BLOCK_K must be multiples of 8. Rows and columns count modulo 2^32.
     """
     groups = (k_start // 8).to(tl.int32) + tl.arange(0, BLOCK_K // 8)  # [BLOCK_K / 8]
     rows = offs_m.to(tl.int32)[:, None] + tl.zeros((BLOCK_M, BLOCK_K // 8), tl.int32)
     columns = groups[None, :] + tl.zeros((BLOCK_M, BLOCK_K // 8), tl.int32)
     w0, w1, w2, w3 = _philox_4x32_7(seed, columns, rows)  # each [BLOCK_M, BLOCK_K / 8]
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_M, BLOCK_K / 8, 2, 2], last axes flatten to word 0..3
-    words = tl.reshape(words, (BLOCK_M, BLOCK_K // 2))
-    numbers = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK_M, BLOCK_K))
-    return numbers.to(tl.int32) >= threshold
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+@triton.jit
+def _upper_threshold(threshold):
+    """What a number in the upper half of a word is compared with, word and all; one in the lower half is shifted up.
+
+    2^16, which drops all, does not fit: of 2^32 - 1, which stands for it, `Dropout.keep_scale` takes care.
+    """
+    return tl.where(threshold > 0xFFFF, 0xFFFFFFFF, threshold.to(tl.uint32) << 16).to(tl.uint32)
+
+
+@triton.jit
+def keep_tile(seed, offs_m, k_start, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """keep[BLOCK_M, BLOCK_K] as int1; `threshold` is `Dropout.threshold`, the others as in `mask_words`."""
+    words = mask_words(seed, offs_m, k_start, BLOCK_M, BLOCK_K)
+    upper = _upper_threshold(threshold)
+    return tl.reshape(tl.join((words << 16) >= upper, words >= upper), (BLOCK_M, BLOCK_K))
+
+
+@triton.jit
+def drop_by_words(tile, words, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """`tile` [BLOCK_M, BLOCK_K] with zeros where `words` (`mask_words`) drop it."""
+    upper = _upper_threshold(threshold)
+    even, odd = tl.split(tl.reshape(tile, (BLOCK_M, BLOCK_K // 2, 2)))
+    words ^= even.to(tl.uint32, bitcast=True) & (threshold >> 17).to(tl.uint32)
+    even = tl.where((words << 16) >= upper, even, 0.0)
+    odd = tl.where(words >= upper, odd, 0.0)
+    return tl.reshape(tl.join(even, odd), (BLOCK_M, BLOCK_K))

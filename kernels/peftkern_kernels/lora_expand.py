@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dropout import Dropout, keep_tile
+from .dropout import Dropout, drop_by_words, mask_words
 from .gemm_tables import rank_block
 from .launch import Call, cdiv, compile_options, nbytes, strides
 from .multi_tile import MixedFactor, many_adapters_product, slot_key
@@ -43,16 +43,16 @@ def low_rank_product(
 
 @triton.jit
 def expand_mask(
-    seed_ptr, offs_m, rows, column_start, threshold, ids_ptr, row_in_adapter_ptr,
+    seed_ptr, offs_m, rows, column_start, ids_ptr, row_in_adapter_ptr,
     POOL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """keep [BLOCK_M, BLOCK_N] by (row, column) of the matrix; with many adapters by each row's slot and place in it."""
     if POOL != "":
         seeds = slot_key(seed_ptr, tl.load(ids_ptr + rows))[:, None]
-        keep = keep_tile(seeds, tl.load(row_in_adapter_ptr + rows), column_start, threshold, BLOCK_M, BLOCK_N)
+        words = mask_words(seeds, tl.load(row_in_adapter_ptr + rows), column_start, BLOCK_M, BLOCK_N)
     else:
-        keep = keep_tile(tl.load(seed_ptr), offs_m, column_start, threshold, BLOCK_M, BLOCK_N)
-    return keep
+        words = mask_words(tl.load(seed_ptr), offs_m, column_start, BLOCK_M, BLOCK_N)
+    return words
 
 
 @triton.jit
@@ -71,8 +71,8 @@ def expand_tile(
     POOL is "" for one adapter; else each row has its own, out of the pool `b_ptr` (`MixedFactor`).
     """
     if seed_ptr is not None:  # drawn while the accumulator does not yet hold registers: after the dots it spills
-        keep = expand_mask(
-            seed_ptr, offs_m, rows, column_start, threshold, ids_ptr, row_in_adapter_ptr, POOL, BLOCK_M, BLOCK_N
+        words = expand_mask(
+            seed_ptr, offs_m, rows, column_start, ids_ptr, row_in_adapter_ptr, POOL, BLOCK_M, BLOCK_N
         )
     if POOL != "":
         acc = many_adapters_product(
@@ -85,7 +85,7 @@ def expand_tile(
             DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
         )  # fmt: skip
     if seed_ptr is not None:
-        acc = tl.where(keep, acc * keep_scale, 0.0)
+        acc = drop_by_words(acc * keep_scale, words, threshold, BLOCK_M, BLOCK_N)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns * stride_bias).to(tl.float32)[None, :]
     return acc
