@@ -29,6 +29,11 @@ class Dropout:
         return round(self.p * 2**16)
 
     @property
+    def kind(self) -> int:
+        """What kernels are compiled for: 1 where at most half is dropped, 2 where more is (`_keep_pairs`)."""
+        return 1 if self.threshold <= 2**15 else 2
+
+    @property
     def keep_scale(self) -> float:
         """What the kept elements are multiplied with."""
         return 1.0 / (1.0 - self.p)
@@ -95,3 +100,40 @@ def drop_by_words(tile, words, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.con
     even = tl.where((words << 16) >= upper, even, 0.0)
     odd = tl.where(words >= upper, odd, 0.0)
     return tl.reshape(tl.join(even, odd), (BLOCK_M, BLOCK_K))
+
+
+@triton.jit
+def drop_tile(
+    tile, seed, offs_m, k_start, threshold, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """`tile` [BLOCK_M, BLOCK_K] with zeros where it is dropped; DROPOUT is `Dropout.kind`, the others as in
+    `mask_words`.
+
+    16-bit numbers are dropped two at a time, as words are: no number is unpacked, compared or selected by itself.
+    """
+    words = mask_words(seed, offs_m, k_start, BLOCK_M, BLOCK_K)
+    if tile.dtype.primitive_bitwidth == 16:
+        even, odd = tl.split(tl.reshape(tile.to(tl.uint16, bitcast=True), (BLOCK_M, BLOCK_K // 2, 2)))
+        pairs = (even.to(tl.uint32) | (odd.to(tl.uint32) << 16)) & _keep_pairs(words, threshold, DROPOUT)
+        halves = tl.join(pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16))
+        kept = tl.reshape(halves, (BLOCK_M, BLOCK_K)).to(tile.dtype, bitcast=True)
+    else:
+        kept = drop_by_words(tile, words, threshold, BLOCK_M, BLOCK_K)
+    return kept
+
+
+@triton.jit
+def _keep_pairs(words, threshold, DROPOUT: tl.constexpr):
+    """uint32 with all 16 bits of a half set where that half of `words` is `threshold` or more.
+
+    The upper bit of each half of `differences` tells whether the lower 15 bits of the word's half reach the
+    threshold's: nothing is borrowed from the next half. With the word's own upper bit that decides.
+    """
+    UPPER_BITS: tl.constexpr = 0x80008000
+    if DROPOUT == 1:
+        differences = (words | UPPER_BITS) - threshold.to(tl.uint32) * 0x00010001
+        decided = (differences | words) & UPPER_BITS
+    else:
+        differences = (words | UPPER_BITS) - (threshold - 0x8000).to(tl.uint32) * 0x00010001
+        decided = (differences & words) & UPPER_BITS
+    return decided | tl.umulhi(decided, 0xFFFE0000)  # 2^15 of a half times (1 - 2^-15): its lower 15 bits

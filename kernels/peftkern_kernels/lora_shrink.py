@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dropout import Dropout, keep_tile
+from .dropout import Dropout, drop_tile
 from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import Tile, best_splits, shrink_tile, vectorizes
@@ -55,7 +55,7 @@ def _lora_shrink_kernel(
             x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
             a = tl.load(a_ptrs, mask=mask_r & mask_k[:, None], other=0.0)
         if DROPOUT:
-            x = tl.where(keep_tile(seed, offs_m, tl.cast(k, tl.int64), threshold, BLOCK_M, BLOCK_K), x, 0.0)
+            x = drop_tile(x, seed, offs_m, tl.cast(k, tl.int64), threshold, DROPOUT, BLOCK_M, BLOCK_K)
         acc = tl.dot(x, a.to(x.dtype), acc, input_precision=PRECISION)
         x_ptrs += step_x
         a_ptrs += step_a
@@ -140,7 +140,7 @@ def shrink_calls(
             "BLOCK_K": tile.block_c,
             "BLOCK_R": tile.block_r,
             "EVEN_K": K % tile.block_c == 0,
-            "DROPOUT": dropout is not None,
+            "DROPOUT": 0 if dropout is None else dropout.kind,
             "PRECISION": precision,
         },
         num_warps=tile.num_warps,

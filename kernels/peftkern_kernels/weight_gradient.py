@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dropout import Dropout, keep_tile
+from .dropout import Dropout, drop_tile
 from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import Tile, best_splits, vectorizes, weight_gradient_tile
@@ -52,8 +52,7 @@ def _columns_times_thin(
             wide = tl.load(wide_ptrs, mask=mask_m[None, :] & mask_c[:, None], other=0.0)
         thin = tl.load(thin_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
         if DROPOUT:
-            keep = keep_tile(seed, rows, c_start, threshold, BLOCK_M, BLOCK_C)
-            wide = tl.where(tl.trans(keep), wide, 0.0)
+            wide = drop_tile(tl.trans(wide), seed, rows, c_start, threshold, DROPOUT, BLOCK_M, BLOCK_C).T
         acc = tl.dot(wide, thin.to(wide.dtype), acc, input_precision=PRECISION)
         wide_ptrs += step_wide
         thin_ptrs += step_thin
@@ -86,7 +85,7 @@ def _weight_gradient_kernel(
             _columns_times_thin(
                 dy_ptr, s_ptr, db_ptr, None, block_c - blocks_k, block_r, split,
                 M, N, R, stride_dym, stride_dyn, stride_sm, stride_sr, stride_dbs, stride_dbn, stride_dbr,
-                m_chunk, 1.0, 0, BLOCK_M, BLOCK_C, BLOCK_R, EVEN_N, False, PRECISION,
+                m_chunk, 1.0, 0, BLOCK_M, BLOCK_C, BLOCK_R, EVEN_N, 0, PRECISION,
             )  # fmt: skip
 
 
@@ -247,7 +246,7 @@ def _gradient_call(
             "EVEN_N": N % tile.block_c == 0,
             "HAS_DA": has_da,
             "HAS_DB": has_db,
-            "DROPOUT": dropout is not None and has_da,
+            "DROPOUT": dropout.kind if dropout is not None and has_da else 0,
             "PRECISION": precision,
         },
         num_warps=tile.num_warps,
