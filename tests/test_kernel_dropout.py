@@ -11,24 +11,25 @@ from numerics import arch_of  # noqa: E402
 from peftkern import reference  # noqa: E402
 from peftkern_kernels.dropout import Dropout  # noqa: E402
 from peftkern_kernels.launch import run_all  # noqa: E402
+from peftkern_kernels.lora_expand import expand_calls  # noqa: E402
 from peftkern_kernels.lora_shrink import shrink_calls  # noqa: E402
 from peftkern_kernels.reduction_tables import Tile  # noqa: E402
 from peftkern_kernels.weight_gradient import weight_gradient_calls  # noqa: E402
 
 
-def mask_of_shrink(dropout, M, K, device, tile, splits=1):
+def mask_of_shrink(dropout, M, K, device, tile, splits=1, dtype=torch.float32):
     """The mask that the shrink draws: it maps ones through the identity."""
     out = torch.empty(M, K, device=device)
-    x, eye = torch.ones(M, K, device=device), torch.eye(K, device=device)
+    x, eye = torch.ones(M, K, device=device, dtype=dtype), torch.eye(K, device=device, dtype=dtype)
     options = {"arch": arch_of(device), "tile": tile, "splits": splits}
     run_all(shrink_calls(x, eye, out, scaling=1 - dropout.p, dropout=dropout, **options))
     return out > 0.5
 
 
-def mask_of_weight_gradient(dropout, M, K, device, tile):
+def mask_of_weight_gradient(dropout, M, K, device, tile, dtype=torch.float32):
     """The mask that the weight gradient draws over x: the identity in dS's place."""
     da = torch.empty(M, K, device=device)
-    x, eye = torch.ones(M, K, device=device), torch.eye(M, device=device)
+    x, eye = torch.ones(M, K, device=device, dtype=dtype), torch.eye(M, device=device, dtype=dtype)
     run_all(weight_gradient_calls(eye, x, None, None, da, None, dropout=dropout, arch=arch_of(device), tile=tile))
     return da > 0.5
 
@@ -43,6 +44,32 @@ def test_kernels_agree_with_each_other_and_the_reference(seed, device):
     assert torch.equal(mask_of_shrink(dropout, M, K, device, Tile(64, 16, 32, 4, 2), splits=3), expected)
     assert torch.equal(mask_of_weight_gradient(dropout, M, K, device, Tile(16, 64, 64, 4, 2)), expected)
     assert torch.equal(mask_of_weight_gradient(dropout, M, K, device, Tile(32, 16, 16, 4, 2)), expected)
+
+
+def mask_of_expand(dropout, M, N, device, dtype=torch.float32):
+    """The mask that the expand draws over its output: a product of ones, or of what 1 - p leaves of them."""
+    s, b = torch.ones(M, 1, device=device, dtype=dtype), torch.ones(N, 1, device=device, dtype=dtype)
+    out = torch.empty(M, N, device=device, dtype=dtype)
+    run_all(expand_calls(s, b, out, dropout=dropout, arch=arch_of(device)))
+    return out > 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("threshold", [1, 2**15 - 1, 2**15, 2**15 + 1, 2**16 - 1, 2**16])
+def test_every_bit_of_the_threshold_counts(threshold, dtype, device):
+    """Bugs: 16-bit numbers compared two at a time borrow from each other, or misjudge a threshold whose upper bit is
+    set; less than or equal for less than. Of M K numbers several equal the threshold or are one off."""
+    M, K = 512, 512
+    dropout = Dropout(torch.tensor([77], device=device), threshold / 2**16 if threshold < 2**16 else 1 - 2.0**-40)
+    assert dropout.threshold == threshold
+    expected = reference.dropout_mask(dropout.seed, M, K, dropout.p)
+    for other in (threshold - 1, threshold + 1):  # so that a comparison that is one off is seen
+        if 0 <= other < 2**16:
+            assert not torch.equal(reference.dropout_mask(dropout.seed, M, K, other / 2**16), expected)
+    tile = Tile(64, 128, 128, 4, 2)
+    assert torch.equal(mask_of_shrink(dropout, M, K, device, tile, dtype=dtype), expected)
+    assert torch.equal(mask_of_weight_gradient(dropout, M, K, device, tile, dtype=dtype), expected)
+    assert torch.equal(mask_of_expand(dropout, M, K, device, dtype=dtype), expected)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])

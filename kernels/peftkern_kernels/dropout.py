@@ -35,8 +35,8 @@ class Dropout:
 
     @property
     def keep_scale(self) -> float:
-        """What the kept elements are multiplied with."""
-        return 1.0 / (1.0 - self.p)
+        """What the kept elements are multiplied with; 0 where none is kept."""
+        return 1.0 / (1.0 - self.p) if self.threshold < 2**16 else 0.0
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def mask_words(seed, offs_m, k_start, BLOCK_M: tl.constexpr, BLOCK_K: tl.constex
     rows = offs_m.to(tl.int32)[:, None] + tl.zeros((BLOCK_M, BLOCK_K // 8), tl.int32)
     columns = groups[None, :] + tl.zeros((BLOCK_M, BLOCK_K // 8), tl.int32)
     w0, w1, w2, w3 = _philox_4x32_7(seed, columns, rows)  # each [BLOCK_M, BLOCK_K / 8]
-    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))  # words 0..3 of each group side by side
 
 
 @triton.jit
@@ -93,9 +93,11 @@ def keep_tile(seed, offs_m, k_start, threshold, BLOCK_M: tl.constexpr, BLOCK_K: 
 
 @triton.jit
 def drop_by_words(tile, words, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """`tile` [BLOCK_M, BLOCK_K] with zeros where `words` (`mask_words`) drop it."""
+    """fp32 `tile` [BLOCK_M, BLOCK_K] with zeros where `words` (`mask_words`) drop it."""
     upper = _upper_threshold(threshold)
     even, odd = tl.split(tl.reshape(tile, (BLOCK_M, BLOCK_K // 2, 2)))
+    # No change, for the threshold has 17 bits. But it ties the words to the tile, so that they change to the layout of
+    # a product's sums as words; otherwise what is compared would, a byte for each element.
     words ^= even.to(tl.uint32, bitcast=True) & (threshold >> 17).to(tl.uint32)
     even = tl.where((words << 16) >= upper, even, 0.0)
     odd = tl.where(words >= upper, odd, 0.0)

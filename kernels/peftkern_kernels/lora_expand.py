@@ -46,7 +46,7 @@ def expand_mask(
     seed_ptr, offs_m, rows, column_start, ids_ptr, row_in_adapter_ptr,
     POOL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """keep [BLOCK_M, BLOCK_N] by (row, column) of the matrix; with many adapters by each row's slot and place in it."""
+    """Words [BLOCK_M, BLOCK_N / 2] by (row, column) of the matrix; with many adapters by each row's slot and place in it."""
     if POOL != "":
         seeds = slot_key(seed_ptr, tl.load(ids_ptr + rows))[:, None]
         words = mask_words(seeds, tl.load(row_in_adapter_ptr + rows), column_start, BLOCK_M, BLOCK_N)

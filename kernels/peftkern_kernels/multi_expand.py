@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .adapters import Adapters
-from .dropout import Dropout, keep_tile
+from .dropout import Dropout, drop_by_words, mask_words
 from .launch import Call, cdiv, compile_options, nbytes, strides
 from .lora_expand import low_rank_product, triton_dtype
 from .multi_group import check_group, table_pointers
@@ -74,7 +74,7 @@ def _multi_expand_kernel(
         columns = offs_n % N
         if seed_ptr is not None:  # drawn while the accumulator does not yet hold registers
             mask_rows = offs_m - tl.load(seg_start_ptr + tl.maximum(slot, 0))
-            keep = keep_tile(slot_key(seed_ptr, slot), mask_rows, column, threshold, BLOCK_M, BLOCK_N)
+            words = mask_words(slot_key(seed_ptr, slot), mask_rows, column, BLOCK_M, BLOCK_N)
         if POOL_IS_B:
             b_ptr = pool_ptr + row_offset * N
             if rank % 8 == 0:  # a stride that the compiler knows to be a multiple of 8: loads of 16 bytes
@@ -107,7 +107,7 @@ def _multi_expand_kernel(
                 stride_sr, stride_pool, DTYPE, BLOCK_R, PRECISION,
             )  # fmt: skip
         if seed_ptr is not None:
-            acc = tl.where(keep, acc * keep_scale, 0.0)
+            acc = drop_by_words(acc * keep_scale, words, threshold, BLOCK_M, BLOCK_N)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + columns * stride_bias).to(tl.float32)[None, :]
         out_ptrs = out_ptr + rows[:, None] * stride_om + offs_n[None, :] * stride_on

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .adapters import Adapters
-from .dropout import Dropout, keep_tile
+from .dropout import Dropout, drop_tile
 from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .multi_group import check_group, table_pointers
 from .multi_tables import multi_shrink_tile, pools_vectorize
@@ -56,7 +56,7 @@ def rows_times_factor(
             x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
             factor = tl.load(f_ptrs, mask=mask_r & mask_c[:, None], other=0.0)
         if DROPOUT:
-            x = tl.where(keep_tile(seed, mask_rows, tl.cast(c, tl.int64), threshold, BLOCK_M, BLOCK_C), x, 0.0)
+            x = drop_tile(x, seed, mask_rows, tl.cast(c, tl.int64), threshold, DROPOUT, BLOCK_M, BLOCK_C)
         acc = tl.dot(x, factor.to(x.dtype), acc, input_precision=PRECISION)
         x_ptrs += step_x
         f_ptrs += step_f
@@ -234,7 +234,7 @@ def group_shrink_calls(
             "BLOCK_C": tile.block_c,
             "BLOCK_R": tile.block_r,
             "EVEN_C": C % tile.block_c == 0,
-            "DROPOUT": dropout is not None,
+            "DROPOUT": 0 if dropout is None else dropout.kind,
             "NUM_STAGES": tile.num_stages,
             "PRECISION": precision,
         },

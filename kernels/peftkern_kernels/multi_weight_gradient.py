@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .adapters import Adapters
-from .dropout import Dropout, keep_tile
+from .dropout import Dropout, drop_tile
 from .launch import Call, cdiv, compile_options, light_options, nbytes, scratch, strides
 from .multi_tables import multi_weight_gradient_tile
 from .multi_tile import adapter_of, check_rows, dropout_arguments, piece_of, slot_key
@@ -56,8 +56,8 @@ def _gathered_columns_times_thin(
         thin = tl.load(thin_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
         if DROPOUT:
             column = tl.min(offs_c, 0)
-            keep = keep_tile(seed, first + offs_m - segment, column, threshold, BLOCK_M, BLOCK_C)
-            wide = tl.where(tl.trans(keep), wide, 0.0)
+            mask_rows = first + offs_m - segment
+            wide = drop_tile(tl.trans(wide), seed, mask_rows, column, threshold, DROPOUT, BLOCK_M, BLOCK_C).T
         acc = tl.dot(wide, thin.to(wide.dtype), acc, input_precision=PRECISION)
     return acc
 
@@ -107,7 +107,7 @@ def _multi_weight_gradient_kernel(
                 acc = _gathered_columns_times_thin(
                     dy_ptr, s_ptr, perm_ptr, offs_c, mask_c, offs_r, max_rank, first, length, first, slot,
                     stride_dym, stride_dyn, stride_sm, stride_sr, 0,
-                    BLOCK_M, BLOCK_C, BLOCK_R, EVEN_N, False, PRECISION,
+                    BLOCK_M, BLOCK_C, BLOCK_R, EVEN_N, 0, PRECISION,
                 )  # fmt: skip
                 mask = mask_c[:, None] & mask_r[None, :]
                 if plane < 0:
@@ -261,7 +261,7 @@ def multi_weight_gradient_calls(
             "EVEN_K": K % tile.block_c == 0,
             "EVEN_N": N % tile.block_c == 0,
             **halves,
-            "DROPOUT": dropout is not None and has_da,
+            "DROPOUT": dropout.kind if dropout is not None and has_da else 0,
             "PRECISION": precision,
         },
         num_warps=tile.num_warps,
