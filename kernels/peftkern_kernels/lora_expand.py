@@ -15,6 +15,7 @@ from .dropout import Dropout, drop_by_words, mask_words
 from .gemm_tables import rank_block
 from .launch import Call, cdiv, compile_options, nbytes, strides
 from .multi_tile import MixedFactor, many_adapters_product, slot_key
+from .overlap import begin, overlap_options, overlaps
 from .reduction_tables import vectorizes
 
 
@@ -46,7 +47,7 @@ def expand_mask(
     seed_ptr, offs_m, rows, column_start, ids_ptr, row_in_adapter_ptr,
     POOL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Words [BLOCK_M, BLOCK_N / 2] by (row, column) of the matrix; with many adapters by each row's slot and place in it."""
+    """Words [BLOCK_M, BLOCK_N / 2] by (row, column) of the matrix; of many adapters by each row's slot and place."""
     if POOL != "":
         seeds = slot_key(seed_ptr, tl.load(ids_ptr + rows))[:, None]
         words = mask_words(seeds, tl.load(row_in_adapter_ptr + rows), column_start, BLOCK_M, BLOCK_N)
@@ -71,9 +72,7 @@ def expand_tile(
     POOL is "" for one adapter; else each row has its own, out of the pool `b_ptr` (`MixedFactor`).
     """
     if seed_ptr is not None:  # drawn while the accumulator does not yet hold registers: after the dots it spills
-        words = expand_mask(
-            seed_ptr, offs_m, rows, column_start, ids_ptr, row_in_adapter_ptr, POOL, BLOCK_M, BLOCK_N
-        )
+        words = expand_mask(seed_ptr, offs_m, rows, column_start, ids_ptr, row_in_adapter_ptr, POOL, BLOCK_M, BLOCK_N)
     if POOL != "":
         acc = many_adapters_product(
             s_ptr, b_ptr, ids_ptr, row_offset_ptr, rank_ptr, rows, columns, R, stride_sm, stride_sr,
@@ -97,8 +96,9 @@ def _expand_kernel(
     M, N, R, stride_sm, stride_sr, stride_bn, stride_br, stride_bias, stride_om, stride_on, threshold, keep_scale,
     ids_ptr, row_in_adapter_ptr, row_offset_ptr, rank_ptr,
     DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    POOL: tl.constexpr, PRECISION: tl.constexpr,
+    POOL: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     # Columns run fastest, so that neighbouring programs share S's rows and write neighbouring memory.
     programs_n = tl.cdiv(N, BLOCK_N)
     pid_m = (tl.program_id(0) // programs_n).to(tl.int64)
@@ -207,10 +207,11 @@ def expand_calls(
                 "BLOCK_M": block_m,
                 "BLOCK_N": block_n,
                 "PRECISION": precision,
+                "OVERLAP": overlaps(arch),
             },
             num_warps=4,
             num_stages=1,
-            options=compile_options(arch),
+            options=compile_options(arch) | overlap_options(arch),
             bytes=nbytes(s, b, bias, out),
             flops=2 * M * N * R,
         )

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .dropout import Dropout, drop_tile
 from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
+from .overlap import begin, overlap_options, overlaps
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import Tile, best_splits, shrink_tile, vectorizes
 
@@ -26,8 +27,9 @@ def _lora_shrink_kernel(
     M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, stride_os, stride_om, stride_or,
     k_chunk, scale, threshold,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     # Blocks of R are neighbours in launch order, so that only the first of them reads x from device memory.
     blocks_r = tl.cdiv(R, BLOCK_R)
     block_m = tl.program_id(0) // blocks_r
@@ -142,10 +144,11 @@ def shrink_calls(
             "EVEN_K": K % tile.block_c == 0,
             "DROPOUT": 0 if dropout is None else dropout.kind,
             "PRECISION": precision,
+            "OVERLAP": overlaps(arch),
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        options=compile_options(arch),
+        options=compile_options(arch) | overlap_options(arch),
         bytes=nbytes(x, a, target),
         flops=2 * M * K * R,
     )

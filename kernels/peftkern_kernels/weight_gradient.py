@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .dropout import Dropout, drop_tile
 from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
+from .overlap import begin, overlap_options, overlaps
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import Tile, best_splits, vectorizes, weight_gradient_tile
 
@@ -67,8 +68,9 @@ def _weight_gradient_kernel(
     stride_sm, stride_sr, stride_dym, stride_dyn, stride_dbs, stride_dbn, stride_dbr,
     blocks_k, m_chunk, scale, threshold,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
-    HAS_DA: tl.constexpr, HAS_DB: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DA: tl.constexpr, HAS_DB: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     blocks_r = tl.cdiv(R, BLOCK_R)
     block_c = tl.program_id(0) // blocks_r
     block_r = tl.program_id(0) % blocks_r  # neighbours share their columns, so only the first reads device memory
@@ -248,9 +250,10 @@ def _gradient_call(
             "HAS_DB": has_db,
             "DROPOUT": dropout.kind if dropout is not None and has_da else 0,
             "PRECISION": precision,
+            "OVERLAP": overlaps(arch),
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        options=compile_options(arch),
+        options=compile_options(arch) | overlap_options(arch),
         flops=2 * M * R * (K + N),
     )
