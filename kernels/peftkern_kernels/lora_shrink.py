@@ -47,7 +47,10 @@ def _lora_shrink_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    # What is masked in registers goes back to shared memory as a product's second operand only. As the first it stays in
+    # registers, and Hopper's matrix instructions wait for one another. The first takes 64 rows or more.
+    TURNED: tl.constexpr = DROPOUT and BLOCK_R >= 64
+    acc = tl.zeros((BLOCK_R, BLOCK_M) if TURNED else (BLOCK_M, BLOCK_R), tl.float32)
     for k in range(k_start, tl.minimum(k_start + k_chunk, K), BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs, mask=mask_m, other=0.0)  # [BLOCK_M, BLOCK_K]
@@ -58,9 +61,14 @@ def _lora_shrink_kernel(
             a = tl.load(a_ptrs, mask=mask_r & mask_k[:, None], other=0.0)
         if DROPOUT:
             x = drop_tile(x, seed, offs_m, tl.cast(k, tl.int64), threshold, DROPOUT, BLOCK_M, BLOCK_K)
-        acc = tl.dot(x, a.to(x.dtype), acc, input_precision=PRECISION)
+        if TURNED:
+            acc = tl.dot(a.to(x.dtype).T, x.T, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(x, a.to(x.dtype), acc, input_precision=PRECISION)
         x_ptrs += step_x
         a_ptrs += step_a
+    if TURNED:
+        acc = acc.T
     out_ptrs = out_ptr + split * stride_os + offs_m[:, None] * stride_om + offs_r[None, :] * stride_or
     tl.store(out_ptrs, (acc * scale).to(out_ptr.dtype.element_ty), mask=mask_m & mask_r)
 

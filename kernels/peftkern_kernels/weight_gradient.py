@@ -43,7 +43,10 @@ def _columns_times_thin(
     if DROPOUT:
         seed = tl.load(seed_ptr)
 
-    acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    # What is masked in registers goes back to shared memory as a product's second operand only. As the first it stays in
+    # registers, and Hopper's matrix instructions wait for one another. The first takes 64 rows or more.
+    TURNED: tl.constexpr = DROPOUT and BLOCK_R >= 64
+    acc = tl.zeros((BLOCK_R, BLOCK_C) if TURNED else (BLOCK_C, BLOCK_R), tl.float32)
     for m in range(m_start, tl.minimum(m_start + m_chunk, M), BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
         mask_m = rows < M
@@ -54,9 +57,14 @@ def _columns_times_thin(
         thin = tl.load(thin_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
         if DROPOUT:
             wide = drop_tile(tl.trans(wide), seed, rows, c_start, threshold, DROPOUT, BLOCK_M, BLOCK_C).T
-        acc = tl.dot(wide, thin.to(wide.dtype), acc, input_precision=PRECISION)
+        if TURNED:
+            acc = tl.dot(thin.to(wide.dtype).T, wide.T, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(wide, thin.to(wide.dtype), acc, input_precision=PRECISION)
         wide_ptrs += step_wide
         thin_ptrs += step_thin
+    if TURNED:
+        acc = acc.T
     out_ptrs = out_ptr + split.to(tl.int64) * stride_os + offs_c[:, None] * stride_oc + offs_r[None, :] * stride_or
     tl.store(out_ptrs, (acc * scale).to(out_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_r[None, :])
 
