@@ -165,8 +165,7 @@ def test_descriptors_with_bias_dropout_masters_and_an_unaligned_output(device):
 def by_staying(tile):
     """Programs that walk several tiles each: 4 of them in the interpreter's table of multiprocessors."""
 
-    def calls(*tensors, dropout=None, **options):
-        assert dropout is None
+    def calls(*tensors, **options):
         return persistent_calls(*tensors, **options, precision="ieee", tile=tile, arch=0)
 
     return calls
@@ -190,6 +189,15 @@ def test_programs_that_stay_with_bias_and_masters(device):
     check(by_staying(small(64, 32)), 130, 136, 40, 40, torch.bfloat16, device, **options, pad=8)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("M, N, K, R", [(65, 72, 40, 3), (33, 264, 24, 16)])
+def test_programs_that_stay_mask_the_low_rank_part(M, N, K, R, transposed, device):
+    """Catches a mask of another tile's place, of one half for both, or over the base; and a next tile's start that is
+    added to this one."""
+    options = {"adapter_dtype": torch.float32, "p": 0.3, "transposed": transposed}
+    check(by_staying(small(block_n=64)), M, N, K, R, torch.bfloat16, device, **options, pad=8)
+
+
 def test_programs_that_stay_are_compiled_once_for_all_lengths():
     """Catches a constant of the kernel that follows M: a compilation in the middle of training for each new length."""
     calls = [base_plus_expand_calls(*on_meta(M, 4096, 4096, 16, torch.bfloat16), arch=90)[0] for M in (896, 1024, 8192)]
@@ -198,18 +206,22 @@ def test_programs_that_stay_are_compiled_once_for_all_lengths():
     assert [call.grid[0] for call in calls] == [112, 128, 132]
 
 
-def test_programs_that_stay_only_without_dropout_and_with_an_aligned_output():
-    """Catches a launch whose mask is lost, and a descriptor of rows that are not 16-byte aligned."""
+def test_programs_that_stay_only_with_few_masked_ranks_and_an_aligned_output():
+    """Catches a mask beside more ranks than there is shared memory for, and a descriptor of rows that are not 16-byte
+    aligned."""
     tensors = on_meta(8192, 4096, 4096, 16, torch.bfloat16)
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     unaligned = torch.empty(8192, 4097, dtype=torch.bfloat16, device="meta")[:, :4096]
+    more = on_meta(8192, 4096, 4096, 24, torch.bfloat16)
     kernels = [
         base_plus_expand_calls(*tensors, arch=90),
         base_plus_expand_calls(*tensors, arch=90, dropout=Dropout(seed, 0.1)),
+        base_plus_expand_calls(*more, arch=90),
+        base_plus_expand_calls(*more, arch=90, dropout=Dropout(seed, 0.1)),
         base_plus_expand_calls(*tensors[:4], unaligned, arch=90),
     ]
-    names = [calls[0].kernel.__name__ for calls in kernels]
-    assert names == ["_lora_linear_persistent_kernel", "_lora_linear_tma_kernel", "_lora_linear_tma_kernel"]
+    stays = ["persistent" in calls[0].kernel.__name__ for calls in kernels]
+    assert stays == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize("across", [False, True])

@@ -65,7 +65,7 @@ def _family(arch: int) -> str:
 # rows; "small" is up to 64 rows, "tiny" up to 16 (Hopper's and Blackwell's matrix instructions take 64 rows or more).
 # Where they are there: "large kn" is for a weight stored as [K, N], which is backward's orientation; "odd out" takes
 # the place of "medium" where the output is stored element by element; "one tile" and "one tile medium" are for programs
-# that end with their tile, for what a persistent one cannot do (dropout, an unaligned S or output, an epilogue).
+# that end with their tile, for what a persistent one cannot do (dropout of many ranks, unaligned rows, an epilogue).
 _TILES: dict[tuple[str, int, bool], dict[str, Tile]] = {
     ("hopper", 16, True): {
         "large": Tile(128, 256, 64, 8, 4, group_m=16, tma=True, persistent=True),
@@ -170,7 +170,7 @@ def choose_tile(
         M, N, K: sizes.
         aligned: every row of both operands starts on a 16-byte boundary and one stride of each is 1.
         weight_is_kn: the weight's unit stride is along N.
-        persistent: whether a persistent tile will do (no dropout, S and `out` aligned).
+        persistent: whether a persistent tile will do (S and `out` aligned, few ranks where there is dropout).
         out_aligned: rows of `out` can be stored 16 bytes at a time.
         crowded: beside the accumulator there is so much in registers that the largest tile would spill.
         epilogue: more than a store follows the product, and needs the whole sum: K is not split.

@@ -23,7 +23,7 @@ from .gemm_tables import Tile, choose_tile
 from .gemm_tile import accumulate_base, tile_of_program
 from .launch import Call, cdiv, compile_options, is_aligned, nbytes, strides
 from .lora_expand import expand_arguments, expand_rank_block, expand_tile
-from .lora_linear_persistent import persistent_calls
+from .lora_linear_persistent import MOST_MASKED_RANK, persistent_calls
 from .lora_linear_split import split_calls
 from .lora_linear_tma import tma_calls
 from .multi_tile import MixedFactor
@@ -122,7 +122,8 @@ def tile_of(
 ) -> Tile:
     """The tile of `base_plus_expand_calls`, whose arguments these are."""
     (M, N), K = out.shape, x.shape[1]
-    can_stay = dropout is None and not isinstance(b, MixedFactor) and is_aligned(s)
+    can_stay = not isinstance(b, MixedFactor) and is_aligned(s)
+    can_stay = can_stay and (dropout is None or b.shape[1] <= MOST_MASKED_RANK)
     can_stay = can_stay and is_aligned(out) and out.dtype == s.dtype == x.dtype
     sizes: dict[str, Any] = {"M": M, "N": N, "K": K, "weight_is_kn": not is_aligned(weight), "persistent": can_stay}
     sizes["out_aligned"] = vectorizes(out)
@@ -164,7 +165,7 @@ def base_plus_expand_calls(
     tile = tile_of(x, weight, s, b, out, dropout, arch)
     options: dict[str, Any] = {"bias": bias, "precision": precision, "tile": tile}
     if tile.persistent and not isinstance(b, MixedFactor):
-        calls = persistent_calls(x, weight, s, b, out, arch=arch, **options)
+        calls = persistent_calls(x, weight, s, b, out, dropout=dropout, arch=arch, **options)
     else:
         build = split_calls if tile.split_k > 1 else tma_calls if tile.tma else pointer_calls
         calls = build(x, weight, s, b, out, dropout=dropout, **options)

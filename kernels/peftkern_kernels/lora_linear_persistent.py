@@ -9,17 +9,20 @@ In lora_linear_tma.py a program does one tile and ends, so that each tile begins
 store that nothing hides. Here a program walks its tiles in a single loop over all their steps: while one tile is
 finished and stored, the loads of the next one are under way.
 
-Without dropout: the mask falls on the low-rank part alone, which would need an accumulator beside the tile's.
+Dropout masks the low-rank part alone, which then cannot be further steps: it is what the sums of a tile begin with,
+made while the tile's first loads are under way. With more than 16 ranks that takes more shared memory than there is.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from .dropout import Dropout, drop_by_words, mask_words
 from .gemm_tables import MULTIPROCESSORS, Tile
 from .gemm_tile import tile_of_program
 from .launch import Call, cdiv, nbytes, strides
@@ -27,6 +30,8 @@ from .lora_expand import triton_dtype
 from .lora_factor import as_weight
 from .lora_linear_tma import descriptor, weight_descriptor
 from .overlap import begin, overlap_options, overlaps
+
+MOST_MASKED_RANK = 16
 
 
 @triton.jit
@@ -65,24 +70,60 @@ def _store_tile(
         scaled_desc.store([row, column + BLOCK_N // 2], right.to(DTYPE))
 
 
-@triton.jit(do_not_specialize=["M", "R"])
+@triton.jit
+def _masked_start(
+    s_ptr, b_ptr, seed_ptr, tile, M, N, R, stride_sm, stride_sr, stride_bn, stride_br, threshold, keep_scale,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the sums of a tile begin with where dropout masks the low-rank part: keep * keep_scale * (s b^T)."""
+    pid_m, pid_n = tile_of_program(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    column = pid_n * BLOCK_N
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows, columns = offs_m % M, (column + tl.arange(0, BLOCK_N)) % N
+    offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
+    mask_r = offs_r < R
+    seed = tl.load(seed_ptr)
+    s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
+    b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r[:, None] * stride_br
+    s = tl.load(s_ptrs, mask=mask_r[None, :], other=0.0).to(DTYPE)  # [BLOCK_M, BLOCK_R]
+    b = tl.load(b_ptrs, mask=mask_r[:, None], other=0.0).to(DTYPE)  # [BLOCK_R, BLOCK_N]
+    product = tl.dot(s, b, input_precision=PRECISION) * keep_scale
+    # In two halves, whose words pass through half the shared memory.
+    HALF: tl.constexpr = BLOCK_N // 2
+    left, right = tl.split(tl.permute(tl.reshape(product, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    left = drop_by_words(left, mask_words(seed, offs_m, column, BLOCK_M, HALF), threshold, BLOCK_M, HALF)
+    right = drop_by_words(right, mask_words(seed, offs_m, column + HALF, BLOCK_M, HALF), threshold, BLOCK_M, HALF)
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (BLOCK_M, BLOCK_N))
+
+
+@triton.jit(do_not_specialize=["M", "R", "threshold"])
 def _lora_linear_persistent_kernel(
     x_desc, w_desc, s_desc, b_desc,  # [M, K], [N, K] or [K, N], [M, R], [N, R] or [R, N]: descriptors
     out_desc, scaled_desc, bias_ptr, c_ptr,  # [M, N], [M, N]: descriptors; [N] [N]
-    M, N, K, R, stride_bias,
+    s_ptr, b_ptr, seed_ptr,  # [M, R] [N, R] [1] with dropout, in place of their descriptors; else None
+    M, N, K, R, stride_bias, stride_sm, stride_sr, stride_bn, stride_br, threshold, keep_scale,
     DTYPE: tl.constexpr, WEIGHT_IS_KN: tl.constexpr, PROGRAMS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    begin(OVERLAP)
+    begin(OVERLAP, LET_NEXT=False)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     base_steps = tl.cdiv(K, BLOCK_K)
-    steps = base_steps + tl.cdiv(R, BLOCK_K)
+    steps = base_steps
+    if seed_ptr is None:
+        steps += tl.cdiv(R, BLOCK_K)
     tile = tl.program_id(0) - PROGRAMS
     step = -1
     row = 0
     column = 0
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if seed_ptr is None:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    else:
+        acc = _masked_start(
+            s_ptr, b_ptr, seed_ptr, tl.program_id(0), M, N, R, stride_sm, stride_sr, stride_bn, stride_br, threshold,
+            keep_scale, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, GROUP_M, PRECISION,
+        )  # fmt: skip
     for _ in range(0, tl.cdiv(tiles - tl.program_id(0), PROGRAMS) * steps):
         # Apart from the rest of a tile's work, so that loads of later steps, and of the next tile, are issued early.
         step = tl.where(step == steps - 1, 0, step + 1)
@@ -90,15 +131,15 @@ def _lora_linear_persistent_kernel(
             tile += PROGRAMS
             pid_m, pid_n = tile_of_program(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
             row, column = (pid_m * BLOCK_M).to(tl.int32), (pid_n * BLOCK_N).to(tl.int32)  # descriptors count in int32
-        # Only the descriptors are chosen here: loads inside a branch would not be issued ahead.
-        if step < base_steps:
-            left_desc = x_desc
-            right_desc = w_desc
-            k = step * BLOCK_K
-        else:
-            left_desc = s_desc
-            right_desc = b_desc
-            k = (step - base_steps) * BLOCK_K
+        left_desc = x_desc
+        right_desc = w_desc
+        k = step * BLOCK_K
+        if seed_ptr is None:  # noqa: SIM102 - a static test of its own
+            # Only the descriptors are chosen here: loads inside a branch would not be issued ahead.
+            if step >= base_steps:
+                left_desc = s_desc
+                right_desc = b_desc
+                k = (step - base_steps) * BLOCK_K
         left = left_desc.load([row, k])  # [BLOCK_M, BLOCK_K]
         if WEIGHT_IS_KN:
             right = right_desc.load([k, column])  # [BLOCK_K, BLOCK_N]
@@ -109,7 +150,14 @@ def _lora_linear_persistent_kernel(
             _store_tile(
                 acc, bias_ptr, c_ptr, out_desc, scaled_desc, row, column, N, stride_bias, DTYPE, BLOCK_M, BLOCK_N
             )
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            if seed_ptr is None:
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            else:
+                following = tl.minimum(tile + PROGRAMS, tiles - 1)
+                acc = _masked_start(
+                    s_ptr, b_ptr, seed_ptr, following, M, N, R, stride_sm, stride_sr, stride_bn, stride_br,
+                    threshold, keep_scale, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, GROUP_M, PRECISION,
+                )  # fmt: skip
 
 
 @functools.cache
@@ -131,23 +179,29 @@ def persistent_calls(
     out: torch.Tensor | None,
     *,
     bias: torch.Tensor | None,
+    dropout: Dropout | None = None,
     precision: str,
     tile: Tile,
     arch: int,
     c: torch.Tensor | None = None,
     scaled: torch.Tensor | None = None,
 ) -> list[Call]:
-    """The launch of persistent programs, for a given tile; arguments as in `lora_linear.base_plus_expand_calls`,
-    without dropout. With c [N] contiguous fp32, `out` (which may then be None) is without the bias and
-    `scaled = c * out + bias`. Before it, a small one that casts or turns `b` if the GEMM cannot read it as it is.
+    """The launch of persistent programs, for a given tile; arguments as in `lora_linear.base_plus_expand_calls`, with
+    dropout for up to `MOST_MASKED_RANK` ranks. With c [N] contiguous fp32, `out` (which may then be None) is without
+    the bias and `scaled = c * out + bias`. Before it, a small one that casts or turns `b` if the GEMM cannot read it as
+    it is.
 
     x, weight or weight.t(), s, out and scaled must have 16-byte aligned rows (`launch.is_aligned`), and all but weight
     x's dtype.
     """
     M, (N, R), K = x.shape[0], b.shape, x.shape[1]
     w_desc, weight_is_kn = weight_descriptor(weight, tile)
-    b, casts = as_weight(b, x.dtype, across=weight_is_kn, arch=arch)
-    b_block = (tile.block_k, tile.block_n) if weight_is_kn else (tile.block_n, tile.block_k)
+    thin, casts = (b, []) if dropout is not None else as_weight(b, x.dtype, across=weight_is_kn, arch=arch)
+    thin_block = (tile.block_k, tile.block_n) if weight_is_kn else (tile.block_n, tile.block_k)
+    low_rank: dict[str, Any] = {"s_desc": None, "b_desc": None, "s_ptr": s, "b_ptr": b}
+    if dropout is None:
+        low_rank = {"s_desc": descriptor(s, tile.block_m, tile.block_k), "s_ptr": None, "b_ptr": None}
+        low_rank["b_desc"] = descriptor(thin.t() if weight_is_kn else thin, *thin_block)
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     processors = multiprocessors(x.device, arch)
     return [
@@ -161,8 +215,8 @@ def persistent_calls(
                 "c_ptr": c,
                 "x_desc": descriptor(x, tile.block_m, tile.block_k),
                 "w_desc": w_desc,
-                "s_desc": descriptor(s, tile.block_m, tile.block_k),
-                "b_desc": descriptor(b.t() if weight_is_kn else b, *b_block),
+                **low_rank,
+                "seed_ptr": None if dropout is None else dropout.seed,
                 "out_desc": None if out is None else descriptor(out, tile.block_m, tile.block_n // 2),
                 "scaled_desc": None if scaled is None else descriptor(scaled, tile.block_m, tile.block_n // 2),
                 "M": M,
@@ -170,6 +224,10 @@ def persistent_calls(
                 "K": K,
                 "R": R,
                 **strides(bias, "bias"),
+                **strides(None if dropout is None else s, "sm", "sr"),
+                **strides(None if dropout is None else b, "bn", "br"),
+                "threshold": 0 if dropout is None else dropout.threshold,
+                "keep_scale": 1.0 if dropout is None else dropout.keep_scale,
             },
             constants={
                 "DTYPE": triton_dtype(x.dtype),
@@ -178,14 +236,15 @@ def persistent_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
+                "BLOCK_R": MOST_MASKED_RANK,
                 "GROUP_M": tile.group_m,
                 "PRECISION": precision,
                 "OVERLAP": overlaps(arch),
             },
             num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            num_stages=tile.num_stages if dropout is None else min(3, tile.num_stages),  # beside the mask's words
             options=overlap_options(arch),
-            bytes=nbytes(x, weight, s, b, bias, c, out, scaled),
+            bytes=nbytes(x, weight, s, thin, bias, c, out, scaled),
             flops=2 * M * N * (K + R),
         ),
     ]

@@ -47,8 +47,8 @@ def _lora_shrink_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
 
-    # What is masked in registers goes back to shared memory as a product's second operand only. As the first it stays in
-    # registers, and Hopper's matrix instructions wait for one another. The first takes 64 rows or more.
+    # What is masked in registers goes back to shared memory as a product's second operand only. As the first it stays
+    # in registers, and Hopper's matrix instructions wait for one another. The first takes 64 rows or more.
     TURNED: tl.constexpr = DROPOUT and BLOCK_R >= 64
     acc = tl.zeros((BLOCK_R, BLOCK_M) if TURNED else (BLOCK_M, BLOCK_R), tl.float32)
     for k in range(k_start, tl.minimum(k_start + k_chunk, K), BLOCK_K):

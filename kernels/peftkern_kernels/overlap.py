@@ -16,10 +16,15 @@ import triton.language as tl
 
 
 @triton.jit
-def begin(OVERLAP: tl.constexpr):
-    """Let the next launch be set up, and wait for the one before."""
+def begin(OVERLAP: tl.constexpr, LET_NEXT: tl.constexpr = True):
+    """Let the next launch be set up, and wait for the one before.
+
+    Not LET_NEXT in kernels whose programs end at different times: the next launch's would all be put where the first of
+    them end, and stay there.
+    """
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
+        if LET_NEXT:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
 

@@ -31,7 +31,8 @@ DEVICES = {
 OTHER_DEVICE = (128, 1_000_000)
 MAX_SPLITS = 64
 LAUNCH_US = 2  # what a second, dependent launch costs
-REACH = 1.1  # how far a multiprocessor can exceed its even share of the memory's bandwidth while others are idle
+# How far a multiprocessor can exceed its even share of the memory's bandwidth while others are idle; on sm_90 measured.
+REACH, HOPPER_REACH = 1.25, 1.1
 
 
 MEASURED = "bench/results/nvidia-h200/tune.json, tune-dropout.json"
@@ -86,7 +87,8 @@ def best_splits(*, blocks: int, steps: int, arch: int, operand_bytes: int, plane
     def cost(s: int) -> float:
         busiest = cdiv(blocks * s, processors) * cdiv(steps, s) / (blocks * steps)  # share of the work
         planes = LAUNCH_US * bytes_per_us + 2 * s * plane_bytes if s > 1 else 0
-        return operand_bytes * max(1.0, busiest * processors / REACH) + planes
+        reach = HOPPER_REACH if arch == 90 else REACH
+        return operand_bytes * max(1.0, busiest * processors / reach) + planes
 
     return min(range(1, min(steps, MAX_SPLITS) + 1), key=cost)
 
@@ -111,10 +113,10 @@ def shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool,
         return Tile(min(rows, 32), 64, rank_block(R, 64), 4, 2)
     roomy = arch in (80, 90, 100)
     if arch == 90 and R <= 32 and dropout:  # bound by drawing the mask: more programs on each multiprocessor
-        return Tile(min(rows, 32), 128, rank_block(R, 32), 4, 4, MEASURED)
+        return Tile(min(rows, 32), 256 if R <= 16 else 128, rank_block(R, 32), 4, 4, MEASURED)
     if R <= 32:
         return Tile(rows, 128, rank_block(R, 32), 4, 4 if roomy else 3)
-    if arch == 90 and R <= 64 and not dropout:
+    if arch == 90 and R <= 64:
         return Tile(rows, 128, 64, 4, 4, MEASURED)
     if M > 64 and R > 32 and roomy:
         rows = 128
@@ -137,9 +139,9 @@ def weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, align
     if not aligned:
         return Tile(min(rows, 32), 128, rank_block(R, 64), 4 if R <= 32 else 8, 2)
     if arch == 90 and R <= 32 and dropout and rows == 64:
-        return Tile(64, 128, rank_block(R, 32), 8, 4, MEASURED)
+        return Tile(64, 128, rank_block(R, 32), 4, 4, MEASURED)
     if arch == 90 and R <= 64:
-        return Tile(rows, 128 if R <= 32 else 64, rank_block(R, 64), 4, 4, MEASURED)
+        return Tile(rows, 64 if R > 32 and dropout else 128, rank_block(R, 64), 4, 4, MEASURED)
     # Sums held in registers: 64 to 128 a thread. Hopper's and Blackwell's operands stay in shared memory meanwhile.
     few_warps = R <= 64 if arch in (90, 100) else R <= 32
     return Tile(rows, 128, rank_block(R, 128), 4 if few_warps else 8, 3)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .dropout import Dropout, drop_tile
+from .gemm_tables import MULTIPROCESSORS
 from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .overlap import begin, overlap_options, overlaps
 from .reduce import PlaneSum, reduce_calls
@@ -43,8 +44,8 @@ def _columns_times_thin(
     if DROPOUT:
         seed = tl.load(seed_ptr)
 
-    # What is masked in registers goes back to shared memory as a product's second operand only. As the first it stays in
-    # registers, and Hopper's matrix instructions wait for one another. The first takes 64 rows or more.
+    # What is masked in registers goes back to shared memory as a product's second operand only. As the first it stays
+    # in registers, and Hopper's matrix instructions wait for one another. The first takes 64 rows or more.
     TURNED: tl.constexpr = DROPOUT and BLOCK_R >= 64
     acc = tl.zeros((BLOCK_R, BLOCK_C) if TURNED else (BLOCK_C, BLOCK_R), tl.float32)
     for m in range(m_start, tl.minimum(m_start + m_chunk, M), BLOCK_M):
@@ -177,6 +178,10 @@ def weight_gradient_calls(
             operand_bytes=sum(nbytes(t) for t, _ in pairs),
             plane_bytes=4 * (K + N) * R,
         )
+        if arch == 90 and dropout is not None and has_da:
+            # Bound by drawing the mask, in one of two halves if there are two: more programs on each multiprocessor.
+            programs = (4 if has_db else 2) * MULTIPROCESSORS[arch]
+            splits = min(steps, max(splits, programs // ((blocks_k + blocks_n) * blocks_r)))
     m_chunk = cdiv(steps, splits) * tile.block_m
     splits = max(1, cdiv(M, m_chunk))
 
