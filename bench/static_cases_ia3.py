@@ -35,7 +35,7 @@ class IA3Linear:
         bias: whether there is one.
         slots: vectors to choose from by row; 0 for one.
         path: "auto" for the plan's, or one that is forced.
-        dx: whether x needs a gradient.
+        dx: whether x needs a gradient. learns: whether the scale does; if not, z is not kept.
     """
 
     M: int
@@ -48,6 +48,7 @@ class IA3Linear:
     slots: int = 0
     path: str = "auto"
     dx: bool = True
+    learns: bool = True
 
     @property
     def aligned(self) -> bool:
@@ -59,6 +60,7 @@ class IA3Linear:
         words = [f"IA3 M{self.M} K{self.K} N{self.N} {str(self.dtype).removeprefix('torch.')}"]
         words += [name for name in ("feedforward", "masters", "bias") if getattr(self, name)]
         words += [f"{self.slots} slots" if self.slots else "", "" if self.dx else "no dX"]
+        words += ["" if self.learns else "no dl"]
         return " ".join(filter(None, [*words, "" if self.path == "auto" else f"path={self.path}"]))
 
     def plan(self, arch: int) -> str:
@@ -80,9 +82,9 @@ class IA3Linear:
         ids: Any = x.new_empty(self.M, dtype=torch.int64) if self.slots else None
         by_slot = None if ids is None else Route(ids, ids.new_empty(self.slots + 2))
         forward = (x, weight, scale, bias, ids, self.feedforward, path, arch)
-        y, z, calls = _ia3_linear_triton.forward_calls(*forward, not self.feedforward)
+        y, z, calls = _ia3_linear_triton.forward_calls(*forward, self.learns and not self.feedforward)
         *_, backward = _ia3_linear_triton.backward_calls(
-            y, x, weight, scale, z, ids, by_slot, self.feedforward, path, arch, (self.dx, True, False)
+            y, x, weight, scale, z, ids, by_slot, self.feedforward, path, arch, (self.dx, self.learns, False)
         )
         return [call for call in (*calls, *backward) if isinstance(call, Call)]
 
@@ -103,7 +105,14 @@ def all_cases_ia3() -> list[IA3Linear]:
         replace(case, **variant)
         for case, variant in product(
             some,
-            ({"masters": False}, {"bias": True}, {"dx": False}, {"dtype": torch.float16}, {"dtype": torch.float32}),
+            (
+                {"masters": False},
+                {"bias": True},
+                {"dx": False},
+                {"learns": False},
+                {"dtype": torch.float16},
+                {"dtype": torch.float32},
+            ),
         )
     ]
     # Rows of 4095 elements are not 16-byte aligned; rows of 4104 are, but Triton looks for multiples of 16 elements.

@@ -45,7 +45,8 @@ def _gemm(o: OperandsIA3, arch: int) -> Tunable:
     out, (N, K) = torch.empty_like(o.a), right.shape
     z = None if o.feedforward else torch.empty_like(out)
     sums = torch.empty_like(o.scale) if o.feedforward else None
-    table = gemm_tile(arch=arch, dtype=p.dtype, M=p.M, N=N, K=K, aligned=N % 16 == 0 and K % 16 == 0)
+    sizes: dict[str, Any] = {"M": p.M, "N": N, "K": K, "weight_is_kn": o.feedforward}
+    table = gemm_tile(arch=arch, dtype=p.dtype, **sizes, aligned=N % 16 == 0 and K % 16 == 0)
 
     def build(tile: Tile, splits: int | None) -> list[Call]:
         x = o.x if o.feedforward else None
@@ -58,13 +59,15 @@ def _gemm(o: OperandsIA3, arch: int) -> Tunable:
 
     size = p.dtype.itemsize
     rows = (64, 128) if p.M <= 512 else (128, 256)
-    grid = product(rows, (128, 256), (64, 128), (4, 8), (3, 4), (8, 16))
+    grid = product(rows, (128, 256), (64, 128), (4, 8), (3, 4), (4, 8, 16))
     found = [
         replace(table, block_m=m, block_n=n, block_k=k, num_warps=w, num_stages=s, group_m=g)
         for m, n, k, w, s, g in grid
         # 128 fp32 sums a thread; the other orders of tiles for the largest only.
         if fits(arch, (m + n) * k * size * s) and 1024 <= m * n // w <= 4096 and (g == 8 or m * n >= 128 * 256)
     ]
+    if table.persistent:  # beside those whose programs end with their tile
+        found += [replace(tile, persistent=False) for tile in (table, *found)]
     candidates: list[AnyTile] = list(dict.fromkeys([table, *found]))
     outputs = [out, *(t for t in (z, sums) if t is not None)]
     return Tunable("GEMM + scale", p, table, candidates, build, (), outputs, truth)

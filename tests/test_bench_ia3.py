@@ -81,11 +81,11 @@ def test_cases_launch_what_their_path_says():
     def kernels(*sizes, **options):
         return [call.kernel.fn.__name__ for call in IA3Linear(*sizes, **options).launches(90)]
 
-    assert kernels(8192, *DOWN, True) == ["_ia3_scale_kernel", "_ia3_gemm_tma_kernel", "_reduce_planes_kernel"]
+    assert kernels(8192, *DOWN, True) == ["_ia3_scale_kernel", "_ia3_gemm_persistent_kernel", "_reduce_planes_kernel"]
     scale_sum = ["_ia3_scale_sum_kernel", "_reduce_planes_kernel"]
     assert kernels(8192, *DOWN, True, path="cublas") == ["_ia3_scale_kernel", *scale_sum]
     assert kernels(8192, *KV, False, path="cublas") == ["_ia3_scale_kernel", *scale_sum]
-    assert kernels(8192, *KV, False, path="triton") == ["_ia3_gemm_tma_kernel", *scale_sum]
+    assert kernels(8192, *KV, False, path="triton") == ["_ia3_gemm_persistent_kernel", *scale_sum]
     assert kernels(8192, *KV, False, slots=4) == ["_ia3_scale_kernel", *scale_sum]
     assert len({case.label() for case in all_cases_ia3()}) == len(all_cases_ia3())
 
@@ -103,14 +103,24 @@ def test_tuning_builds_and_checks_every_kernel(tmp_path, capsys):
         assert row["best"]["us"] and not any(tried["reason"] for tried in row["candidates"]), row
 
 
-HOPPER, NATIVE_CPU = DeviceInfo("cuda", 90), DeviceInfo("cpu", 0, "no CPU backend")
+HOPPER, AMPERE = DeviceInfo("cuda", 90), DeviceInfo("cuda", 80)
+NATIVE_CPU = DeviceInfo("cpu", 0, "no CPU backend")
 
 
 @pytest.mark.parametrize(
     "changes, path",
     [
         ({}, "triton"),
-        ({"M": 511}, "cublas"),
+        ({"M": 255}, "cublas"),
+        ({"M": 256}, "triton"),
+        ({"M": 16, "K": 28672}, "cublas"),
+        ({"M": 8192, "N": 1024, "K": 4096, "is_feedforward": False}, "triton"),
+        ({"M": 25 * 128 - 1, "N": 1024, "K": 4096, "is_feedforward": False}, "cublas"),
+        ({"M": 25 * 128, "N": 1024, "K": 4096, "is_feedforward": False}, "triton"),
+        ({"is_feedforward": False, "gathers": True}, "cublas"),
+        ({"M": 511, "device": AMPERE}, "cublas"),
+        ({"M": 512, "device": AMPERE}, "triton"),
+        ({"is_feedforward": False, "device": AMPERE}, "cublas"),
         ({"M": 0}, "torch"),
         ({"gathers": True}, "cublas"),
         ({"dtype": torch.float32}, "cublas"),

@@ -58,7 +58,7 @@ def test_many_blocks(dtype, shares, device):
     check(*operands(65, 130, 40, dtype, device), tile=SMALL, shares=shares)  # three blocks along the rank
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 0])
 def test_both_ways_of_reading_the_tile(arch):
     """Bug: the copy that sm_80's variant loads transposed has other masks than the first."""
     check(*operands(65, 130, 12, torch.bfloat16, "cpu"), arch=arch, tile=SMALL, shares=2)

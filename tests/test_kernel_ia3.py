@@ -120,6 +120,141 @@ def test_gemm_with_epilogue_matches_fp64(M, N, K, dtype, backward, tile, device)
         assert torch.equal(sums, again), "another order, or other sums where dX is not asked for"
 
 
+STAYING = {
+    "small": Tile(16, 64, 32, 4, 2, persistent=True),
+    "groups": Tile(32, 64, 16, 4, 2, group_m=2, persistent=True),
+}
+
+
+def aligned_canvas(M, N, dtype, device):
+    """NaN [M + 1, N + 8], whose rows a descriptor takes where N is a multiple of 8."""
+    return torch.full((M + 1, N + 8), float("nan"), dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kept", ["y", "z", "both"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "M, N, K, tile",
+    [
+        (1, 16, 32, "small"),
+        (17, 136, 200, "small"),
+        (65, 24, 40, "small"),
+        (130, 72, 32, "groups"),
+        (33, 264, 24, "groups"),
+    ],
+)
+def test_programs_that_stay_scale_the_output(M, N, K, tile, dtype, kept, bias, device):
+    """1 to 18 tiles for at most 4 programs, one or many steps: catches an accumulator that keeps the last tile's sum, a
+    tile that is skipped, a half with the other's columns of l or bias, z that carries l, a store over the edge."""
+    a, w = (padded_randn(*s, pad=8, dtype=dtype, device=device) for s in ((M, K), (N, K)))
+    scale = vectors(1, N, torch.float32, device)[0]
+    b = torch.randn(N, device=device).to(dtype) if bias else None
+    out, z = (aligned_canvas(M, N, dtype, device) for _ in range(2))
+    given = {"out": None if kept == "z" else out[:M, :N], "z": None if kept == "y" else z[:M, :N]}
+    calls = ia3_gemm_calls(a, w, scale, **given, bias=b, arch=arch_of(device), tile=STAYING[tile])
+    assert [call.kernel.__name__ for call in calls] == ["_ia3_gemm_persistent_kernel"]
+    run_all(calls)
+    truth, magnitude = a.double() @ w.double().T, a.double().abs() @ w.double().abs().T
+    if b is not None:
+        truth, magnitude = truth + b.double(), magnitude + b.double().abs()
+    if kept != "y":
+        assert_rounded(z[:M, :N], truth, magnitude, terms=K + 1)
+    if kept != "z":
+        assert_rounded(out[:M, :N], truth * scale.double(), magnitude * scale.double().abs(), terms=K + 2)
+    assert untouched(out, M if kept != "z" else 0, N) and untouched(z, M if kept != "y" else 0, N)
+
+
+@pytest.mark.parametrize("dx", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "M, N, K, tile",
+    [
+        (1, 16, 32, "small"),
+        (17, 136, 200, "small"),
+        (65, 24, 40, "small"),
+        (130, 72, 32, "groups"),
+        (33, 264, 24, "groups"),
+    ],
+)
+def test_programs_that_stay_sum_on_the_way(M, N, K, tile, dtype, dx, device):
+    """Catches a quarter of x beside another's sums, rows past M in them, a row tile's sums in another's plane, and
+    sums of the scaled product."""
+    a, w = (padded_randn(*s, pad=8, dtype=dtype, device=device) for s in ((M, K), (K, N)))
+    x = padded_randn(M, N, pad=8, dtype=dtype, device=device)
+    scale, sums = vectors(1, N, torch.float32, device)[0], torch.full((N,), float("nan"), device=device)
+    out = aligned_canvas(M, N, dtype, device)
+    given = {"out": out[:M, :N] if dx else None, "x": x, "sums": sums}
+    calls = ia3_gemm_calls(a, w.t(), scale, **given, arch=arch_of(device), tile=STAYING[tile])
+    assert calls[0].kernel.__name__ == "_ia3_gemm_persistent_kernel"
+    run_all(calls)
+    truth, magnitude = a.double() @ w.double(), a.double().abs() @ w.double().abs()
+    total, bound = (truth * x.double()).sum(0), (magnitude * x.double().abs()).sum(0)
+    assert_rounded(sums, total, bound, terms=M + K + 2)
+    if dx:
+        assert_rounded(out[:M, :N], truth * scale.double(), magnitude * scale.double().abs(), terms=K + 2)
+    assert untouched(out, M if dx else 0, N)
+
+
+def test_programs_that_stay_keep_z_beside_sums_and_an_infinite_weight_in_its_column(device):
+    """Catches z or a bias lost where there is x too, and rows past M, 0 times infinity, in the sums."""
+    M, N, K = 19, 72, 40
+    a, w, x = (torch.rand(s, device=device).half() + 0.5 for s in ((M, K), (N, K), (M, N)))
+    w[3] = float("inf")
+    scale, bias, sums = (
+        torch.ones(N, device=device),
+        torch.randn(N, device=device).half(),
+        torch.empty(N, device=device),
+    )
+    out, z = (torch.empty(M, N, device=device).half() for _ in range(2))
+    run_all(
+        ia3_gemm_calls(a, w, scale, out, bias=bias, z=z, x=x, sums=sums, arch=arch_of(device), tile=STAYING["small"])
+    )
+    assert torch.equal(out, z) and z[:, 3].isposinf().all() and sums[3] == float("inf")
+    wide = [t.double() for t in (a, w, x, bias)]
+    wide[1][3] = 0.0
+    truth, magnitude = wide[0] @ wide[1].T + wide[3], wide[0] @ wide[1].abs().T + wide[3].abs()
+    there = torch.arange(N, device=device) != 3
+    assert_rounded(z[:, there], truth[:, there], magnitude[:, there], terms=K + 1)
+    products = [(t * wide[2]).sum(0)[there] for t in (truth, magnitude)]
+    assert_rounded(sums[there], *products, terms=M + K + 2)
+
+
+def on_meta(M, N, K, *, backward, pad=0, out_dtype=torch.bfloat16):
+    """The launches of a layer's GEMM with an epilogue on sm_90."""
+    half = {"dtype": torch.bfloat16, "device": "meta"}
+    a, w = torch.empty(M, K, **half), torch.empty(*((K, N) if backward else (N, K)), **half)
+    out, x = torch.empty(M, N + pad, device="meta", dtype=out_dtype)[:, :N], torch.empty(M, N, **half)
+    scale = torch.empty(N, device="meta")
+    if backward:
+        return ia3_gemm_calls(a, w.t(), scale, out, x=x, sums=torch.empty_like(scale), arch=90)
+    return ia3_gemm_calls(a, w, scale, out, z=x, arch=90)
+
+
+def test_hopper_takes_programs_that_stay_where_they_can():
+    """Catches a table edit that gives the shapes that count another kernel, a kernel that is compiled anew for each
+    length, and a descriptor of what cannot have one."""
+    for backward, N, K, group in ((False, 1024, 4096, 16), (True, 14336, 4096, 4)):
+        calls = [on_meta(M, N, K, backward=backward)[0] for M in (4096, 8192, 8200)]
+        assert {call.kernel.__name__ for call in calls} == {"_ia3_gemm_persistent_kernel"}
+        assert calls[0].constants == calls[1].constants == calls[2].constants
+        assert calls[1].grid[0] == 132 and calls[1].constants["GROUP_M"] == group
+        assert all(call.options["launch_pdl"] for call in calls)
+    for backward, N, K in ((False, 1296, 1040), (True, 1040, 1296)):  # as in test_gpu_ia3.py
+        call = on_meta(4200, N, K, backward=backward)[0]
+        assert call.kernel.__name__ == "_ia3_gemm_persistent_kernel" and call.grid[0] == 132
+    names = [
+        on_meta(*sizes, backward=backward, **options)[0].kernel.__name__.removeprefix("_ia3_gemm_")
+        for sizes, backward, options in (
+            ((512, 1024, 4096), False, {}),
+            ((8192, 1024, 4096), False, {"out_dtype": torch.float32}),
+            ((8192, 1024, 4096), False, {"pad": 1}),
+            ((8192, 14336, 4096), True, {"pad": 8}),
+        )
+    ]
+    assert names == ["tma_kernel", "tma_kernel", "kernel", "kernel"]
+
+
 def test_no_rows_no_launch_and_wrong_shapes(device):
     """Catches a grid of no programs, and operands that do not fit together."""
     a, scale = torch.randn(4, 8, device=device), torch.ones(8, device=device)

@@ -32,7 +32,8 @@ class Tile:
         group_m: row tiles that are walked together, so that the weight's tile is found in L2.
         split_k: programs that share one output tile; above 1 their fp32 planes are summed by a second launch.
         tma: whether x and the weight are loaded through tensor descriptors.
-        persistent: whether a program walks many tiles (lora_linear_persistent.py), if out is aligned as well.
+        persistent: whether a program walks many tiles (lora_linear_persistent.py, ia3_gemm_persistent.py), if out is
+            aligned as well.
         block_r: the widest step along the rank of an expand in the same launch.
         overlap: of a decode step, whether its second launch starts while the first runs (sm_90 and later). Not timed.
     """
@@ -65,7 +66,8 @@ def _family(arch: int) -> str:
 # rows; "small" is up to 64 rows, "tiny" up to 16 (Hopper's and Blackwell's matrix instructions take 64 rows or more).
 # Where they are there: "large kn" is for a weight stored as [K, N], which is backward's orientation; "odd out" takes
 # the place of "medium" where the output is stored element by element; "one tile" and "one tile medium" are for programs
-# that end with their tile, for what a persistent one cannot do (dropout of many ranks, unaligned rows, an epilogue).
+# that end with their tile, for what a persistent one cannot do (dropout of many ranks, unaligned rows); the latter also
+# for an epilogue, beside which 4 warps have too few registers.
 _TILES: dict[tuple[str, int, bool], dict[str, Tile]] = {
     ("hopper", 16, True): {
         "large": Tile(128, 256, 64, 8, 4, group_m=16, tma=True, persistent=True),
@@ -178,8 +180,9 @@ def choose_tile(
     rows = _rows(arch, 16 if dtype.itemsize == 2 else 32, aligned)
     processors = MULTIPROCESSORS.get(arch, 64)
     if (epilogue or not persistent) and "one tile" in rows:
-        large = rows["one tile"]
-        rows = {**rows, "large": large, "large kn": large, "medium": rows["one tile medium"]}
+        rows = {**rows, "medium": rows["one tile medium"]}
+    if not persistent and "one tile" in rows:
+        rows = {**rows, "large": rows["one tile"], "large kn": rows["one tile"]}
     large = rows.get("large kn", rows["large"]) if weight_is_kn else rows["large"]
     if M <= 16:
         tile = rows["tiny"]

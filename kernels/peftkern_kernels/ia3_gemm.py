@@ -9,7 +9,7 @@ For a down projection (14336 -> 4096, 8192 tokens) h written, read with x, and d
 beside. Sums over row tiles are planes [row tiles, N], added in order by a second launch.
 
 This file holds the kernel on plain pointers, which takes any strides, and `ia3_gemm_calls`, which picks between it and
-the one on tensor descriptors (ia3_gemm_tma.py).
+those on tensor descriptors (ia3_gemm_persistent.py, ia3_gemm_tma.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import triton.language as tl
 from .gemm_tables import Tile
 from .gemm_tile import accumulate_base, tile_of_program
 from .ia3_tables import gemm_tile
-from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
+from .launch import Call, cdiv, compile_options, is_aligned, nbytes, scratch, strides
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import vectorizes
 
@@ -195,12 +195,18 @@ def ia3_gemm_calls(
     if tile is None:
         by_elements = [t for t in (out, z, x) if t is not None and not vectorizes(t)]
         aligned = not by_elements and vectorizes(a) and (vectorizes(weight) or vectorizes(weight.t()))
-        tile = gemm_tile(arch=arch, dtype=a.dtype, M=M, N=N, K=K, aligned=aligned)
+        can_stay = all(t is None or t.dtype == a.dtype for t in (out, z))
+        options: dict[str, Any] = {"weight_is_kn": not is_aligned(weight), "persistent": can_stay, "aligned": aligned}
+        tile = gemm_tile(arch=arch, dtype=a.dtype, M=M, N=N, K=K, **options)
     planes = None
     if sums is not None:
         planes = scratch(cdiv(M, tile.block_m), 1, N, dtype=torch.float32, device=a.device)
     epilogue = epilogue_arguments(scale, bias, x, out, z, planes)
-    if tile.tma:
+    if tile.persistent:
+        from .ia3_gemm_persistent import persistent_calls
+
+        calls = persistent_calls(a, weight, epilogue, precision=precision, tile=tile, arch=arch)
+    elif tile.tma:
         from .ia3_gemm_tma import tma_calls
 
         calls = tma_calls(a, weight, epilogue, precision=precision, tile=tile)

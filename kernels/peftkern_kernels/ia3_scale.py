@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .ia3_tables import scale_tile
 from .launch import Call, cdiv, nbytes, strides
+from .overlap import begin, overlap_options, overlaps
 
 
 @triton.jit(do_not_specialize=["M", "slots"])
@@ -21,8 +22,9 @@ def _ia3_scale_kernel(
     a_ptr, l_ptr, ids_ptr, bias_ptr, rest_ptr, out_ptr,  # [M, C] [slots, C], [M] [C] [M, C] or None -> [M, C]
     M, C, slots, stride_am, stride_ac, stride_ls, stride_lc, stride_ids, stride_bias, stride_rm, stride_rc,
     stride_om, stride_oc,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     programs_c = tl.cdiv(C, BLOCK_C)
     offs_m = (tl.program_id(0) // programs_c).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = (tl.program_id(0) % programs_c).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -102,9 +104,10 @@ def scale_calls(
                 **strides(rest, "rm", "rc"),
                 **strides(out, "om", "oc"),
             },
-            constants={"BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c},
+            constants={"BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c, "OVERLAP": overlaps(arch)},
             num_warps=tile.num_warps,
             num_stages=1,
+            options=overlap_options(arch),
             bytes=nbytes(a, scale, ids, bias, rest, out),
             flops=M * C * (1 + (bias is not None) + (rest is not None)),
         )

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from .ia3_tables import scale_sum_splits, scale_sum_tile
 from .launch import Call, cdiv, nbytes, scratch, strides
+from .overlap import begin, overlap_options, overlaps
 from .reduce import PlaneSum, reduce_calls
 from .reduction_tables import vectorizes
 
@@ -46,8 +47,9 @@ def route(ids: torch.Tensor, slots: int) -> Route:
 def _ia3_scale_sum_kernel(
     a_ptr, b_ptr, l_ptr, order_ptr, starts_ptr, out_ptr, planes_ptr,  # [M, C] [M, C] [slots, C] -> [M, C] and planes
     M, C, slots, splits, stride_am, stride_ac, stride_bm, stride_bc, stride_ls, stride_lc, stride_om, stride_oc,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     slot, split = tl.program_id(1), tl.program_id(2)
     offs_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -140,9 +142,10 @@ def scale_sum_calls(
             **strides(table, "ls", "lc"),
             **strides(out, "om", "oc"),
         },
-        constants={"BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c},
+        constants={"BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c, "OVERLAP": overlaps(arch)},
         num_warps=tile.num_warps,
         num_stages=1,
+        options=overlap_options(arch),
         bytes=nbytes(a, b, scale, out, planes),
         flops=3 * M * C,
     )

@@ -47,12 +47,23 @@ def scale_sum_splits(*, blocks: int, steps: int, arch: int) -> int:
     return max(1, min(cdiv(8 * processors, blocks), cdiv(steps, 2), 256))
 
 
-def gemm_tile(*, arch: int, dtype: torch.dtype, M: int, N: int, K: int, aligned: bool) -> gemm_tables.Tile:
+def gemm_tile(
+    *,
+    arch: int,
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    aligned: bool,
+    weight_is_kn: bool = False,
+    persistent: bool = True,
+) -> gemm_tables.Tile:
     """The tile of `out = (a w^T) * l`, never with K split: an epilogue needs the whole sum.
 
     `aligned` is said of every operand of the epilogue too: a 128 x 256 tile of x or z that goes by elements has more
-    addresses than there are registers.
+    addresses than there are registers. `weight_is_kn` and `persistent` as for `gemm_tables.choose_tile`.
     """
     if not aligned and arch:
         return gemm_tables.Tile(64, 32, 32, 4, 2)
-    return gemm_tables.choose_tile(arch, dtype, M=M, N=N, K=K, aligned=aligned, epilogue=True)
+    options = {"weight_is_kn": weight_is_kn, "persistent": persistent, "epilogue": True}
+    return gemm_tables.choose_tile(arch, dtype, M=M, N=N, K=K, aligned=aligned, **options)

@@ -70,6 +70,8 @@ def backward_calls(
     dscale = torch.empty_like(scale, memory_format=torch.contiguous_format) if needs_scale else None
     by_rows: dict[str, Any] = {"by_slot": by_slot, "arch": arch}
     if not is_feedforward:
+        # l on W's rows in place of dy's columns would spare g, [M, N], for a scaled weight that is written and read: no
+        # less is moved up to 2 K rows.
         g = torch.empty_like(dy, memory_format=torch.contiguous_format) if needs_x or needs_g else None
         calls: Calls = []
         if dscale is not None:

@@ -24,6 +24,7 @@ Paths of `ia3_linear`: "torch" and "torch_fp32" as above;
     "cublas"  cuBLAS for the products; one elementwise kernel scales, in backward with the column sums of dl on the way.
     "triton"  the product beside the scaling as a GEMM with an epilogue: z and y = z * l stored together in forward, or
               for a feed-forward layer dX = (dY W) * l with dl's sums in backward. The other product is as on "cublas".
+              On Hopper the GEMM's programs are persistent, and it is taken where there are large tiles enough.
 and "dequantize:PATH" over a quantized weight.
 
 `dora_linear` takes the paths of `lora_linear` for its products, between a pass over the weight for its norms and one
@@ -337,8 +338,12 @@ def plan_dequantize(numel: int, dtype: torch.dtype, device: DeviceInfo, backend:
     return Plan("triton", "one launch, scales worked out on the way (predicted)")
 
 
-# Rows from which a Triton GEMM with IA3's epilogue fills a device (predicted).
+# Rows from which a Triton GEMM with IA3's epilogue fills a device (predicted); on Hopper tiles are counted.
 IA3_GEMM_TOKENS = 512
+_IA3_FOLDED = {
+    False: "y is scaled in the epilogue of the base GEMM",
+    True: "dX is scaled and dl summed in the epilogue of the dX GEMM",
+}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -395,10 +400,15 @@ def _plan_ia3_dense(
         return Plan(
             "cublas", "rows are no multiples of 16 elements: cuBLAS for the base, Triton for the scaling (predicted)"
         )
+    if device.arch == 90:
+        if M // 128 * cdiv(K if is_feedforward else N, 256) < HOPPER_TILES:
+            few = f"fewer than {HOPPER_TILES} large tiles with all their rows"
+            return Plan("cublas", f"{few}: cuBLAS for the base, Triton scales (predicted)")
+        return Plan("triton", f"{_IA3_FOLDED[is_feedforward]} (predicted)")
     if M < IA3_GEMM_TOKENS:
         return Plan("cublas", f"fewer than {IA3_GEMM_TOKENS} tokens: cuBLAS splits K, Triton scales (predicted)")
     if is_feedforward:
-        return Plan("triton", "dX is scaled and dl summed in the epilogue of the dX GEMM (predicted)")
+        return Plan("triton", f"{_IA3_FOLDED[True]} (predicted)")
     return Plan("cublas", "cuBLAS for the base, one Triton pass scales (predicted)")
 
 
