@@ -75,7 +75,7 @@ def mask_words(seed, offs_m, k_start, BLOCK_M: tl.constexpr, BLOCK_K: tl.constex
 
 
 @triton.jit
-def _upper_threshold(threshold):
+def upper_threshold(threshold):
     """What a number in the upper half of a word is compared with, word and all; one in the lower half is shifted up.
 
     2^16, which drops all, does not fit: of 2^32 - 1, which stands for it, `Dropout.keep_scale` takes care.
@@ -87,14 +87,14 @@ def _upper_threshold(threshold):
 def keep_tile(seed, offs_m, k_start, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """keep[BLOCK_M, BLOCK_K] as int1; `threshold` is `Dropout.threshold`, the others as in `mask_words`."""
     words = mask_words(seed, offs_m, k_start, BLOCK_M, BLOCK_K)
-    upper = _upper_threshold(threshold)
+    upper = upper_threshold(threshold)
     return tl.reshape(tl.join((words << 16) >= upper, words >= upper), (BLOCK_M, BLOCK_K))
 
 
 @triton.jit
 def drop_by_words(tile, words, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """fp32 `tile` [BLOCK_M, BLOCK_K] with zeros where `words` (`mask_words`) drop it."""
-    upper = _upper_threshold(threshold)
+    upper = upper_threshold(threshold)
     even, odd = tl.split(tl.reshape(tile, (BLOCK_M, BLOCK_K // 2, 2)))
     # No change, for the threshold has 17 bits. But it ties the words to the tile, so that they change to the layout of
     # a product's sums as words; otherwise what is compared would, a byte for each element.

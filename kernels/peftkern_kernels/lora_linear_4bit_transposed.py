@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dropout import Dropout
+from .dropout import Dropout, upper_threshold
 from .format_4bit import NO_FUSION, Packed4bit, load_codes
 from .gemm_tables import Tile
 from .gemm_tables_4bit import choose_transposed_tile_4bit, fused_4bit_fits, unit_of
@@ -45,10 +45,11 @@ def _base_4bit_transposed_kernel(
     rows = offs_m % M
     if s_ptr is not None:
         if seed_ptr is not None:  # drawn before the accumulators take their registers
-            keep = expand_mask(
-                seed_ptr, offs_m, rows, pid_k * BLOCK_K, threshold, ids_ptr, row_in_adapter_ptr, POOL, BLOCK_M, BLOCK_K
+            words = expand_mask(
+                seed_ptr, offs_m, rows, pid_k * BLOCK_K, ids_ptr, row_in_adapter_ptr, POOL, BLOCK_M, BLOCK_K
             )
-            keep_even, keep_odd = tl.split(tl.reshape(keep, (BLOCK_M, HALF, 2)))
+            upper = upper_threshold(threshold)
+            keep_even, keep_odd = (words << 16) >= upper, words >= upper
         columns = (pid_k * BLOCK_K + 2 * tl.arange(0, HALF)) % K  # K is even
         acc_even = expand_tile(
             s_ptr, b_ptr, None, None, offs_m, rows, 0, columns, R, stride_sm, stride_sr, stride_bn, stride_br, 0,
