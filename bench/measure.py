@@ -6,6 +6,7 @@ neighbour touches all of them alike.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -237,6 +238,7 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
         return None
     function()
     synchronize(device)
+    gc.collect()  # what an earlier problem left in cycles would be freed meanwhile, and count as less
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     function()

@@ -16,6 +16,7 @@ from typing import Any
 
 from bench import records, report_many, report_quantized
 from bench.environment import RESULTS
+from bench.report_layers import layers_table
 from bench.report_parts import COLOURS, GREY, LABELS, conditions, finish, markdown_table, megabytes, new_figure, percent
 
 
@@ -154,7 +155,9 @@ def experts_table(result: dict[str, Any]) -> str:
 def table(result: dict[str, Any]) -> str:
     """A result as Markdown, with its conditions; "" for a kind that has no table."""
     own = {"headline": headline_table, "step": step_table, "mixed": mixed_table, "experts": experts_table}
-    tables = {**own, **report_quantized.TABLES, **report_many.TABLES}
+    tables = {**own, **report_quantized.TABLES, **report_many.TABLES, "ia3": layers_table, "dora": layers_table}
+    if result["kind"] in ("experts", "dora") and result["environment"]["device_type"] == "cuda":
+        tables[result["kind"]] = layers_table  # on a CPU a whole model's step has that name
     if result["kind"] not in tables:
         return ""
     return f"{conditions(result)}\n\n{tables[result['kind']](result)}"
