@@ -316,7 +316,9 @@ def test_matrix_instructions_that_wait_for_each_other_are_a_fault():
     for sass, awaited, faults in ((one_group, 1, []), (serial, 2, [fault])):
         loops = pipelined_loops(parse_sass(sass))
         assert loops == [Loop(asynchronous=2, synchronous=0, matrix=2, awaited=awaited)]
-        assert judge(but(loops=loops)) == faults
+        gemm = {"BLOCK_M": "128", "BLOCK_N": "256", "BLOCK_K": "64"}
+        assert judge(but(loops=loops, constants=gemm)) == faults
+        assert judge(but(loops=loops)) == []  # no GEMM
 
 
 def test_nvidia_code_is_read():
