@@ -3,8 +3,7 @@
 As ia3_gemm.py, with the loop of lora_linear_persistent.py: a program walks the steps of all its tiles in one loop, so
 that the first loads of a tile are under way while the one before it is scaled and stored. A whole tile of x beside the
 sums would not fit into the registers, nor would its copy beside four stages into shared memory: an epilogue goes by
-halves of the columns, or by quarters where there is x. A quarter of x is loaded while the one before it is multiplied;
-the whole tile is called into the L2 cache when the tile begins.
+halves of the columns, or by quarters where there is x. A quarter of x is loaded while the one before it is multiplied.
 """
 
 from __future__ import annotations
