@@ -331,8 +331,7 @@ def _load_faults(record: Record, code: Code, arch: Architecture) -> list[str]:
 
 
 def _serial_faults(code: Code) -> list[str]:
-    """Matrix instructions of a GEMM must follow each other without waiting. (Products with a thin factor wait for memory
-    instead.)
+    """Matrix instructions of a GEMM must follow each other without waiting; with a thin factor they wait for memory.
 
     The assembler has each wait for the one before where it cannot prove that nothing else touches their registers, and
     says nothing: on an H200 a GEMM of this kind took 426 us, the same without the waits 366.
