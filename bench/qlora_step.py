@@ -127,12 +127,12 @@ def checked(told: dict[str, Any], ids: torch.Tensor) -> tuple[float, float]:
 
 
 def _measure(told: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    on_gpu = device.type == "cuda"
+    on_gpu, shape = device.type == "cuda", Shape(**told["shape"])
     generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(told["shape"]["vocabulary"], (1, told["seq"]), generator=generator).to(device)
+    ids = torch.randint(shape.vocabulary, (1, told["seq"]), generator=generator).to(device)
     first, norm = checked(told, ids)
     gc.collect()
-    model = build(told["implementation"], Shape(**told["shape"]), device)
+    model = build(told["implementation"], shape, device)
     parameters = set_adapters(model)
     optimizer, optimizer_name = optimizer_of(parameters, device)
     gc.collect()

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         "bits_per_byte_before": bits_before,
         "bits_per_byte_after": bits_after,
         "tokens_a_second": tokens_a_second,
-        "estimated_bytes": comparable(estimate),
+        "estimated_bytes": comparable(estimate, args.device),
         "measured_bytes": measured,
         "measured_as": how,
         "process_megabytes": peak_memory("cpu"),
@@ -309,9 +309,11 @@ def measured_peak(
     return sum(storages.values()) + live.peak, "tensors alive in a step"
 
 
-def comparable(estimate: Estimate) -> int:
-    """What of the estimate is tensors: not the CUDA context, nor what the allocator cannot hand out again."""
-    return estimate.total - estimate.of("assumed")
+def comparable(estimate: Estimate, device: str) -> int:
+    """What of the estimate is tensors: not the CUDA context, nor what the allocator cannot hand out again; on a CPU
+    there is no cuBLAS."""
+    elsewhere = 0 if device.startswith("cuda") else estimate.part("cuBLAS workspaces")
+    return estimate.total - estimate.of("assumed") - elsewhere
 
 
 # -- is it the same adapter after all? ----------------------------------------------------------------------------

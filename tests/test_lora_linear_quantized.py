@@ -251,21 +251,21 @@ def test_plan_decodes_in_the_kernel_for_few_tokens_and_writes_out_for_many(arch)
     """Would catch a crossover that is lost: fused at 8192 tokens decodes each weight 64 times."""
     assert path(1, arch) == path(16, arch) == "decode_4bit"
     assert path(17, arch) == path(128, arch) == "fused_4bit"
-    assert path(8192, arch) == ("dequantize:mixed" if arch == 90 else "dequantize:triton")
+    assert path(8192, arch) == "dequantize:triton"
 
 
 def test_plan_of_what_fused_kernels_cannot_take():
     """Would catch an odd row (whose bytes hold two rows) given to kernels that read whole bytes of a row."""
     assert path(128, K=4095).startswith("dequantize:")
     assert path(1, blocksize=0) == "dequantize:decode"  # 8 bits
-    assert path(128, blocksize=0) == "dequantize:mixed"
+    assert path(128, blocksize=0) == "dequantize:cublas"
     assert path(128, backend="torch") == "dequantize:torch"
 
 
 def test_plan_fuses_longer_on_a_card_with_little_bandwidth():
     """Would catch one threshold for all: at 512 tokens they differ."""
     assert path(512, 89) == "fused_4bit"
-    assert path(512, 90) == "dequantize:mixed"
+    assert path(512, 90) == "dequantize:cublas"
 
 
 @pytest.mark.parametrize("format", FORMATS)
