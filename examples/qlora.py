@@ -312,7 +312,7 @@ def measured_peak(
 def comparable(estimate: Estimate, device: str) -> int:
     """What of the estimate is tensors: not the CUDA context, nor what the allocator cannot hand out again; on a CPU
     there is no cuBLAS."""
-    elsewhere = 0 if device.startswith("cuda") else estimate.part("cuBLAS workspaces")
+    elsewhere = 0 if torch.device(device).type == "cuda" else estimate.part("cuBLAS workspaces")
     return estimate.total - estimate.of("assumed") - elsewhere
 
 
