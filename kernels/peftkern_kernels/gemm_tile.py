@@ -20,6 +20,12 @@ def tile_of_program(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GRO
 
 
 @triton.jit
+def halves(tile):
+    """The left and right columns of a tile."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def accumulate_base(
     acc, x_ptr, w_ptr, rows, columns, k_start, k_stop, stride_xm, stride_xk, stride_wn, stride_wk,
     BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,

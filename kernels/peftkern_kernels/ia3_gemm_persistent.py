@@ -15,18 +15,12 @@ import triton
 import triton.language as tl
 
 from .gemm_tables import Tile
-from .gemm_tile import tile_of_program
+from .gemm_tile import halves, tile_of_program
 from .launch import Call, cdiv
 from .lora_expand import triton_dtype
 from .lora_linear_persistent import multiprocessors
 from .lora_linear_tma import descriptor, weight_descriptor
 from .overlap import begin, overlap_options, overlaps
-
-
-@triton.jit
-def _halves(acc):
-    """The left and right columns of a tile."""
-    return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -60,7 +54,7 @@ def _store_tile(
         right_bias = _vector(bias_ptr, column + HALF, N, stride_bias, HALF)
     left_scale = _vector(l_ptr, column, N, stride_l, HALF)
     right_scale = _vector(l_ptr, column + HALF, N, stride_l, HALF)
-    left, right = _halves(acc)
+    left, right = halves(acc)
     _store_half(left, left_scale, left_bias, out_desc, z_desc, row, column, DTYPE)
     _store_half(right, right_scale, right_bias, out_desc, z_desc, row, column + HALF, DTYPE)
 
@@ -106,8 +100,8 @@ def _sum_tile(
     x = tl.load(x_ptrs, mask=mask, other=0.0)
     x_ptrs, mask = _quarter(x_ptr, row, column + PART, M, N, stride_xm, BLOCK_M, PART)
     ahead = tl.load(x_ptrs, mask=mask, other=0.0)
-    left, right = _halves(acc)
-    quarters = _halves(left) + _halves(right)
+    left, right = halves(acc)
+    quarters = halves(left) + halves(right)
     for i in tl.static_range(4):
         _sum_quarter(
             quarters[i], x, l_ptr, bias_ptr, planes_ptr, out_ptr, z_ptr, row, column + i * PART, M, N,

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from .dropout import Dropout, drop_by_words, mask_words
 from .gemm_tables import MULTIPROCESSORS, Tile
-from .gemm_tile import tile_of_program
+from .gemm_tile import halves, tile_of_program
 from .launch import Call, cdiv, nbytes, strides
 from .lora_expand import triton_dtype
 from .lora_factor import as_weight
@@ -58,8 +58,7 @@ def _store_tile(
         columns = (tl.cast(column, tl.int64) + tl.arange(0, BLOCK_N)) % N
         acc += tl.load(bias_ptr + columns * stride_bias).to(tl.float32)[None, :]
     # In two halves, which need half the shared memory: room for a third stage of loads.
-    halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-    left, right = tl.split(halves)
+    left, right = halves(acc)
     if out_desc is not None:
         out_desc.store([row, column], left.to(DTYPE))
         out_desc.store([row, column + BLOCK_N // 2], right.to(DTYPE))
@@ -91,7 +90,7 @@ def _masked_start(
     product = tl.dot(s, b, input_precision=PRECISION) * keep_scale
     # In two halves, whose words pass through half the shared memory.
     HALF: tl.constexpr = BLOCK_N // 2
-    left, right = tl.split(tl.permute(tl.reshape(product, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    left, right = halves(product)
     left = drop_by_words(left, mask_words(seed, offs_m, column, BLOCK_M, HALF), threshold, BLOCK_M, HALF)
     right = drop_by_words(right, mask_words(seed, offs_m, column + HALF, BLOCK_M, HALF), threshold, BLOCK_M, HALF)
     return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (BLOCK_M, BLOCK_N))

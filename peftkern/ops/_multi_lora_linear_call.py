@@ -14,11 +14,7 @@ import torch
 from peftkern.adapter_pool import LayerAdapters, Layout
 from peftkern.ops import _multi_lora_linear_torch as plain
 from peftkern.ops._base_product import add_base_backward, base
-from peftkern.ops._common import (
-    is_plain,
-    unflattened,
-    without_autocast,
-)
+from peftkern.ops._common import is_plain, unflattened, without_autocast
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.ops.quantize import dequantize
 from peftkern_kernels.adapters import Adapters
