@@ -18,12 +18,12 @@ from bench.cases import Problem
 from peftkern import reference
 from peftkern_kernels import lora_decode as decode_kernel
 from peftkern_kernels.dropout import Dropout
-from peftkern_kernels.gemm_tables import SHARED_MEMORY, choose_decode_tile, choose_tile
+from peftkern_kernels.gemm_tables import SHARED_MEMORY, choose_decode_tile
 from peftkern_kernels.gemm_tables import Tile as GemmTile
 from peftkern_kernels.ia3_tables import ElementTile
 from peftkern_kernels.launch import Call
 from peftkern_kernels.lora_dy_pass import ONE_PASS_RANK, dy_pass_calls
-from peftkern_kernels.lora_linear import pointer_calls
+from peftkern_kernels.lora_linear import pointer_calls, tile_of
 from peftkern_kernels.lora_linear_persistent import persistent_calls
 from peftkern_kernels.lora_linear_split import split_calls
 from peftkern_kernels.lora_linear_tma import tma_calls
@@ -143,15 +143,15 @@ def _gemm(name: str, o: Operands, arch: int, backward: bool) -> Tunable:
     x, weight, s, b = (o.dy, o.weight.t(), o.ds, o.a.t()) if backward else (o.x, o.weight, o.s, o.b)
     dropout = o.dropout if backward else None
     out = torch.empty(p.M, weight.shape[0], dtype=p.dtype, device=x.device)
-    sizes: dict[str, Any] = {"M": p.M, "N": weight.shape[0], "K": weight.shape[1], "weight_is_kn": backward}
-    table = choose_tile(arch, p.dtype, **sizes, aligned=vectorizes(x), persistent=dropout is None)
+    table = tile_of(x, weight, s, b, out, dropout, arch)
 
     def build(tile: GemmTile, splits: int | None) -> list[Call]:
         tile = tile if splits is None else replace(tile, split_k=splits)
+        options: dict[str, Any] = {"bias": None, "dropout": dropout, "precision": "ieee", "tile": tile}
         if tile.persistent:
-            return persistent_calls(x, weight, s, b, out, bias=None, precision="ieee", tile=tile, arch=arch)
+            return persistent_calls(x, weight, s, b, out, arch=arch, **options)
         builder = split_calls if tile.split_k > 1 else tma_calls if tile.tma else pointer_calls
-        return builder(x, weight, s, b, out, bias=None, dropout=dropout, precision="ieee", tile=tile)
+        return builder(x, weight, s, b, out, **options)
 
     def truth() -> list[torch.Tensor]:
         low_rank = s.double() @ b.double().T
