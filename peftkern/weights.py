@@ -43,6 +43,10 @@ class QuantizedWeight(Protocol):
         """Where its tensors are."""
 
     @property
+    def is_cpu(self) -> bool:
+        """Whether that is the CPU; quicker to ask than the device."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
 
@@ -159,6 +163,10 @@ class Weight4bit:
         return self.packed.device
 
     @property
+    def is_cpu(self) -> bool:
+        return self.packed.is_cpu
+
+    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors() if t is not None)
 
@@ -231,6 +239,10 @@ class Weight8bit:
     @property
     def device(self) -> torch.device:
         return self.data.device
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.data.is_cpu
 
     @property
     def nbytes(self) -> int:

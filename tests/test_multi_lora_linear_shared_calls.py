@@ -219,7 +219,7 @@ def accounted_for(calls, sources):
             taken = [t for t in call.args.values() if isinstance(t, torch.Tensor) and t.numel()]
             if any(replay._source_of(t, sources) is None for t in taken):
                 return False
-        elif replay._library_step(call, sources) is None:
+        elif replay._library_step(call, sources, len(sources)) is None:
             return False
     return True
 

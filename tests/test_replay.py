@@ -8,20 +8,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 from peftkern_kernels import replay
 from peftkern_kernels.launch import Call, TorchCall, scratch
 
 CPU = torch.device("cpu")
+STREAM = 7
 
 
 class Double:
     """A "kernel" that writes 2 x source + shift: like a compiled one it takes positions, and addresses as numbers."""
 
     arg_names = ("source_ptr", "out_ptr", "count", "shift")
+    function, packed_metadata = 1, (4, 1)
 
     def __init__(self):
-        self.compilations = 0
+        self.compilations = self.described = 0
 
     def __getitem__(self, grid):
         def launch(**arguments):
@@ -30,9 +33,18 @@ class Double:
             self._write(*(v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values))
             return self
 
-        return _Both(launch, self._positional)
+        return _Both(launch, self._watched)
 
-    def _positional(self, *arguments, stream):
+    def _watched(self, *arguments, stream):
+        self.described += 1
+        self._positional(*arguments)
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *arguments):
+        assert (x, y, z, stream, function, metadata) == (1, 1, 1, STREAM, self.function, self.packed_metadata)
+        assert launch_metadata is enter_hook is exit_hook is None
+        self._positional(*arguments)
+
+    def _positional(self, *arguments):
         self._write(*(a.base.data_ptr() if hasattr(a, "block_shape") else a for a in arguments))
 
     def _write(self, source, out, count, shift):
@@ -44,7 +56,7 @@ class Double:
 
 
 class _Both:
-    """kernel[grid](**named) before it is compiled, compiled[grid](*arguments, stream=...) after."""
+    """kernel[grid](**named) before it is compiled, compiled[grid](*arguments, stream=...) after, if it is watched."""
 
     def __init__(self, named, positional):
         self.named, self.positional = named, positional
@@ -60,7 +72,7 @@ def kernel(monkeypatch):
     monkeypatch.setattr(replay, "_kept", {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(replay, "_stream", lambda _: STREAM)
     monkeypatch.setattr(torch, "empty", _empty_on_cpu(torch.empty))
     return kernel
 
@@ -234,9 +246,30 @@ def test_nothing_kept_holds_a_tensor(kernel):
     call = TorchCall("add", torch.Tensor.add_, (out, source))
     replay.run("held", (source, out), lambda: [double(kernel, described, out), call], GPU)
     ((_, recording),) = replay._kept.items()
-    for step in recording.steps:
-        held = [*step.arguments, *(getattr(hole.descriptor, "base", None) for hole in step.holes)]
-        assert not any(isinstance(value, torch.Tensor) for value in held)
+    launch, library = recording.steps
+    ((*_, fields),) = launch.descriptors
+    for value in (*launch.arguments, *fields.values(), *library.arguments):
+        assert not isinstance(value, torch.Tensor)
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_profilers_are_told_of_launches(kernel, hook, monkeypatch):
+    """Would catch replayed launches that a profiler does not see, and the slow way taken where nobody looks."""
+    runtime = triton.knobs.runtime
+    empty = type(runtime.launch_enter_hook)() if runtime.launch_enter_hook is not None else None
+
+    def run():
+        source, out = torch.ones(4), torch.empty(4)
+        replay.run("watched", (source, out), lambda: [double(kernel, source, out)], GPU)
+        assert out.tolist() == [2.0] * 4
+        return kernel.described
+
+    monkeypatch.setattr(runtime, hook, empty)
+    assert (run(), run()) == (0, 0), "the first is not replayed"
+    monkeypatch.setattr(runtime, hook, lambda metadata: None)
+    assert run() == 1
+    monkeypatch.setattr(runtime, hook, None)
+    assert run() == 1
 
 
 def test_kept_situations_are_bounded(kernel, monkeypatch):

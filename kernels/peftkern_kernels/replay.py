@@ -12,18 +12,18 @@ address in it is run as it stands and never kept. So is everything where kernels
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 
 from .launch import Call, TorchCall, recorded_scratch, run_all
 
 Build = Callable[[], Sequence[Call | TorchCall]]
 Produce = Callable[[], tuple[Sequence[torch.Tensor | None], Sequence[Call | TorchCall]]]
-Scratch = tuple[int, int, torch.Size, torch.dtype]  # bytes into the block, bytes, and as what a library call takes it
+Scratch = tuple[int, torch.dtype]  # bytes into the block, and as what a library call takes it
 Made = None | int | tuple[torch.Size, torch.dtype]  # a result: absent, one of the tensors given, or new
 MOST_KEPT = 4096  # situations; then all are forgotten, for a program with so many has no use for them
 SCRATCH_ALIGNMENT = 256
@@ -31,27 +31,51 @@ SCRATCH_ALIGNMENT = 256
 
 @dataclass(frozen=True, slots=True)
 class Hole:
-    """An argument that is an address: `offset` bytes into tensor (or scratch) number `source`, at `position`.
-
-    `descriptor` is a tensor descriptor whose base is to lie there; `view` the (size, stride, storage offset beyond the
-    source's) of a tensor argument of a library call, None for the source itself.
-    """
+    """An argument of a library call that is a tensor, at `position`: number `source` of tensors and scratch, or its
+    `view` (size, stride, storage offset beyond the source's), which there always is of scratch."""
 
     position: int
     source: int
-    offset: int
-    descriptor: Any = None
-    view: tuple[torch.Size, tuple[int, ...], int] | None = None
+    view: tuple[torch.Size, tuple[int, ...], int] | None
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One launch: what runs, its arguments, and the holes among them."""
+class LibraryStep:
+    """A library call: the function, its arguments, and the holes among them."""
 
-    run: Callable[..., Any]
+    function: Callable[..., Any]
     arguments: list[Any]
     holes: tuple[Hole, ...]
-    on_tensors: bool  # a library call, which takes tensors and no stream
+
+
+@dataclass(frozen=True, slots=True)
+class KernelStep:
+    """A launch of a compiled kernel.
+
+    `addresses` are the (position, source, bytes into it) of arguments that are addresses, `descriptors` those of tensor
+    descriptors, each with its class and what else it holds.
+    """
+
+    compiled: Any
+    grid: tuple[int, int, int]
+    arguments: list[Any]
+    addresses: tuple[tuple[int, int, int], ...]
+    descriptors: tuple[tuple[int, int, int, Any, dict[str, Any]], ...]
+
+    def filled(self, addresses: Sequence[int]) -> list[Any]:
+        """The arguments where tensors and scratch lie at `addresses`."""
+        arguments = self.arguments.copy()
+        for position, source, offset in self.addresses:
+            arguments[position] = addresses[source] + offset
+        for position, source, offset, kind, fields in self.descriptors:
+            described = kind.__new__(kind)  # not its constructor, which checks, nor copy.copy: each takes some 5 us
+            described.__dict__.update(fields)
+            described.base = Address(addresses[source] + offset)
+            arguments[position] = described
+        return arguments
+
+
+Step = KernelStep | LibraryStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +103,19 @@ class Address:
 _kept: dict[Hashable, Recording] = {}
 
 
-def situation(t: torch.Tensor | None) -> Hashable:
-    """All that a builder may read of a tensor, and what Triton specializes a pointer on."""
-    return None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
+def _situation(tensors: Sequence[torch.Tensor | None], addresses: Sequence[int]) -> list[Hashable]:
+    """All that a builder may read of tensors, and what Triton specializes a pointer on."""
+    found: list[Hashable] = []
+    for t, address in zip(tensors, addresses, strict=True):
+        if t is None:
+            found.append(None)
+        else:
+            found += (t.shape, t.stride(), t.dtype, address & 15)
+    return found
+
+
+def _addresses(tensors: Sequence[torch.Tensor | None]) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def run(key: Hashable, tensors: Sequence[torch.Tensor | None], build: Build, device: torch.device) -> None:
@@ -110,11 +144,15 @@ def produce(
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
             return produce(key, tensors, build, device)
-    whole = (key, device.index, *map(situation, tensors))
+    addresses = _addresses(tensors)
+    whole = (key, device.index, *_situation(tensors, addresses))
     recording = _kept.get(whole)
     if recording is not None:
+        if not recording.results:
+            replay(recording, tensors, addresses, device)
+            return ()
         results = tuple(_result(made, tensors, device) for made in recording.results)
-        replay(recording, (*tensors, *results), device)
+        replay(recording, (*tensors, *results), addresses + _addresses(results), device)
         return results
     with recorded_scratch() as scratch:
         results, calls = build()
@@ -127,7 +165,7 @@ def produce(
         parts: list[Scratch] = []
         total = 0
         for t in scratch:
-            parts.append((total, t.nbytes, t.shape, t.dtype))
+            parts.append((total, t.dtype))
             total += -(-t.nbytes // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
         _kept[whole] = Recording(tuple(steps), tuple(parts), total, tuple(made))
     return tuple(results)
@@ -159,10 +197,14 @@ def record(
     steps: list[Step] | None = []
     for call in calls:
         made = call.run()
-        step = None
-        if steps is not None:
-            step = _library_step(call, sources) if isinstance(call, TorchCall) else _kernel_step(call, made, sources)
-        steps = None if steps is None or step is None else [*steps, step]
+        if steps is None:
+            continue
+        step: Step | None
+        if isinstance(call, TorchCall):
+            step = _library_step(call, sources, len(tensors))
+        else:
+            step = _kernel_step(call, made, sources)
+        steps = None if step is None else [*steps, step]
     return steps
 
 
@@ -183,7 +225,7 @@ def _kernel_step(call: Call, compiled: Any, sources: Sequence[torch.Tensor | Non
         return None
     values = {**call.args, **call.constants}
     arguments = [values[name] for name in call.kernel.arg_names]
-    holes = []
+    addresses, descriptors = [], []
     for position, value in enumerate(arguments):
         is_tensor = isinstance(value, torch.Tensor)
         if not is_tensor and not hasattr(value, "block_shape"):
@@ -194,16 +236,16 @@ def _kernel_step(call: Call, compiled: Any, sources: Sequence[torch.Tensor | Non
         found = _source_of(value if is_tensor else value.base, sources)
         if found is None:
             return None
-        descriptor = None
-        if not is_tensor:
-            descriptor = copy.copy(value)
-            descriptor.base = None
-        holes.append(Hole(position, *found, descriptor))
+        if is_tensor:
+            addresses.append((position, *found))
+        else:
+            fields = {name: held for name, held in vars(value).items() if name != "base"}
+            descriptors.append((position, *found, type(value), fields))
         arguments[position] = None
-    return Step(compiled[call.grid], arguments, tuple(holes), False)
+    return KernelStep(compiled, call.grid, arguments, tuple(addresses), tuple(descriptors))
 
 
-def _library_step(call: TorchCall, sources: Sequence[torch.Tensor | None]) -> Step | None:
+def _library_step(call: TorchCall, sources: Sequence[torch.Tensor | None], given: int) -> Step | None:
     if isinstance(getattr(call.function, "__self__", None), torch.Tensor):  # a bound method, which holds its tensor
         return None
     arguments, holes = list(call.args), []
@@ -217,48 +259,63 @@ def _library_step(call: TorchCall, sources: Sequence[torch.Tensor | None]) -> St
         if source.dtype != value.dtype:
             return None
         beyond = value.storage_offset() - source.storage_offset()
-        same = beyond == 0 and value.shape == source.shape and value.stride() == source.stride()
-        holes.append(Hole(position, *found, view=None if same else (value.shape, value.stride(), beyond)))
+        same = found[0] < given and beyond == 0 and value.shape == source.shape and value.stride() == source.stride()
+        holes.append(Hole(position, found[0], None if same else (value.shape, value.stride(), beyond)))
         arguments[position] = None
-    return Step(call.function, arguments, tuple(holes), True)
+    return LibraryStep(call.function, arguments, tuple(holes))
 
 
-def replay(recording: Recording, tensors: Sequence[torch.Tensor | None], device: torch.device) -> None:
-    """Launch a recording's steps on the current stream with other tensors in the places of those it was made with."""
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+def _stream(device: torch.device) -> int:
+    """The current stream's handle, from where Triton has it: torch.cuda.current_stream makes an object."""
+    return triton.runtime.driver.active.get_current_stream(device.index)
+
+
+def _somebody_watches() -> bool:
+    """Whether a profiler asked Triton to be called before or after launches."""
+    runtime = triton.knobs.runtime
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    return any(getattr(hook, "calls", True) for hook in hooks if hook is not None)  # a chain of none is nobody
+
+
+def replay(
+    recording: Recording, tensors: Sequence[torch.Tensor | None], addresses: list[int], device: torch.device
+) -> None:
+    """Launch a recording's steps on the current stream with other tensors, at `addresses`, in the places of those it
+    was made with."""
     block: Any = None
     if recording.scratch_bytes:
         # One block; the allocator hands it out again only to what is queued on this stream behind these launches.
         block = torch.empty(recording.scratch_bytes, dtype=torch.uint8, device=device)
         start = block.data_ptr()
-        addresses += [start + part[0] for part in recording.scratch]
-    stream = torch.cuda.current_stream(device).cuda_stream
+        addresses = addresses + [start + part[0] for part in recording.scratch]
+    stream = _stream(device)
+    watched = _somebody_watches()
     for step in recording.steps:
-        arguments = step.arguments.copy()
-        if step.on_tensors:
-            for hole in step.holes:
-                if hole.source < len(tensors):
-                    source = tensors[hole.source]
-                else:
-                    begin, size, shape, dtype = recording.scratch[hole.source - len(tensors)]
-                    source = block[begin : begin + size].view(dtype).view(shape)
-                arguments[hole.position] = _viewed(source, hole.view)
-            step.run(*arguments)
-            continue
-        for hole in step.holes:
-            address = addresses[hole.source] + hole.offset
-            if hole.descriptor is not None:
-                described = copy.copy(hole.descriptor)
-                described.base = Address(address)
-                arguments[hole.position] = described
-            else:
-                arguments[hole.position] = address
-        step.run(*arguments, stream=stream)
+        if isinstance(step, LibraryStep):
+            _call_library(step, tensors, block, recording.scratch)
+        elif watched:
+            step.compiled[step.grid](*step.filled(addresses), stream=stream)
+        else:
+            # What compiled[grid] comes to where no hook wants the launch described: a third of its time.
+            kernel = step.compiled
+            described = (kernel.function, kernel.packed_metadata, None, None, None)
+            kernel.run(*step.grid, stream, *described, *step.filled(addresses))
     del block
 
 
-def _viewed(t: Any, view: tuple[torch.Size, tuple[int, ...], int] | None) -> torch.Tensor:
-    if view is None:
-        return t
-    size, stride, beyond = view
-    return t.as_strided(size, stride, t.storage_offset() + beyond)
+def _call_library(
+    step: LibraryStep, tensors: Sequence[torch.Tensor | None], block: Any, scratch: Sequence[Scratch]
+) -> None:
+    arguments = step.arguments.copy()
+    for hole in step.holes:
+        if hole.source < len(tensors):
+            t: Any = tensors[hole.source]
+            if hole.view is not None:
+                size, stride, beyond = hole.view
+                t = t.as_strided(size, stride, t.storage_offset() + beyond)
+        else:
+            begin, dtype = scratch[hole.source - len(tensors)]
+            size, stride, beyond = hole.view  # type: ignore[misc]
+            t = block.view(dtype).as_strided(size, stride, begin // dtype.itemsize + beyond)
+        arguments[hole.position] = t
+    step.function(*arguments)

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from peftkern.ops.plan import Plan
-from peftkern.weights import Weight, Weight4bit
+from peftkern.weights import Weight, Weight4bit, Weight8bit
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -20,6 +20,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 AUTOCAST_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _unsafe_view = torch.ops.aten._unsafe_view.default  # at hand: looking it up takes as long as the call
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
+_QUANTIZED_TYPES = frozenset((Weight4bit, Weight8bit))
 
 
 def two_dtypes(operation: str, x: torch.Tensor, weight: Weight) -> TypeError:
@@ -200,20 +201,23 @@ def taken_s(s: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def adapters_fit(
-    x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor, weight: Weight, lora_A: torch.Tensor, lora_B: torch.Tensor, bias: torch.Tensor | None
 ) -> bool:
     """Whether the common case holds (plain tensors, one dtype or fp32 adapters, shapes that agree): a few
     comparisons, where `check_adapters` finds the words for what is wrong and allows the rarer cases."""
-    if type(x) not in _PLAIN_TYPES or type(weight) not in _PLAIN_TYPES:
-        return False
-    if type(lora_A) not in _PLAIN_TYPES or type(lora_B) not in _PLAIN_TYPES:
+    if type(x) not in _PLAIN_TYPES or type(lora_A) not in _PLAIN_TYPES or type(lora_B) not in _PLAIN_TYPES:
         return False
     dtype, adapter_dtype = x.dtype, lora_A.dtype
-    if dtype is not weight.dtype or dtype not in FLOATS:
+    if type(weight) in _PLAIN_TYPES:
+        if dtype is not weight.dtype or weight.dim() != 2:  # type: ignore[union-attr]
+            return False
+    elif type(weight) not in _QUANTIZED_TYPES:
+        return False
+    if dtype not in FLOATS:
         return False
     if adapter_dtype is not lora_B.dtype or (adapter_dtype is not dtype and adapter_dtype is not torch.float32):
         return False
-    if weight.dim() != 2 or lora_A.dim() != 2 or x.dim() == 0:
+    if lora_A.dim() != 2 or x.dim() == 0:
         return False
     if not (x.is_cpu and weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu):  # quicker than comparing devices
         device = x.device

@@ -24,23 +24,29 @@ from peftkern.ops._lora_linear_triton import (
     FUSED_4BIT_PATHS,
     Calls,
     Kept,
+    add_base,
     input_gradient_calls,
     output_calls,
     packed,
     precision,
     thin_calls,
     weight_parts,
+    written_dense,
 )
 from peftkern.ops._projection_group import Group
 from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
+from peftkern.ops.lora_linear_quantized import written_by_launch
 from peftkern.ops.plan import DECODE_PATHS
 from peftkern_kernels import replay
 from peftkern_kernels.dropout import Dropout
+from peftkern_kernels.launch import TorchCall, nbytes, scratch
 from peftkern_kernels.lora_decode import group_decode_calls
 from peftkern_kernels.lora_decode_4bit import group_decode_4bit_calls
 from peftkern_kernels.lora_decode_finish import Projection
 from peftkern_kernels.lora_shrink import shrink_calls
 from peftkern_kernels.weight_gradient import weight_gradient_calls
+
+Gradients = tuple[Kept, Kept, list[Kept]]  # dX, dA of all projections, each dB
 
 
 def _key(what: str, dropout: Dropout | None, *rest: Any) -> tuple[Any, ...]:
@@ -56,20 +62,44 @@ def _seed(dropout: Dropout | None) -> torch.Tensor | None:
     return None if dropout is None else dropout.seed
 
 
-def _blocks(weight: Any, dtype: torch.dtype, path: str) -> Iterator[tuple[slice, Any, str]]:
-    """(rows, these rows of the weight as kernels take them, path): on "dequantize:PATH" dense blocks, for PATH."""
-    how, _, dense_path = path.partition(":")
-    if how != "dequantize":
-        # Of another dtype only under autocast; cast again in backward, so that no copy is kept.
-        yield slice(0, weight.shape[0]), weight.to(dtype) if isinstance(weight, torch.Tensor) else weight, path
-        return
-    for part, dense in dense_blocks(weight, dtype, dense_path):
-        yield part, dense, dense_path
+def _are_taken_whole(group: Group, dtype: torch.dtype) -> bool:
+    """Whether launches take all weights as they are stored: nothing is cast, nor written out block by block."""
+    for weight in group.weights:
+        if isinstance(weight, torch.Tensor):
+            if weight.dtype is not dtype:
+                return False
+        elif group.path.startswith("dequantize:") and not written_by_launch(weight, group.path, dtype):
+            return False
+    return True
 
 
-def joined(lora_As: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A of all projections [R, K], in their own dtype."""
-    return torch.cat(tuple(lora_As))
+def _stored(weights: Sequence[Any]) -> tuple[list[int], list[torch.Tensor | None]]:
+    """The weights' blocksizes, and the tensors that hold them."""
+    blocksizes, tensors = [], []
+    for weight in weights:
+        blocksize, *held = weight_parts(weight)
+        blocksizes.append(blocksize)
+        tensors += held
+    return blocksizes, tensors
+
+
+def _room(group: Group, like: torch.Tensor) -> torch.Tensor | None:
+    """Memory between launches for the largest of the weights, written out dense: they take turns in it."""
+    if not group.path.startswith("dequantize:"):
+        return None
+    most = max(weight.shape[0] * weight.shape[1] for weight in group.weights)
+    return scratch(most, dtype=like.dtype, device=like.device)
+
+
+def _join(out: torch.Tensor, *parts: torch.Tensor) -> None:
+    torch.cat(parts, out=out)
+
+
+def joined(lora_As: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Calls]:
+    """Memory between launches for A of all projections [R, K], in their own dtype, and the call that fills it."""
+    ranks = sum(lora_A.shape[0] for lora_A in lora_As)
+    out = scratch(ranks, lora_As[0].shape[1], dtype=lora_As[0].dtype, device=lora_As[0].device)
+    return out, [TorchCall("join A", _join, (out, *lora_As), bytes=2 * nbytes(out))]
 
 
 def all_shrinks(
@@ -97,18 +127,60 @@ def forward(
     """x [M, K] -> each y [M, N], and S [M, R] of all projections, with its scaling, in x's dtype."""
     if group.path in DECODE_PATHS:
         return _decoded(x, group, lora_As, lora_Bs, biases, dropout, arch)
-    lora_A = joined(lora_As)
-    s = x.new_empty(x.shape[0], lora_A.shape[0])
+    s = x.new_empty(x.shape[0], group.columns[-1].stop)
+    ys = [x.new_empty(x.shape[0], weight.shape[0]) for weight in group.weights]
+    seed = _seed(dropout)
+    if _are_taken_whole(group, x.dtype):
+        blocksizes, tensors = _stored(group.weights)
+        replay.run(
+            _key("lora_linear_shared", dropout, group.path, *_numbers(group), *blocksizes),
+            (x, *tensors, *lora_As, *lora_Bs, *biases, seed, *ys, s),
+            lambda: forward_calls(x, group, lora_As, lora_Bs, biases, dropout, arch, ys, s),
+            x.device,
+        )
+        return ys, s
     replay.run(
-        _key("lora_linear_shared", dropout, *_numbers(group)),
-        (x, lora_A, s, _seed(dropout)),
-        lambda: all_shrinks(x, group, lora_A, s, dropout, arch),
+        _key("lora_linear_shared S", dropout, *_numbers(group)),
+        (x, *lora_As, s, seed),
+        lambda: shrinks(x, group, lora_As, s, dropout, arch),
         x.device,
     )
-    ys = []
-    for weight, lora_B, bias, columns in zip(group.weights, lora_Bs, biases, group.columns, strict=True):
-        ys.append(_output(x, weight, s[:, columns], lora_B, bias, group.path, arch))
+    for weight, lora_B, bias, columns, y in zip(group.weights, lora_Bs, biases, group.columns, ys, strict=True):
+        _write_output(x, weight, s[:, columns], lora_B, bias, y, group.path, arch)
     return ys, s
+
+
+def shrinks(
+    x: torch.Tensor,
+    group: Group,
+    lora_As: Sequence[torch.Tensor],
+    s: torch.Tensor,
+    dropout: Dropout | None,
+    arch: int,
+) -> Calls:
+    """Launches of `all_shrinks`, before which A of all projections is put together."""
+    lora_A, calls = joined(lora_As)
+    return [*calls, *all_shrinks(x, group, lora_A, s, dropout, arch)]
+
+
+def forward_calls(
+    x: torch.Tensor,
+    group: Group,
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    dropout: Dropout | None,
+    arch: int,
+    ys: Sequence[torch.Tensor],
+    s: torch.Tensor,
+) -> Calls:
+    """The launches of `forward`, over weights that are taken whole."""
+    calls = shrinks(x, group, lora_As, s, dropout, arch)
+    room = _room(group, x)
+    for stored, lora_B, bias, columns, y in zip(group.weights, lora_Bs, biases, group.columns, ys, strict=True):
+        weight, path, first = written_dense(stored, group.path, x, arch, room)
+        calls += [*first, *output_calls(x, weight, s[:, columns], lora_B, y, bias, path, arch)]
+    return calls
 
 
 def _decoded(
@@ -126,11 +198,7 @@ def _decoded(
     group = dataclasses.replace(group, weights=weights)
     s = x.new_empty(x.shape[0], group.columns[-1].stop)
     ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
-    blocksizes, tensors = [], []
-    for weight in weights:
-        blocksize, *held = weight_parts(weight)
-        blocksizes.append(blocksize)
-        tensors += held
+    blocksizes, tensors = _stored(weights)
     replay.run(
         _key("lora_linear_shared decode", dropout, group.path, *_numbers(group), *blocksizes),
         (x, *tensors, *lora_As, *lora_Bs, *biases, _seed(dropout), *ys, s),
@@ -161,22 +229,32 @@ def decoded_calls(
     return [*group_decode_4bit_calls(x, [packed(w) for w in group.weights], projections, **common)]
 
 
-def _output(
+def _blocks(weight: Any, dtype: torch.dtype, path: str) -> Iterator[tuple[slice, Any, str]]:
+    """(rows, these rows of the weight as kernels take them, path): on "dequantize:PATH" dense blocks, for PATH."""
+    how, _, dense_path = path.partition(":")
+    if how != "dequantize":
+        # Of another dtype only under autocast; cast again in backward, so that no copy is kept.
+        yield slice(0, weight.shape[0]), weight.to(dtype) if isinstance(weight, torch.Tensor) else weight, path
+        return
+    for part, dense in dense_blocks(weight, dtype, dense_path):
+        yield part, dense, dense_path
+
+
+def _write_output(
     x: torch.Tensor,
     weight: Any,
     s: torch.Tensor,
     lora_B: torch.Tensor,
     bias: torch.Tensor | None,
+    y: torch.Tensor,
     path: str,
     arch: int,
-) -> torch.Tensor:
-    """`y = x W^T + bias + S B^T` [M, N]. No loop of a caller's: its last dense weight would outlive the iteration, and
-    stand beside the next projection's."""
-    y = x.new_empty(x.shape[0], weight.shape[0])
+) -> None:
+    """`y = x W^T + bias + S B^T`, block by block. No loop of a caller's: its last dense weight would outlive the
+    iteration, and stand beside the next projection's."""
     for part, rows, rows_path in _blocks(weight, x.dtype, path):
         part_bias = None if bias is None else bias[part]
         _run_output(x, rows, s, lora_B[part], y[:, part], part_bias, rows_path, arch)
-    return y
 
 
 def _run_output(
@@ -209,95 +287,156 @@ def backward(
     dropout: Dropout | None,
     arch: int,
     needs: tuple[bool, bool, Sequence[bool]],
-) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor | None]]:
+) -> Gradients:
     """Each dy [M, N] -> dX [M, K], dA [R, K] of all projections, each dB [N, r]; only what `needs` asks for."""
     needs_x, needs_a, needs_bs = needs
-    M, device = dys[0].shape[0], dys[0].device
-    dbs: list[torch.Tensor | None] = []
-    places = rank_columns(lora_As)
-    ds: Kept = dys[0].new_empty(M, places[-1].stop) if needs_x or needs_a else None
-    parts = zip(dys, lora_Bs, group.scalings, group.columns, places, needs_bs, strict=True)
-    for dy, lora_B, scaling, columns, place, needs_b in parts:
-        db = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if needs_b else None
-        own_s = s[:, columns] if needs_b else None
-        _run_thin(dy, lora_B, own_s, None if ds is None else ds[:, place], db, scaling, arch)
-        dbs.append(db)
-    lora_A = joined(lora_As)
-    dx: Kept = None
-    if needs_x and group.path in FUSED_4BIT_PATHS:
-        for dy, weight, own_a, place in zip(dys, group.weights, lora_As, places, strict=True):
-            own = _run_input_gradient(dy, weight, ds[:, place], own_a, dropout, group.path, arch)
-            dx = own if dx is None else dx.add_(own)
-    elif needs_x:
-        for dy, weight in zip(dys, group.weights, strict=True):
-            dx = _with_input_gradient(dx, dy, weight, ds, lora_A, dropout, group.path, arch)
-    da = None
-    if needs_a:
-        da = torch.empty_like(lora_A)
+    M, K, R = dys[0].shape[0], lora_As[0].shape[1], sum(lora_A.shape[0] for lora_A in lora_As)
+    dbs = [
+        torch.empty_like(lora_B, memory_format=torch.contiguous_format) if needs_b else None
+        for lora_B, needs_b in zip(lora_Bs, needs_bs, strict=True)
+    ]
+    dx = dys[0].new_empty(M, K) if needs_x else None
+    da = lora_As[0].new_empty(R, K) if needs_a else None
+    gradients = (dx, da, dbs)
+    numbers = (*_numbers(group), tuple(columns.start for columns in group.columns))  # some may be missing
+    if not needs_x or _are_taken_whole(group, dys[0].dtype):
+        blocksizes, tensors = _stored(group.weights) if needs_x else ([], [])
         replay.run(
-            _key("lora_linear_shared dA", dropout),
-            (ds, x, da, _seed(dropout)),
-            lambda: weight_gradient_calls(
-                ds, x, None, None, da, None, dropout=dropout, arch=arch, precision=precision()
-            ),
-            device,
+            _key("lora_linear_shared backward", dropout, group.path, *numbers, *blocksizes),
+            (*dys, x, *tensors, *lora_As, *lora_Bs, s, _seed(dropout), dx, da, *dbs),
+            lambda: backward_calls(dys, x, group, lora_As, lora_Bs, s, dropout, arch, gradients),
+            dys[0].device,
         )
-    return dx, da, dbs
+        return gradients
+    ds = dys[0].new_empty(M, R)
+    replay.run(
+        _key("lora_linear_shared dS, dA, dB", dropout, *numbers),
+        (*dys, x, *lora_Bs, s, ds, _seed(dropout), da, *dbs),
+        lambda: [*all_thin_calls(dys, group, lora_As, lora_Bs, s, ds, dbs, arch), *_da_calls(ds, x, da, dropout, arch)],
+        dys[0].device,
+    )
+    begun = False
+    for dy, weight in zip(dys, group.weights, strict=True):
+        begun = _add_input_gradient(dx, begun, dy, weight, ds, lora_As, dropout, group.path, arch)
+    return gradients
 
 
-def _run_thin(dy: torch.Tensor, lora_B: torch.Tensor, s: Kept, ds: Kept, db: Kept, scaling: float, arch: int) -> None:
-    """`dS = scaling * dY B` and `dB = dY^T S`, those of them that there is a tensor for."""
-
-    def build() -> Calls:
-        calls: Calls = []
+def all_thin_calls(
+    dys: Sequence[torch.Tensor],
+    group: Group,
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    s: Kept,
+    ds: Kept,
+    dbs: Sequence[Kept],
+    arch: int,
+) -> Calls:
+    """Launches of each `dS = scaling * dY B` and `dB = dY^T S`, those of them that there is a tensor for."""
+    calls: Calls = []
+    parts = zip(dys, lora_Bs, dbs, group.scalings, group.columns, rank_columns(lora_As), strict=True)
+    for dy, lora_B, db, scaling, columns, place in parts:
+        own_s = None if db is None else s[:, columns]
         done = False
         if ds is not None:
-            calls, done = thin_calls(dy, lora_B, s, ds, db, scaling, arch)
+            thin, done = thin_calls(dy, lora_B, own_s, ds[:, place], db, scaling, arch)
+            calls += thin
         if db is not None and not done:
-            calls += weight_gradient_calls(None, None, s, dy, None, db, arch=arch, precision=precision())
-        return calls
-
-    replay.run(_key("lora_linear_shared dY", None, scaling), (dy, lora_B, s, ds, db), build, dy.device)
+            calls += weight_gradient_calls(None, None, own_s, dy, None, db, arch=arch, precision=precision())
+    return calls
 
 
-def _with_input_gradient(
+def _da_calls(ds: Kept, x: Kept, da: Kept, dropout: Dropout | None, arch: int) -> Calls:
+    """Launches of `dA = dS^T dropout(x)` of all projections, if there is a tensor for it."""
+    if da is None:
+        return []
+    common: dict[str, Any] = {"dropout": dropout, "arch": arch, "precision": precision()}
+    return [*weight_gradient_calls(ds, x, None, None, da, None, **common)]
+
+
+def backward_calls(
+    dys: Sequence[torch.Tensor],
+    x: Kept,
+    group: Group,
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    s: Kept,
+    dropout: Dropout | None,
+    arch: int,
+    gradients: Gradients,
+) -> Calls:
+    """The launches of `backward`, over weights that are taken whole, into its results."""
+    dx, da, dbs = gradients
+    M, R = dys[0].shape[0], sum(lora_A.shape[0] for lora_A in lora_As)
+    ds: Kept = None
+    if dx is not None or da is not None:
+        ds = scratch(M, R, dtype=dys[0].dtype, device=dys[0].device)
+    calls = all_thin_calls(dys, group, lora_As, lora_Bs, s, ds, dbs, arch)
+    if dx is not None and group.path in FUSED_4BIT_PATHS:
+        own: Kept = None  # these kernels only write
+        for dy, weight, own_a, place in zip(dys, group.weights, lora_As, rank_columns(lora_As), strict=True):
+            to = dx if own is None else own
+            calls += input_gradient_calls(dy, weight, ds[:, place], own_a, to, dropout, group.path, arch)
+            if own is None:
+                own = scratch(*dx.shape, dtype=dx.dtype, device=dx.device)
+            else:
+                calls.append(TorchCall("+ dX", torch.Tensor.add_, (dx, own), bytes=3 * nbytes(dx)))
+    elif dx is not None:
+        lora_A, join = joined(lora_As)
+        calls += join
+        room = _room(group, dx)
+        for i, (dy, stored) in enumerate(zip(dys, group.weights, strict=True)):
+            weight, path, first = written_dense(stored, group.path, dy, arch, room)
+            calls += first
+            if i == 0:
+                calls += input_gradient_calls(dy, weight, ds, lora_A, dx, dropout, path, arch)
+            else:
+                calls.append(add_base(dy, weight.t(), dx))
+    return [*calls, *_da_calls(ds, x, da, dropout, arch)]
+
+
+def _add_input_gradient(
     dx: Kept,
+    begun: bool,
     dy: torch.Tensor,
     weight: Any,
     ds: torch.Tensor,
-    lora_A: torch.Tensor,
+    lora_As: Sequence[torch.Tensor],
     dropout: Dropout | None,
     path: str,
     arch: int,
-) -> torch.Tensor:
-    """dX with `dY W` of one projection added in place; without a dX yet, that and the low-rank part of all of them.
-
-    A function of its own as `_output` is."""
+) -> bool:
+    """dX with `dY W` of one projection added in place, block by block; if it is not `begun` yet, that and the low-rank
+    part of all projections. Whether it is begun now. A function of its own as `_write_output` is."""
     for part, rows, rows_path in _blocks(weight, dy.dtype, path):
         own_dy = dense_rows(dy[:, part])
-        if dx is None:
-            dx = _run_input_gradient(own_dy, rows, ds, lora_A, dropout, rows_path, arch)
-        else:
+        if begun:
             dx.addmm_(own_dy, rows)
-    return dx
+        else:
+            _run_input_gradient(own_dy, rows, ds, lora_As, dx, dropout, rows_path, arch)
+        begun = True
+    return begun
 
 
 def _run_input_gradient(
     dy: torch.Tensor,
     weight: Any,
     ds: torch.Tensor,
-    lora_A: torch.Tensor,
+    lora_As: Sequence[torch.Tensor],
+    dx: torch.Tensor,
     dropout: Dropout | None,
     path: str,
     arch: int,
-) -> torch.Tensor:
-    """`dX = dY W + keep / (1 - p) * (dS A)`."""
+) -> None:
+    """`dX = dY W + keep / (1 - p) * (dS A)`, A of all projections."""
+
+    def build() -> Calls:
+        lora_A, calls = joined(lora_As)
+        return [*calls, *input_gradient_calls(dy, weight, ds, lora_A, dx, dropout, path, arch)]
+
     blocksize, *held = weight_parts(weight)
-    dx = dy.new_empty(dy.shape[0], weight.shape[1])
     replay.run(
         _key("lora_linear_shared dX", dropout, path, blocksize),
-        (dy, *held, ds, lora_A, dx, _seed(dropout)),
-        lambda: input_gradient_calls(dy, weight, ds, lora_A, dx, dropout, path, arch),
+        (dy, *held, *lora_As, ds, dx, _seed(dropout)),
+        build,
         dy.device,
     )
-    return dx

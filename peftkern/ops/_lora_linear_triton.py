@@ -3,7 +3,8 @@
 `forward_calls` and `backward_calls` allocate outputs and return them with the `Call`s that fill them; nothing runs
 there: the static check compiles the list from meta tensors for every architecture, a benchmark adds up its bytes.
 `forward` and `backward`, which the operation calls, run the list, from a recording once a situation has been met.
-The weight is dense on the paths "triton", "cublas" and "decode", a `Weight4bit` on "fused_4bit" and "decode_4bit".
+The weight is dense on the paths "triton", "cublas" and "decode", a `Weight4bit` on "fused_4bit" and "decode_4bit", and
+on "dequantize:PATH" a `Weight4bit` that the first launch writes out dense, into scratch memory, for those of PATH.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from peftkern.ops._lora_linear_torch import dense_rows
 from peftkern.weights import Weight4bit
 from peftkern_kernels import replay
+from peftkern_kernels.dequantize_4bit import dequantize_4bit_calls
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.format_4bit import Packed4bit
 from peftkern_kernels.launch import Call, TorchCall, nbytes, scratch
@@ -39,7 +41,7 @@ def dropout(seed: torch.Tensor | None, p: float) -> Dropout | None:
     return None if seed is None else Dropout(seed, p)
 
 
-def _add_base(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> TorchCall:
+def add_base(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> TorchCall:
     """`out += x weight^T` by cuBLAS (in tests by oneDNN), in place."""
     moved = nbytes(x, weight, out, out)
     operands = (out, dense_rows(x), weight.t())
@@ -64,6 +66,21 @@ def packed(weight: Weight4bit) -> Packed4bit:
     N, K = weight.shape
     held = {f.name: getattr(weight, f.name) for f in fields(Packed4bit) if f.name not in ("N", "K")}
     return Packed4bit(N=N, K=K, **held)
+
+
+def written_dense(
+    weight: Any, path: str, like: torch.Tensor, arch: int, room: torch.Tensor | None = None
+) -> tuple[Any, str, Calls]:
+    """On "dequantize:PATH" the dense weight, PATH, and the launch that writes it; on any other path the weight and the
+    path themselves. It is written in the dtype of `like`, into `room` [elements] if there is one, else into scratch."""
+    how, _, dense_path = path.partition(":")
+    if how != "dequantize":
+        return weight, path, []
+    N, K = weight.shape
+    if room is None:
+        room = scratch(N * K, dtype=like.dtype, device=like.device)
+    dense = room[: N * K].view(N, K)
+    return dense, dense_path, [*dequantize_4bit_calls(packed(weight), dense, arch=arch)]
 
 
 def precision() -> str:
@@ -96,8 +113,7 @@ def weight_parts(weight: Any) -> tuple[Any, ...]:
     """(blocksize, tensors) of a 4-bit weight, (0, itself) of a dense one."""
     if isinstance(weight, torch.Tensor):
         return 0, weight
-    named = (getattr(weight, f.name) for f in fields(Packed4bit) if f.name not in ("N", "K", "blocksize"))
-    return weight.blocksize, *named
+    return weight.blocksize, *weight.tensors()
 
 
 def forward(
@@ -166,13 +182,14 @@ def forward_calls(
     and the launches."""
     y, s = _outputs(x, weight, lora_A) if out is None else out
     common: dict[str, Any] = {"arch": arch, "precision": precision()}
+    weight, path, calls = written_dense(weight, path, x, arch)
     if path == "decode":
-        calls: Calls = [*decode_calls(x, weight, lora_A, lora_B, scaling, y, s, bias=bias, dropout=dropout, **common)]
+        calls += decode_calls(x, weight, lora_A, lora_B, scaling, y, s, bias=bias, dropout=dropout, **common)
         return y, s, calls
     if path == "decode_4bit":
         options = {"bias": bias, "dropout": dropout, **common}
         return y, s, [*decode_4bit_calls(x, packed(weight), lora_A, lora_B, scaling, y, s, **options)]
-    calls = [*shrink_calls(x, lora_A, s, scaling=scaling, dropout=dropout, **common)]
+    calls += [*shrink_calls(x, lora_A, s, scaling=scaling, dropout=dropout, **common)]
     calls += output_calls(x, weight, s, lora_B, y, bias, path, arch)
     return y, s, calls
 
@@ -188,12 +205,12 @@ def output_calls(
     arch: int,
 ) -> Calls:
     """Launches of `y = x W^T + bias + S B^T`, S given."""
-    common: dict[str, Any] = {"arch": arch, "precision": precision()}
+    common: dict[str, Any] = {"bias": bias, "arch": arch, "precision": precision()}
     if path == "cublas":
-        return [*expand_calls(s, lora_B, y, bias=bias, **common), _add_base(x, weight, y)]
+        return [*expand_calls(s, lora_B, y, **common), add_base(x, weight, y)]
     if path in FUSED_4BIT_PATHS:
-        return [*base_4bit_plus_expand_calls(x, packed(weight), s, lora_B, y, bias=bias, **common)]
-    return [*base_plus_expand_calls(x, weight, s, lora_B, y, bias=bias, **common)]
+        return [*base_4bit_plus_expand_calls(x, packed(weight), s, lora_B, y, **common)]
+    return [*base_plus_expand_calls(x, weight, s, lora_B, y, **common)]
 
 
 def input_gradient_calls(
@@ -209,7 +226,7 @@ def input_gradient_calls(
     """Launches of `dX = dY W + keep / (1 - p) * (dS A)`, dS given."""
     common: dict[str, Any] = {"dropout": dropout, "arch": arch, "precision": precision()}
     if path == "cublas":
-        return [*expand_calls(ds, lora_A.t(), dx, **common), _add_base(dy, weight.t(), dx)]
+        return [*expand_calls(ds, lora_A.t(), dx, **common), add_base(dy, weight.t(), dx)]
     if path in FUSED_4BIT_PATHS:
         return [*base_4bit_transposed_plus_expand_calls(dy, packed(weight), ds, lora_A, dx, **common)]
     return [*base_plus_expand_calls(dy, weight.t(), ds, lora_A.t(), dx, **common)]
@@ -256,13 +273,16 @@ def backward_calls(
     if dx is not None or da is not None:
         ds = scratch(dy.shape[0], R, dtype=dy.dtype, device=dy.device)
     calls: Calls = []
+    if dx is not None:
+        weight, path, calls = written_dense(weight, path, dy, arch)
     db_done = False
     if dx is not None and dropout is None and path == "decode":
         # dX = dY W + (dY B) A has the form of a forward pass, with dS in S's place.
         calls += decode_calls(dy, weight.t(), lora_B.t(), lora_A.t(), scaling, dx, ds, bias=None, **common)
     else:
         if ds is not None:
-            calls, db_done = thin_calls(dy, lora_B, s, ds, db, scaling, arch)
+            thin, db_done = thin_calls(dy, lora_B, s, ds, db, scaling, arch)
+            calls += thin
         if dx is not None:
             calls += input_gradient_calls(dy, weight, ds, lora_A, dx, dropout, path, arch)
     if da is not None or (db is not None and not db_done):

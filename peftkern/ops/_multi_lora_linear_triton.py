@@ -20,7 +20,7 @@ from peftkern.ops._lora_linear_triton import (
     FUSED_4BIT_PATHS,
     Calls,
     Kept,
-    _add_base,
+    add_base,
     dropout,
     packed,
     precision,
@@ -115,7 +115,7 @@ def shared_forward_calls(
             calls += base_4bit_plus_expand_calls(x, packed(weight), part, factor, y, bias=bias, **common)
         elif M:
             calls += multi_expand_calls(part, adapters, routing, y, bias=bias, **common)
-            calls.append(_add_base(x, weight, y))
+            calls.append(add_base(x, weight, y))
     return ys, s, calls
 
 
@@ -229,7 +229,7 @@ def _dx_calls(
         accumulate = len(others) < len(dys)
         parts = [ds for _, _, ds in others]
         calls += group_expand_calls(parts, held, routing, dx, accumulate=accumulate, **options)
-        calls += [_add_base(dy, layer.weight.t(), dx) for dy, layer, _ in others]
+        calls += [add_base(dy, layer.weight.t(), dx) for dy, layer, _ in others]
     return calls
 
 

@@ -5,7 +5,8 @@ as it is stored, and backward decodes it again. One operator serves all formats:
 of tensors and a list of numbers (`flatten`), from which it is put together again.
 
 Paths: "fused_4bit" and "decode_4bit" decode inside the kernel; "dequantize:PATH" writes the weight out dense into one
-buffer, and is the dense operation on PATH from there on.
+buffer, and is the dense operation on PATH from there on: by launches that follow the one that writes it, or, where the
+weight takes the buffer in blocks, is of 8 bits or PATH is plain PyTorch, by that operation itself, block by block.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from peftkern.backend import backend_in_force, device_info
 from peftkern.ops._common import (
     PLAIN_PATHS,
     adapters_fit,
+    apply_directly,
     ask,
     autocast_dtype,
     check_adapters,
@@ -84,7 +86,7 @@ def lora_linear_quantized(
         return _operator(x, tensors, lora_A, lora_B, bias, seed, numbers, scaling, dropout_p, path)[0]
     wanted = (x, lora_A, lora_B) if bias is None else (x, lora_A, lora_B, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in wanted):
-        return _LoraLinearQuantized.apply(x, lora_A, lora_B, bias, seed, (weight, scaling, dropout_p, path))
+        return apply_directly(_LoraLinearQuantized, x, lora_A, lora_B, bias, seed, (weight, scaling, dropout_p, path))
     return _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)[0]
 
 
@@ -107,8 +109,8 @@ def check_quantized(
         raise TypeError(
             f"{operation}: x: expected float32, float16 or bfloat16 beside a quantized weight, got {x.dtype}"
         )
-    stand_in = x.new_empty((), device=weight.device).expand(weight.shape)  # a shape, no memory
-    if not adapters_fit(x, stand_in, lora_A, lora_B, bias):
+    if not adapters_fit(x, weight, lora_A, lora_B, bias):
+        stand_in = x.new_empty((), device=weight.device).expand(weight.shape)  # a shape, no memory
         check_adapters(operation, x, stand_in, lora_A, lora_B, bias, mixed=mixed)
 
 
@@ -141,6 +143,14 @@ def _write_dense(weight: Quantized, dense_path: str, out: torch.Tensor) -> None:
         dequantize_8bit(weight, out=out)
 
 
+def written_by_launch(weight: Quantized, path: str, dtype: torch.dtype) -> bool:
+    """Whether the launches of `path` begin with one that writes the weight out, all of it."""
+    if is_plain(path) or not isinstance(weight, Weight4bit):
+        return False
+    N, K = weight.shape
+    return path.startswith("dequantize:") and N * K * dtype.itemsize <= BUFFER_BYTES
+
+
 @without_autocast
 def _forward(
     x: torch.Tensor,
@@ -155,8 +165,8 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """y [..., N], S [M, R], and a mask [M, K] on the plain path with dropout."""
     how, _, dense_path = path.partition(":")
-    if how != "dequantize":
-        return _fused_forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
+    if how != "dequantize" or written_by_launch(weight, path, x.dtype):
+        return _forward_by_launches(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
     y: Any = None
     s: Any = None
     for rows, dense in _dense_blocks(weight, x.dtype, dense_path):
@@ -169,7 +179,7 @@ def _forward(
     return y, s, mask  # each block made the same S and mask
 
 
-def _fused_forward(
+def _forward_by_launches(
     x: torch.Tensor,
     weight: Quantized,
     lora_A: torch.Tensor,
@@ -180,7 +190,7 @@ def _fused_forward(
     dropout_p: float,
     path: str,
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
-    """`_forward` by kernels that decode the weight themselves."""
+    """`_forward` by launches that take the weight as it is stored."""
     from peftkern.ops import _lora_linear_triton as kernels
 
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -191,7 +201,7 @@ def _fused_forward(
     return unflattened(y, x.shape[:-1]), s, None
 
 
-def _fused_backward(
+def _backward_by_launches(
     dy: torch.Tensor,
     x: torch.Tensor | None,
     weight: Quantized,
@@ -205,7 +215,7 @@ def _fused_backward(
     needs: Needs,
     bias_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """`_backward` by kernels that decode the weight themselves."""
+    """`_backward` by launches that take the weight as it is stored."""
     from peftkern.ops import _lora_linear_triton as kernels
 
     N, K = weight.shape
@@ -244,8 +254,8 @@ def _backward(
         return dx, da, db, dbias
 
     how, _, dense_path = path.partition(":")
-    if how != "dequantize":
-        return _fused_backward(dy, x, weight, lora_A, lora_B, s, seed, *numbers, path, needs, bias_dtype)
+    if how != "dequantize" or written_by_launch(weight, path, dy.dtype):
+        return _backward_by_launches(dy, x, weight, lora_A, lora_B, s, seed, *numbers, path, needs, bias_dtype)
     if not needs_x:  # no gradient here needs the weight: a stand-in of its shape will do
         return backward(dy, dy.new_empty(()).expand(weight.shape), lora_B, dense_path)
     sums: list[Any] = []

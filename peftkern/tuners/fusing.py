@@ -73,15 +73,26 @@ def bare_weight(module: nn.Module) -> torch.Tensor | None:
 
     A quick yes to `why_called_as_is` and `plain_weight`, for the route that every call takes.
     """
-    if type(module) is not nn.Linear:  # a parametrization changes the class
+    if type(module) is not nn.Linear or not _is_bare(module):  # a parametrization changes the class
         return None
+    weight = module.__dict__["_parameters"].get("weight")
+    return weight if type(weight) is nn.Parameter and not weight.is_meta else None
+
+
+def bare_quantized_weight(module: nn.Module) -> Weight4bit | Weight8bit | None:
+    """The same of a quantized layer of bitsandbytes or peftkern, and no subclass of it."""
+    kind = type(module)
+    if kind.__name__ not in _QUANTIZED_CLASSES or not kind.__module__.startswith(_QUANTIZED_PACKAGES):
+        return None
+    return quantized_weight(module) if _is_bare(module) else None
+
+
+def _is_bare(module: nn.Module) -> bool:
     held = module.__dict__
     if "_hf_hook" in held or "forward" in held:
-        return None
-    if held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]:
-        return None
-    weight = held["_parameters"].get("weight")
-    return weight if type(weight) is nn.Parameter and not weight.is_meta else None
+        return False
+    hooks = held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"]
+    return not (hooks or held["_backward_pre_hooks"])
 
 
 def why_called_as_is(module: nn.Module, forward: Any) -> str:

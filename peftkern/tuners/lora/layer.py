@@ -18,6 +18,7 @@ from torch import nn
 
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear
+from peftkern.ops._common import autocast_dtype
 from peftkern.ops.dora_linear import plan_for as plan_for_dora
 from peftkern.ops.lora_linear import plan_for
 from peftkern.ops.lora_linear_quantized import plan_for as plan_for_quantized
@@ -25,6 +26,7 @@ from peftkern.ops.multi_lora_linear import plan_for as plan_for_many
 from peftkern.ops.plan import Plan
 from peftkern.tuners.fusing import (
     ExplainRow,
+    bare_quantized_weight,
     bare_weight,
     base_alone,
     compute_dtype,
@@ -47,7 +49,7 @@ from peftkern.tuners.targets import linear_sizes
 from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, refuse_adapter_names
 from peftkern.utils.linear_layers import conv1d_class
 from peftkern.utils.other import batch_in_force
-from peftkern.weights import Weight
+from peftkern.weights import DENSE_DTYPES, Weight
 
 
 class LoraLayer(BaseTunerLayer):
@@ -380,11 +382,25 @@ class Linear(LoraLayer, nn.Module):
             operands = self._operands_if_simple()
             if operands is not None:
                 weight, A, B, scaling, bias, p = operands
-                return lora_linear(x, weight, A, B, scaling, bias, dropout_p=p)
+                if type(weight) is nn.Parameter or self._casts_nothing(x, A, bias):
+                    return lora_linear(x, weight, A, B, scaling, bias, dropout_p=p)
         return self._forward_in_general(x, *args, **kwargs)
 
+    def _casts_nothing(self, x: Any, A: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """Whether the quantized base layer, which computes in a dtype of its own, finds x, A, B and bias in it (A and B
+        may be fp32), and autocast asks for no other."""
+        if not isinstance(x, torch.Tensor) or x.dtype not in DENSE_DTYPES:
+            return False
+        dtype = x.dtype
+        if autocast_dtype(x) not in (None, dtype):
+            return False
+        fits = A.dtype is dtype or A.dtype is torch.float32
+        own = self._modules["base_layer"].__dict__.get("compute_dtype")
+        return fits and (own is None or own is dtype) and (bias is None or bias.dtype is dtype)
+
     def _operands_if_simple(self) -> tuple[Any, ...] | None:
-        """What `lora_linear` takes where one adapter is active on a bare `nn.Linear`; None in all other cases.
+        """What `lora_linear` takes where one adapter is active on a bare `nn.Linear` or quantized layer; None in all
+        other cases.
 
         The general route finds the same, at twice the cost, which shows where tensors are small.
         """
@@ -399,12 +415,15 @@ class Linear(LoraLayer, nn.Module):
             return None
         held: dict[str, Any] = self._modules
         base, dropout = held["base_layer"], held["lora_dropout"]._modules[name]
-        weight = bare_weight(base)
+        weight: Weight | None = bare_weight(base)
         A, B = bare_weight(held["lora_A"]._modules[name]), bare_weight(held["lora_B"]._modules[name])
-        if weight is None or A is None or B is None:
+        if A is None or B is None or A.dtype is not B.dtype:
             return None
-        dtype, adapter_dtype = weight.dtype, A.dtype
-        if adapter_dtype is not B.dtype or (adapter_dtype is not dtype and adapter_dtype is not torch.float32):
+        if weight is None:
+            weight = bare_quantized_weight(base)
+            if weight is None:
+                return None
+        elif A.dtype is not weight.dtype and A.dtype is not torch.float32:
             return None
         kind, switches = type(dropout), dropout.__dict__
         if switches["_forward_hooks"] or switches["_forward_pre_hooks"] or kind not in (nn.Dropout, nn.Identity):

@@ -1,0 +1,173 @@
+"""What a call costs the host: Python, dispatch and launching, without the GPU's time.
+
+    python -m bench.host [--seconds 1.0] [--smoke] [--out DIR]
+
+Where products are small, or the host is slow, a step takes as long as its launches take to be made. Each row is a layer
+as users have it, forward alone and with backward: the microseconds that the host takes for a call, and how many
+launches it makes. On a GPU launches are queued and not waited for; without one they go to a GPU that does nothing
+(null_device.py), so that a change of the host's side is seen anywhere. There, what the driver takes for a launch is
+missing: compare such figures with each other only. The clock is the process's own, least of many rounds. The result
+goes to bench/results/<device>/host.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench import environment, null_device, records
+from bench.run import save
+
+HIDDEN, RANK = 4096, 16
+ROUND = 40  # calls between two looks at the clock: fewer launches than a GPU's queue holds
+PROJECTIONS = (4096, 1024, 1024)  # q, k and v of an 8B Llama
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A layer, or q, k and v together, over 16 or 4 bits, at M tokens."""
+
+    name: str
+    M: int
+    bits: int
+    outs: tuple[int, ...] = (HIDDEN,)
+    dropout: float = 0.0
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}, {self.bits} bits, {self.M} tokens{', dropout' if self.dropout else ''}"
+
+
+CASES = [
+    *(Case("a layer", M, bits) for bits in (16, 4) for M in (1, 512, 2048)),
+    Case("a layer", 2048, 16, dropout=0.1),
+    *(Case("q, k and v", 2048, bits, PROJECTIONS) for bits in (16, 4)),
+]
+SMOKE = [Case("a layer", 1, 16)]
+
+
+def layers_of(case: Case) -> list[nn.Module]:
+    """The case's layers, on the CPU, with bf16 adapters."""
+    from peftkern.nn import LoraLinear
+
+    options: dict[str, Any] = {"r": RANK, "lora_alpha": RANK, "lora_dropout": case.dropout}
+    if case.bits == 4:
+        options["quantization"] = "nf4"
+    made: list[nn.Module] = []
+    for out in case.outs:
+        layer = LoraLinear.from_linear(nn.Linear(HIDDEN, out, bias=False, dtype=torch.bfloat16), **options)
+        for name, p in layer.named_parameters():
+            if "lora_" in name:
+                p.data = p.data.bfloat16()
+        made.append(layer)
+    return made
+
+
+def runners(case: Case, layers: list[nn.Module], device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Forward without gradients, and forward + backward."""
+    if len(layers) > 1:
+        from peftkern.tuners.lora.shared_input import share_input
+
+        share_input(*layers)
+    x = torch.empty(case.M, HIDDEN, dtype=torch.bfloat16, device=device).requires_grad_()
+    dys = [torch.empty(case.M, out, dtype=torch.bfloat16, device=device) for out in case.outs]
+    learned = [x, *(p for layer in layers for p in layer.parameters() if p.requires_grad)]
+
+    def forward() -> None:
+        with torch.no_grad():
+            for layer in layers:
+                layer(x)
+
+    def both() -> None:
+        torch.autograd.backward([layer(x) for layer in layers], dys)
+        for p in learned:
+            p.grad = None
+
+    return {"forward": forward, "forward+backward": both}
+
+
+def host_us(run: Callable[[], Any], seconds: float, wait: Callable[[], Any]) -> float:
+    """Least microseconds of the host's time for a call."""
+    for _ in range(5):
+        run()
+    best, deadline = float("inf"), time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        wait()
+        start = time.process_time()
+        for _ in range(ROUND):
+            run()
+        best = min(best, (time.process_time() - start) / ROUND)
+    return 1e6 * best
+
+
+def launches_of(run: Callable[[], Any]) -> int:
+    """Steps that one call replays; a list of launches that is built anew at every call would be none of them."""
+    from peftkern_kernels import replay
+
+    counted, original = [], replay.replay
+
+    def counting(recording: Any, *rest: Any) -> None:
+        counted.append(len(recording.steps))
+        original(recording, *rest)
+
+    replay.replay = counting
+    try:
+        run()
+    finally:
+        replay.replay = original
+    return sum(counted)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each figure")
+    parser.add_argument("--smoke", action="store_true", help="one case, briefly: does the program run?")
+    parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/<device>)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if options.smoke and options.out is None:
+        print("--smoke: nothing worth keeping is measured, so --out says where the result goes", file=sys.stderr)
+        return 2
+    has_gpu = torch.cuda.is_available()
+    torch.set_num_threads(1)
+    folder = options.out or environment.results_folder(torch.device("cuda" if has_gpu else "cpu"))
+    described = environment.describe(torch.device("cuda" if has_gpu else "cpu"))
+    cases = SMOKE if options.smoke else CASES
+    made = [layers_of(case) for case in cases]
+    device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else null_device.CUDA
+    if has_gpu:
+        made = [[layer.to(device) for layer in layers] for layers in made]
+    else:
+        null_device.install()
+    result: dict[str, Any] = {
+        "schema": records.SCHEMA,
+        "kind": "host",
+        "environment": described,
+        "launched_on": "the GPU" if has_gpu else null_device.NAME,
+        "rows": [],
+        "missing": [],
+    }
+    for case, layers in zip(cases, made, strict=True):
+        for passes, run in runners(case, layers, device).items():
+            taken = host_us(run, 0.05 if options.smoke else options.seconds, torch.cuda.synchronize if has_gpu else int)
+            row = {"case": case.key, "passes": passes, "host_us": taken, "launches": launches_of(run)}
+            result["rows"].append(row)
+            print(f"{case.key:36s} {passes:17s} {taken:7.1f} us, {row['launches']:2d} launches", flush=True)
+    print(save(result, folder, "host.json"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
