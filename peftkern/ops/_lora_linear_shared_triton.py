@@ -32,6 +32,7 @@ from peftkern.ops._lora_linear_triton import (
     weight_parts,
 )
 from peftkern.ops._projection_group import Group
+from peftkern.ops._rank_rows import joined, new_s, whole_blocks
 from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
 from peftkern.ops.plan import DECODE_PATHS
 from peftkern_kernels import replay
@@ -49,7 +50,7 @@ def _key(what: str, dropout: Dropout | None, *rest: Any) -> tuple[Any, ...]:
 
 def _numbers(group: Group) -> tuple[Any, ...]:
     """What launches of the shrinks depend on beside tensors."""
-    return group.scalings, tuple(columns.stop for columns in group.columns)
+    return group.scalings, tuple((columns.start, columns.stop) for columns in group.columns)
 
 
 def _seed(dropout: Dropout | None) -> torch.Tensor | None:
@@ -67,20 +68,16 @@ def _blocks(weight: Any, dtype: torch.dtype, path: str) -> Iterator[tuple[slice,
         yield part, dense, dense_path
 
 
-def joined(lora_As: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A of all projections [R, K], in their own dtype."""
-    return torch.cat(tuple(lora_As))
-
-
 def all_shrinks(
     x: torch.Tensor, group: Group, lora_A: torch.Tensor, s: torch.Tensor, dropout: Dropout | None, arch: int
 ) -> Calls:
-    """Launches of `S = scaling * dropout(x) A^T` for A [R, K] of all projections: one where they scale alike."""
+    """Launches of `S = scaling * dropout(x) A^T` for A [R, K] of all projections, a row for each column of S: one where
+    they scale alike."""
     common: dict[str, Any] = {"dropout": dropout, "arch": arch, "precision": precision()}
     if len(set(group.scalings)) == 1:
         return [*shrink_calls(x, lora_A, s, scaling=group.scalings[0], **common)]
     calls: Calls = []
-    for columns, scaling in zip(group.columns, group.scalings, strict=True):
+    for columns, scaling in zip(whole_blocks(group.columns), group.scalings, strict=True):
         calls += shrink_calls(x, lora_A[columns], s[:, columns], scaling=scaling, **common)
     return calls
 
@@ -97,8 +94,8 @@ def forward(
     """x [M, K] -> each y [M, N], and S [M, R] of all projections, with its scaling, in x's dtype."""
     if group.path in DECODE_PATHS:
         return _decoded(x, group, lora_As, lora_Bs, biases, dropout, arch)
-    lora_A = joined(lora_As)
-    s = x.new_empty(x.shape[0], lora_A.shape[0])
+    lora_A = joined(lora_As, group.columns)
+    s = new_s(x, x.shape[0], lora_A.shape[0], group.path, arch)
     replay.run(
         _key("lora_linear_shared", dropout, *_numbers(group)),
         (x, lora_A, s, _seed(dropout)),
@@ -215,14 +212,14 @@ def backward(
     M, device = dys[0].shape[0], dys[0].device
     dbs: list[torch.Tensor | None] = []
     places = rank_columns(lora_As)
-    ds: Kept = dys[0].new_empty(M, places[-1].stop) if needs_x or needs_a else None
+    ds: Kept = new_s(dys[0], M, places[-1].stop, group.path, arch) if needs_x or needs_a else None
     parts = zip(dys, lora_Bs, group.scalings, group.columns, places, needs_bs, strict=True)
     for dy, lora_B, scaling, columns, place, needs_b in parts:
         db = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if needs_b else None
         own_s = s[:, columns] if needs_b else None
         _run_thin(dy, lora_B, own_s, None if ds is None else ds[:, place], db, scaling, arch)
         dbs.append(db)
-    lora_A = joined(lora_As)
+    lora_A = joined(lora_As, places)
     dx: Kept = None
     if needs_x and group.path in FUSED_4BIT_PATHS:
         for dy, weight, own_a, place in zip(dys, group.weights, lora_As, places, strict=True):

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from peftkern.ops._lora_linear_torch import dense_rows
+from peftkern.ops._rank_rows import new_s, scratch_s
 from peftkern.weights import Weight4bit
 from peftkern_kernels import replay
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.format_4bit import Packed4bit
-from peftkern_kernels.launch import Call, TorchCall, nbytes, scratch
+from peftkern_kernels.launch import Call, TorchCall, nbytes
 from peftkern_kernels.lora_decode import decode_calls
 from peftkern_kernels.lora_decode_4bit import decode_4bit_calls
 from peftkern_kernels.lora_dy_pass import ONE_PASS_RANK, dy_pass_calls
@@ -75,10 +76,12 @@ def precision() -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def _outputs(x: torch.Tensor, weight: Any, lora_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _outputs(
+    x: torch.Tensor, weight: Any, lora_A: torch.Tensor, path: str, arch: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """y [M, N] and S [M, R], uninitialised."""
     M = x.shape[0]
-    return x.new_empty(M, weight.shape[0]), x.new_empty(M, lora_A.shape[0])
+    return x.new_empty(M, weight.shape[0]), new_s(x, M, lora_A.shape[0], path, arch)
 
 
 def _gradients(
@@ -112,7 +115,7 @@ def forward(
     arch: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the launches of `forward_calls`; y [M, N] and S [M, R]."""
-    out = _outputs(x, weight, lora_A)
+    out = _outputs(x, weight, lora_A, path, arch)
     blocksize, *held = weight_parts(weight)
     seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
     replay.run(
@@ -164,7 +167,7 @@ def forward_calls(
 ) -> tuple[torch.Tensor, torch.Tensor, Calls]:
     """x [M, K] -> y [M, N], S [M, R] (scaling applied in fp32, then rounded to x's dtype; both `out` if it is given),
     and the launches."""
-    y, s = _outputs(x, weight, lora_A) if out is None else out
+    y, s = _outputs(x, weight, lora_A, path, arch) if out is None else out
     common: dict[str, Any] = {"arch": arch, "precision": precision()}
     if path == "decode":
         calls: Calls = [*decode_calls(x, weight, lora_A, lora_B, scaling, y, s, bias=bias, dropout=dropout, **common)]
@@ -250,11 +253,10 @@ def backward_calls(
     `x` may be None if dA is not asked for, `s` if dB is not. dA and dB are in the adapters' own dtypes.
     """
     dx, da, db = _gradients(dy, weight, lora_A, lora_B, needs) if out is None else out
-    R = lora_A.shape[0]
     common: dict[str, Any] = {"arch": arch, "precision": precision()}
     ds: Kept = None
     if dx is not None or da is not None:
-        ds = scratch(dy.shape[0], R, dtype=dy.dtype, device=dy.device)
+        ds = scratch_s(dy, dy.shape[0], lora_A.shape[0], path, arch)
     calls: Calls = []
     db_done = False
     if dx is not None and dropout is None and path == "decode":

@@ -35,6 +35,7 @@ from peftkern.ops._common import (
 from peftkern.ops._lora_linear_shared_call import Optional, backward_shared, forward_shared, launched_apart
 from peftkern.ops._lora_linear_shared_operator import call_operator
 from peftkern.ops._projection_group import Group
+from peftkern.ops._rank_rows import s_columns
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.lora_linear import plan_for as plan_for_dense
 from peftkern.ops.lora_linear_quantized import check_quantized
@@ -129,7 +130,7 @@ def run(
     stored = [t for w in weights if not isinstance(w, torch.Tensor) for t in w.tensors() if t is not None]
     if needs_operator(x, *lora_As, *lora_Bs, *learned, *stored):
         return call_operator(x, weights, lora_As, lora_Bs, scalings, biases, p, seed, path)
-    group = Group(tuple(weights), tuple(scalings), rank_columns(lora_As), p, path)
+    group = Group(tuple(weights), tuple(scalings), s_columns([A.shape[0] for A in lora_As], x, path), p, path)
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in (*lora_As, *lora_Bs))):
         dense = [w if isinstance(w, torch.Tensor) else None for w in weights]
         return apply_directly(_LoraLinearShared, x, seed, group, *dense, *lora_As, *lora_Bs, *biases)
