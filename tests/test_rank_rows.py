@@ -321,6 +321,20 @@ def test_hopper_takes_it_for_dora_and_for_projections_side_by_side():
         assert PERSISTENT in kernels(shared.output_calls(x, w, s[:, part], rows, x, None, "triton", 90))
 
 
+def test_no_device_is_asked_where_it_does_not_matter(monkeypatch):
+    """Would catch a traced graph that can no longer be looked at on a machine without its GPU, for a rank of 16; and a
+    question that plain PyTorch has to wait for."""
+    asked = []
+    module = importlib.import_module("peftkern.ops._rank_rows")
+    monkeypatch.setattr(module, "device_info", lambda device: asked.append(device) or types.SimpleNamespace(arch=90))
+    x = torch.empty(7, 40, dtype=torch.bfloat16, device="meta")
+    for path in ("torch", "cublas", "dequantize:torch", "decode"):
+        assert module.fake_s(x, 7, 3, path).is_contiguous() and module.s_columns([3, 4], x, path)[1].start == 3
+    assert module.fake_s(x, 7, 16, "triton").is_contiguous() and module.s_columns([8, 16], x, "triton")[1].start == 8
+    assert not asked
+    assert module.fake_s(x, 7, 3, "triton").stride() == (8, 1) and len(asked) == 1
+
+
 @pytest.mark.parametrize("arch", [arch for arch in MULTIPROCESSORS if arch not in (0, 90)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_elsewhere_s_is_contiguous(arch, dtype):

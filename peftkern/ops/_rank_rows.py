@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import torch
 
 from peftkern.backend import device_info
-from peftkern.ops._common import Ranks
 from peftkern_kernels.gemm_tables import has_persistent_tiles
 from peftkern_kernels.launch import cdiv, scratch
 
+Columns = tuple[slice, ...]
 ROW_BYTES = 16  # what a descriptor's rows have to be multiples of
 
 
@@ -54,12 +54,12 @@ def fake_s(x: torch.Tensor, M: int, R: int, path: str) -> torch.Tensor:
     return new_s(x, M, R, path, _arch([R], x, path))
 
 
-def s_columns(ranks: Sequence[int], x: torch.Tensor, path: str) -> Ranks:
+def s_columns(ranks: Sequence[int], x: torch.Tensor, path: str) -> Columns:
     """The columns of S that are each projection's; of dS, and of A of all projections, they are `rank_columns`."""
     return columns_of_s(ranks, x.dtype, path, _arch(ranks, x, path))
 
 
-def columns_of_s(ranks: Sequence[int], dtype: torch.dtype, path: str, arch: int) -> Ranks:
+def columns_of_s(ranks: Sequence[int], dtype: torch.dtype, path: str, arch: int) -> Columns:
     """`s_columns` for an architecture."""
     found: list[slice] = []
     start = 0
@@ -75,13 +75,13 @@ def _arch(ranks: Sequence[int], x: torch.Tensor, path: str) -> int:
     return device_info(x.device).arch if matters else 0
 
 
-def whole_blocks(columns: Ranks) -> Ranks:
+def whole_blocks(columns: Columns) -> Columns:
     """`columns` of S, each up to where the next one begins."""
     starts = [part.start for part in columns[1:]]
     return tuple(slice(part.start, stop) for part, stop in zip(columns, [*starts, columns[-1].stop], strict=True))
 
 
-def joined(lora_As: Sequence[torch.Tensor], columns: Ranks) -> torch.Tensor:
+def joined(lora_As: Sequence[torch.Tensor], columns: Columns) -> torch.Tensor:
     """A of all projections [R, K], in their own dtype: a row for each column of S.
 
     What stands for a column that is nobody's is a row that is there: so nothing is filled, and it takes no launch
