@@ -62,9 +62,9 @@ def lora_linear_shared(
     and scalings may differ. One operator forward and one backward also under torch.compile, over dense and quantized
     weights alike; single calls where the plan says so, and where a weight or a bias learns. On "decode" and
     "decode_4bit" K may be split otherwise than for one projection alone, and then sums differ in their last bits. Kept
-    for backward: x by reference, S of all projections [M, sum of ranks] (on Hopper each rank rounded up to a multiple of
-    8 ranks), and a seed (kernels) or one mask (plain PyTorch). Backward serves all outputs at once: gradients of one output alone are right, but then another backward
-    needs `retain_graph=True`.
+    for backward: x by reference, S of all projections [M, sum of ranks] (on Hopper of ranks rounded up to multiples of
+    8), and a seed (kernels) or one mask (plain PyTorch). Backward serves all outputs at once: gradients of one output
+    alone are right, but then another backward needs `retain_graph=True`.
 
     Args:
         x: [..., in_features], as for `lora_linear`.
