@@ -24,13 +24,8 @@ import torch
 
 CUDA = torch.device("cuda", 0)
 ARCH = 90
-PROPERTIES = SimpleNamespace(
-    major=ARCH // 10,
-    minor=ARCH % 10,
-    multi_processor_count=132,
-    total_memory=80 * 10**9,
-    name="a GPU that does nothing",
-)
+NAME = "a GPU that does nothing"
+PROPERTIES = SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=80 * 10**9, name=NAME)
 # What Triton's driver.c calls, and what it is to find written where a pointer says.
 DRIVER = r"""
 #include <string.h>

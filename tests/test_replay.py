@@ -74,6 +74,7 @@ def kernel(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(replay, "_stream", lambda _: STREAM)
     monkeypatch.setattr(torch, "empty", _empty_on_cpu(torch.empty))
+    monkeypatch.setattr(torch, "empty_strided", _empty_on_cpu(torch.empty_strided))
     return kernel
 
 
@@ -305,8 +306,23 @@ def test_results_are_allocated_anew(kernel):
     assert kernel.compilations == 1
 
 
-def test_results_with_gaps_are_not_kept(kernel):
-    """Would catch a result of other strides than the one that was recorded."""
+def test_results_with_gaps_come_back_with_them(kernel):
+    """Would catch S with rows that a descriptor of the recording cannot describe, and one that two calls share."""
+    got = []
+    for i in range(3):
+        source = torch.full((3,), float(i))
+
+        def build(source=source):
+            y = torch.empty(0).new_empty_strided((3, 2), (4, 1))
+            return (y,), [TorchCall("copy", torch.Tensor.copy_, (y, source[:, None].expand(3, 2)))]
+
+        got += replay.produce("rows", (source,), build, GPU)
+    assert [y.tolist() for y in got] == [[[float(i)] * 2] * 3 for i in range(3)]
+    assert [y.stride() for y in got] == [(4, 1)] * 3 and len(replay._kept) == 1
+
+
+def test_results_within_other_memory_are_not_kept(kernel):
+    """Would catch a launch that writes beside the result, into memory that a new one would not have."""
     for _ in range(2):
         source = torch.ones(4)
 

@@ -19,6 +19,7 @@ from peftkern.ops._common import (
 )
 from peftkern.ops._lora_linear_shared_call import Optional, backward_shared, forward_shared, launched_apart
 from peftkern.ops._projection_group import Group
+from peftkern.ops._rank_rows import fake_s, s_columns
 from peftkern.ops.lora_linear_quantized import flatten, unflatten
 from peftkern.ops.plan import DECODE_PATHS
 from peftkern.weights import Weight
@@ -94,7 +95,7 @@ def _operator(
     """(each y, S of all, mask); mask is empty unless the plain path drew one."""
     weights, held = unflatten_all(tensors, numbers), iter(biases)
     all_biases = [next(held) if has else None for has in biased]
-    group = Group(tuple(weights), tuple(scalings), rank_columns(lora_As), dropout_p, path)
+    group = Group(tuple(weights), tuple(scalings), s_columns([A.shape[0] for A in lora_As], x, path), dropout_p, path)
     if path in DECODE_PATHS and launched_apart(weights, lora_As, lora_Bs, all_biases):
         ys, s = _forward_apart(x, group, lora_As, lora_Bs, all_biases, seed)
         mask = None
@@ -129,7 +130,7 @@ def _(x, lora_As, lora_Bs, tensors, numbers, biases, biased, seed, scalings, dro
     M = x.numel() // K
     return (
         [x.new_empty(*x.shape[:-1], lora_B.shape[0]) for lora_B in lora_Bs],
-        x.new_empty(M, sum(lora_A.shape[0] for lora_A in lora_As)),
+        fake_s(x, M, s_columns([A.shape[0] for A in lora_As], x, path)[-1].stop, path),
         x.new_empty((M, K) if _draws_mask(seed, path) else (0,), dtype=torch.bool),
     )
 
@@ -221,6 +222,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
         *tensors,
     )
     ctx.numbers, ctx.scalings, ctx.rest, ctx.biases = list(numbers), list(scalings), (dropout_p, path), len(biases)
+    ctx.starts = [columns.start for columns in s_columns([A.shape[0] for A in lora_As], x, path)]
 
 
 def _operator_autograd(ctx: Any, dys: Sequence[Optional], *_: Optional) -> tuple[Any, ...]:
@@ -234,11 +236,10 @@ def _operator_autograd(ctx: Any, dys: Sequence[Optional], *_: Optional) -> tuple
     dx: Optional = None
     live = [i for i, dy in enumerate(dys) if dy is not None]
     if live:
-        columns = rank_columns(lora_As)
         weights = unflatten_all(tensors, ctx.numbers)
         live_tensors, numbers = flatten_all([weights[i] for i in live])
         live_As, live_Bs = [lora_As[i] for i in live], [lora_Bs[i] for i in live]
-        scalings, starts = [ctx.scalings[i] for i in live], [columns[i].start for i in live]
+        scalings, starts = [ctx.scalings[i] for i in live], [ctx.starts[i] for i in live]
         needs = (needs_x, any(each_a[i] for i in live), [each_b[i] for i in live])
         parts = (live_As, live_Bs, live_tensors, numbers, s, mask, seed, scalings, starts)
         all_dx, all_da, live_dbs = _operator_backward([dys[i] for i in live], x, *parts, *ctx.rest, *needs)

@@ -34,6 +34,7 @@ from peftkern.ops._lora_linear_triton import (
     written_dense,
 )
 from peftkern.ops._projection_group import Group
+from peftkern.ops._rank_rows import Columns, joined_parts, new_s, scratch_s, whole_blocks
 from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
 from peftkern.ops.lora_linear_quantized import written_by_launch
 from peftkern.ops.plan import DECODE_PATHS
@@ -55,7 +56,7 @@ def _key(what: str, dropout: Dropout | None, *rest: Any) -> tuple[Any, ...]:
 
 def _numbers(group: Group) -> tuple[Any, ...]:
     """What launches of the shrinks depend on beside tensors."""
-    return group.scalings, tuple(columns.stop for columns in group.columns)
+    return group.scalings, tuple((columns.start, columns.stop) for columns in group.columns)
 
 
 def _seed(dropout: Dropout | None) -> torch.Tensor | None:
@@ -95,22 +96,23 @@ def _join(out: torch.Tensor, *parts: torch.Tensor) -> None:
     torch.cat(parts, out=out)
 
 
-def joined(lora_As: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Calls]:
-    """Memory between launches for A of all projections [R, K], in their own dtype, and the call that fills it."""
-    ranks = sum(lora_A.shape[0] for lora_A in lora_As)
-    out = scratch(ranks, lora_As[0].shape[1], dtype=lora_As[0].dtype, device=lora_As[0].device)
-    return out, [TorchCall("join A", _join, (out, *lora_As), bytes=2 * nbytes(out))]
+def joined(lora_As: Sequence[torch.Tensor], columns: Columns) -> tuple[torch.Tensor, Calls]:
+    """Memory between launches for A of all projections [R, K], in their own dtype, a row for each column of S or dS,
+    and the call that fills it."""
+    out = scratch(columns[-1].stop, lora_As[0].shape[1], dtype=lora_As[0].dtype, device=lora_As[0].device)
+    return out, [TorchCall("join A", _join, (out, *joined_parts(lora_As, columns)), bytes=2 * nbytes(out))]
 
 
 def all_shrinks(
     x: torch.Tensor, group: Group, lora_A: torch.Tensor, s: torch.Tensor, dropout: Dropout | None, arch: int
 ) -> Calls:
-    """Launches of `S = scaling * dropout(x) A^T` for A [R, K] of all projections: one where they scale alike."""
+    """Launches of `S = scaling * dropout(x) A^T` for A [R, K] of all projections, a row for each column of S: one where
+    they scale alike."""
     common: dict[str, Any] = {"dropout": dropout, "arch": arch, "precision": precision()}
     if len(set(group.scalings)) == 1:
         return [*shrink_calls(x, lora_A, s, scaling=group.scalings[0], **common)]
     calls: Calls = []
-    for columns, scaling in zip(group.columns, group.scalings, strict=True):
+    for columns, scaling in zip(whole_blocks(group.columns), group.scalings, strict=True):
         calls += shrink_calls(x, lora_A[columns], s[:, columns], scaling=scaling, **common)
     return calls
 
@@ -127,7 +129,7 @@ def forward(
     """x [M, K] -> each y [M, N], and S [M, R] of all projections, with its scaling, in x's dtype."""
     if group.path in DECODE_PATHS:
         return _decoded(x, group, lora_As, lora_Bs, biases, dropout, arch)
-    s = x.new_empty(x.shape[0], group.columns[-1].stop)
+    s = new_s(x, x.shape[0], group.columns[-1].stop, group.path, arch)
     ys = [x.new_empty(x.shape[0], weight.shape[0]) for weight in group.weights]
     seed = _seed(dropout)
     if _are_taken_whole(group, x.dtype):
@@ -159,7 +161,7 @@ def shrinks(
     arch: int,
 ) -> Calls:
     """Launches of `all_shrinks`, before which A of all projections is put together."""
-    lora_A, calls = joined(lora_As)
+    lora_A, calls = joined(lora_As, group.columns)
     return [*calls, *all_shrinks(x, group, lora_A, s, dropout, arch)]
 
 
@@ -298,7 +300,7 @@ def backward(
     dx = dys[0].new_empty(M, K) if needs_x else None
     da = lora_As[0].new_empty(R, K) if needs_a else None
     gradients = (dx, da, dbs)
-    numbers = (*_numbers(group), tuple(columns.start for columns in group.columns))  # some may be missing
+    numbers = _numbers(group)
     if not needs_x or _are_taken_whole(group, dys[0].dtype):
         blocksizes, tensors = _stored(group.weights) if needs_x else ([], [])
         replay.run(
@@ -308,7 +310,7 @@ def backward(
             dys[0].device,
         )
         return gradients
-    ds = dys[0].new_empty(M, R)
+    ds = new_s(dys[0], M, R, group.path, arch)
     replay.run(
         _key("lora_linear_shared dS, dA, dB", dropout, *numbers),
         (*dys, x, *lora_Bs, s, ds, _seed(dropout), da, *dbs),
@@ -369,7 +371,7 @@ def backward_calls(
     M, R = dys[0].shape[0], sum(lora_A.shape[0] for lora_A in lora_As)
     ds: Kept = None
     if dx is not None or da is not None:
-        ds = scratch(M, R, dtype=dys[0].dtype, device=dys[0].device)
+        ds = scratch_s(dys[0], M, R, group.path, arch)
     calls = all_thin_calls(dys, group, lora_As, lora_Bs, s, ds, dbs, arch)
     if dx is not None and group.path in FUSED_4BIT_PATHS:
         own: Kept = None  # these kernels only write
@@ -381,7 +383,7 @@ def backward_calls(
             else:
                 calls.append(TorchCall("+ dX", torch.Tensor.add_, (dx, own), bytes=3 * nbytes(dx)))
     elif dx is not None:
-        lora_A, join = joined(lora_As)
+        lora_A, join = joined(lora_As, rank_columns(lora_As))
         calls += join
         room = _room(group, dx)
         for i, (dy, stored) in enumerate(zip(dys, group.weights, strict=True)):
@@ -430,7 +432,7 @@ def _run_input_gradient(
     """`dX = dY W + keep / (1 - p) * (dS A)`, A of all projections."""
 
     def build() -> Calls:
-        lora_A, calls = joined(lora_As)
+        lora_A, calls = joined(lora_As, rank_columns(lora_As))
         return [*calls, *input_gradient_calls(dy, weight, ds, lora_A, dx, dropout, path, arch)]
 
     blocksize, *held = weight_parts(weight)

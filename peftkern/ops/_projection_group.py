@@ -18,7 +18,7 @@ class Group:
     Attributes:
         weights: the frozen one of each, dense or quantized.
         scalings: a number each.
-        columns: each one's of S [M, R], which may have others.
+        columns: each one's of S [M, R], which may have others, also such that are nobody's (_rank_rows.py).
         dropout_p: of all.
         path: of `plan_shared`.
     """

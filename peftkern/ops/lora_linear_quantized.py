@@ -35,6 +35,7 @@ from peftkern.ops._common import (
     unflattened,
     without_autocast,
 )
+from peftkern.ops._rank_rows import fake_s
 from peftkern.ops.lora_linear import _backward as dense_backward
 from peftkern.ops.lora_linear import _forward as dense_forward
 from peftkern.ops.plan import Plan, plan_lora_linear_quantized
@@ -333,7 +334,7 @@ def _(x, tensors, lora_A, lora_B, bias, seed, numbers, scaling, dropout_p, path)
     mask_shape = (M, K) if seed is not None and is_plain(path) else (0,)
     return (
         x.new_empty(*x.shape[:-1], N),
-        x.new_empty(M, lora_A.shape[0]),
+        fake_s(x, M, lora_A.shape[0], path),
         x.new_empty(mask_shape, dtype=torch.bool),
     )
 
