@@ -13,10 +13,11 @@ import torch
 
 from peftkern.adapter_pool import LayerAdapters, Layout
 from peftkern.ops import _multi_lora_linear_torch as plain
-from peftkern.ops._base_product import add_base_backward, base
+from peftkern.ops._base_product import add_base, add_base_backward, base
 from peftkern.ops._common import is_plain, unflattened, without_autocast
 from peftkern.ops.adapter_route import AdapterBatch
-from peftkern.ops.quantize import dequantize
+from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
+from peftkern.ops.lora_linear_quantized import fits_buffer
 from peftkern_kernels.adapters import Adapters
 
 WHOLE_POOL = -1  # as an owner's slot: the pools themselves ask for a gradient
@@ -252,14 +253,23 @@ def _kernel_forward(
     from peftkern.ops import _multi_lora_linear_triton as kernels
 
     first = calls[0]
-    held, path = _for_kernels(weights, rows.dtype, first.path)
-    layers = [
-        kernels.Layer(weight, call.kernel_adapters(), bias)
-        for weight, call, bias in zip(held, calls, biases, strict=True)
-    ]
     routing = first.batch.routing(rows.shape[0])
-    ys, ss = kernels.forward(rows, layers, routing, first.seed, first.dropout_p, path, keep_s=any(keeps))
-    return ys, [s if keep else None for s, keep in zip(ss, keeps, strict=True)]
+
+    def launched(weights: Sequence[Any], path: str) -> tuple[list[torch.Tensor], list[Optional]]:
+        each = zip(weights, calls, biases, strict=True)
+        layers = [kernels.Layer(weight, call.kernel_adapters(), bias) for weight, call, bias in each]
+        ys, ss = kernels.forward(rows, layers, routing, first.seed, first.dropout_p, path, keep_s=any(keeps))
+        return ys, [s if keep else None for s, keep in zip(ss, keeps, strict=True)]
+
+    how, _, dense_path = first.path.partition(":")
+    if how == "dequantize" and _is_one_whole(weights, rows.dtype):
+        for _, dense in dense_blocks(weights[0], rows.dtype, dense_path):
+            return launched([dense], dense_path)
+    ys, ss = launched(weights, first.path)
+    if how == "dequantize":
+        for y, weight in zip(ys, weights, strict=True):
+            add_base(y, rows, weight, dense_path)
+    return ys, ss
 
 
 def _kernel_backward(
@@ -273,13 +283,24 @@ def _kernel_backward(
 ) -> tuple[Optional, list[list[torch.Tensor]]]:
     from peftkern.ops import _multi_lora_linear_triton as kernels
 
-    first = calls[0]
-    held, path = _for_kernels(weights, grads[0].dtype, first.path)
-    layers = [kernels.Layer(weight, call.kernel_adapters()) for weight, call in zip(held, calls, strict=True)]
+    first, dtype = calls[0], grads[0].dtype
     routing = first.batch.routing(grads[0].shape[0])
     needs = (needs_x, tuple((needs, needs) for needs in needs_adapters))
-    dx, pools = kernels.backward(grads, rows, layers, ss, routing, first.seed, first.dropout_p, path, needs)
-    return dx, [_of_owners(call, *pair) for call, pair in zip(calls, pools, strict=True)]
+
+    def launched(weights: Sequence[Any], path: str) -> tuple[Optional, list[list[torch.Tensor]]]:
+        layers = [kernels.Layer(weight, call.kernel_adapters()) for weight, call in zip(weights, calls, strict=True)]
+        dx, pools = kernels.backward(grads, rows, layers, ss, routing, first.seed, first.dropout_p, path, needs)
+        return dx, [_of_owners(call, *pair) for call, pair in zip(calls, pools, strict=True)]
+
+    how, _, dense_path = first.path.partition(":")
+    if how == "dequantize" and needs_x and _is_one_whole(weights, dtype):
+        for _, dense in dense_blocks(weights[0], dtype, dense_path):
+            return launched([dense], dense_path)
+    dx, found = launched(weights, first.path)
+    if how == "dequantize" and needs_x:
+        for grad, weight in zip(grads, weights, strict=True):
+            add_base_backward(dx, grad, weight, dense_path)
+    return dx, found
 
 
 def _of_owners(call: Call, pool_a: Optional, pool_b: Optional) -> list[torch.Tensor]:
@@ -294,9 +315,7 @@ def _of_owners(call: Call, pool_a: Optional, pool_b: Optional) -> list[torch.Ten
     return found
 
 
-def _for_kernels(weights: Sequence[Any], dtype: torch.dtype, path: str) -> tuple[list[Any], str]:
-    """The weights as the kernels of a path take them, and that path: "dequantize:PATH" is PATH over dense weights."""
-    how, _, dense_path = path.partition(":")
-    if how != "dequantize":
-        return list(weights), path
-    return [dequantize(weight, dtype) for weight in weights], dense_path
+def _is_one_whole(weights: Sequence[Any], dtype: torch.dtype) -> bool:
+    """Whether "dequantize:PATH" is PATH over a dense weight: one projection's, written out whole. Of several, or of one
+    in blocks, the adapters come first, and to that each product is added as its weight is written."""
+    return len(weights) == 1 and fits_buffer(weights[0], dtype)
