@@ -139,7 +139,6 @@ def mixed(route, x, weights, device):
 ROUTES = ["lora_linear", "shared", "shared, dropout", "dora_linear", "ia3_linear", "ia3_linear, feed-forward"]
 ROUTES += ["multi_ia3_linear", "multi_ia3_linear, feed-forward", "gated_lora_linear", "lora_mlp", "linear_quantized"]
 ROUTES += ["multi_lora_linear", "multi_lora_linear, dropout", "multi_lora_linear_shared"]
-ROUTES += ["multi_lora_linear_shared, dropout"]
 
 
 @pytest.mark.parametrize("blocks", [1, 2])

@@ -32,6 +32,7 @@ def forward_calls(
     path: str,
     arch: int,
     keep_z: bool,
+    *,
     spends_weight: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Calls]:
     """x [M, K] -> y [M, N], z [M, N] if it is kept, and the launches. `spends_weight`: it is nobody else's, and may be
@@ -112,14 +113,15 @@ def forward(
     is_feedforward: bool,
     path: str,
     keep_z: bool,
+    *,
     spends_weight: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `_ia3_linear_torch.forward`, on kernels; `spends_weight` as in `forward_calls`."""
     arch = device_info(x.device).arch
 
     def build() -> Any:
-        options = (is_feedforward, path, arch, keep_z, spends_weight)
-        *results, calls = forward_calls(x, weight, scale, bias, ids, *options)
+        numbers = (is_feedforward, path, arch, keep_z)
+        *results, calls = forward_calls(x, weight, scale, bias, ids, *numbers, spends_weight=spends_weight)
         return results, calls
 
     key = ("ia3_linear", is_feedforward, path, keep_z, spends_weight, precision())

@@ -3,10 +3,9 @@
 As in _lora_linear_triton.py nothing runs here: outputs are allocated and returned with the `Call`s that fill them.
 Paths over a dense weight: "triton" (the expand is in the base GEMM's accumulator), "cublas" (the grouped expand writes
 first, cuBLAS adds the base in place), "decode" (at most 64 rows; up to 16 the base is our kernels' too). Over a
-`Weight4bit`: "fused_4bit", and "decode_4bit" (at most 16 rows). Over any quantized weight "dequantize:PATH": the
-adapters' launches alone, which read no weight; whoever runs them adds x W^T to y, and dY W to dX, in place, with one
-weight at a time dense. Written for several projections of one x that share batch, mask and path; one layer is a group
-of one.
+`Weight4bit`: "fused_4bit", and "decode_4bit" (at most 16 rows). Over any quantized weight "dequantize:PATH": what
+"cublas" launches, but the base; whoever runs it adds x W^T to y, and dY W to dX, in place, with one weight at a time
+dense. Written for several projections of one x that share batch, mask and path; one layer is a group of one.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from peftkern_kernels.routing import Routing
 
 __all__ = ["BASE_MAX_ROWS", "MAX_ROWS", "backward_calls", "forward_calls", "multi_calls"]
 
-WRITTEN_OUT = "dequantize:"  # what a path begins with whose weights are dense, one at a time, when the launches are over
+WRITTEN_OUT = "dequantize:"  # what a path begins with whose weights are written out when these launches are over
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +96,15 @@ def shared_forward_calls(
     M, ranks = x.shape[0], [layer.adapters.max_rank for layer in layers]
     ys = [x.new_empty(M, layer.weight.shape[0]) for layer in layers]
     common: dict[str, Any] = {"arch": arch, "precision": precision()}
-    has_base = not path.startswith(WRITTEN_OUT)
-    if path in ("decode", "decode_4bit", "dequantize:decode") and dropout is None:
+    if path in ("decode", "decode_4bit") and dropout is None:
         s_out = x.new_empty(M, sum(ranks)) if keep_s else None
         beside = list(zip(layers, ys, columns(s_out, ranks), strict=True))
-        if M <= BASE_MAX_ROWS and has_base:
+        if M <= BASE_MAX_ROWS:
             group = [Projection(each.adapters, y, None, each.bias, part) for each, y, part in beside]
             weights = [packed(each.weight) if path == "decode_4bit" else each.weight for each in layers]
             return ys, s_out, [*group_linear_decode_calls(x, weights, group, routing, **common)]
-        calls: Calls = [write_base(x, each.weight, y) for each, y, _ in beside if has_base]
-        group = [Projection(each.adapters, y, y if has_base else None, each.bias, part) for each, y, part in beside]
+        calls: Calls = [write_base(x, each.weight, y) for each, y, _ in beside]
+        group = [Projection(each.adapters, y, y, each.bias, part) for each, y, part in beside]
         return ys, s_out, [*calls, *group_decode_calls(x, group, routing, **common)]
     s = x.new_empty(M, sum(ranks))
     calls = [*group_shrink_calls(x, [each.adapters for each in layers], routing, s, dropout=dropout, **common)]
@@ -120,7 +118,7 @@ def shared_forward_calls(
             calls += base_4bit_plus_expand_calls(x, packed(weight), part, factor, y, bias=bias, **common)
         elif M:
             calls += multi_expand_calls(part, adapters, routing, y, bias=bias, **common)
-            if has_base:
+            if not path.startswith(WRITTEN_OUT):
                 calls.append(_add_base(x, weight, y))
     return ys, s, calls
 
@@ -215,7 +213,7 @@ def _dx_calls(
     path: str,
     common: dict[str, Any],
 ) -> Calls:
-    """Launches of dX = sum over the projections of dY W + keep / (1 - p) * (dS A); on "dequantize:PATH" without dY W."""
+    """Launches of dX = sum over the projections of dY W + keep / (1 - p) * (dS A); on "dequantize:PATH" no dY W."""
     calls: Calls = []
     if dx.shape[0] == 0:
         return calls
@@ -251,7 +249,7 @@ def _base_and_expand(
 
 
 def _tensors(layers: Sequence[Layer], routing: Routing, path: str) -> tuple[Any, list[Any]]:
-    """What a recording of the launches must know of these: numbers, and tensors."""
+    """What a recording of a path's launches must know of these: numbers, and tensors."""
     numbers, tensors = [], []
     for layer in layers:
         adapters = layer.adapters

@@ -292,7 +292,7 @@ def _forward_rows(
             return _ia3_linear_torch.forward(*rest)
         from peftkern.ops import _ia3_linear_triton as kernels
 
-        return kernels.forward(*rest, spends_weight)
+        return kernels.forward(*rest, spends_weight=spends_weight)
     dense_path = path.partition(":")[2]
     N = weight.shape[0]
     y: Any = None

@@ -277,8 +277,6 @@ def plan_multi_lora_linear_shared(plans: tuple[Plan, ...], unlike: str = "") -> 
     path, reason = plans[0].path, plans[0].reason
     if path.rpartition(":")[2] in ("torch", "torch_fp32"):
         shared = "x's rows taken and masked once"
-    elif path == "dequantize:decode":
-        shared = "the adapters of all in two launches, each base on top"
     elif path.rpartition(":")[2] in DECODE_PATHS:
         shared = "the two launches of all are two"
     else:
