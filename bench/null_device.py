@@ -103,6 +103,7 @@ def _change_torch() -> None:
     cuda.get_device_capability = lambda *_: (ARCH // 10, ARCH % 10)
     cuda.get_device_properties = lambda *_: PROPERTIES
     cuda.is_current_stream_capturing = lambda: False
+    cuda.current_stream = lambda *_: SimpleNamespace(cuda_stream=0)
 
 
 def _ignoring_device(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from peftkern_kernels.launch import Call, recorded_scratch
 
 M, K, OUTS, SCALING = 300, 64, (96, 32, 48), 0.75
 PATHS = ["triton", "cublas", "fused_4bit", "dequantize:triton", "dequantize:cublas"]
+BESIDE = ["triton,cublas,cublas", "dequantize:cublas,dequantize:triton,dequantize:triton"]
 HALF = torch.bfloat16
 
 
@@ -36,7 +37,7 @@ def nothing_is_launched(monkeypatch):
 
 def weight_for(path, N):
     weight = torch.randn(N, K, dtype=HALF)
-    return weight if path in ("triton", "cublas") else quantize_4bit(weight, "nf4", 64, True)
+    return quantize_4bit(weight, "nf4", 64, True) if "4bit" in path or path.startswith("dequantize:") else weight
 
 
 def dense_places(calls):
@@ -85,7 +86,7 @@ def test_a_layer(path, p, R, arch):
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("ranks", [(16, 16, 16), (4, 12, 3)])
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PATHS, *BESIDE])
 def test_layers_of_one_x(path, p, ranks, arch):
     """Would catch the same, and a dense weight for each projection in a recording's scratch memory."""
     weights = tuple(weight_for(path, N) for N in OUTS)

@@ -21,7 +21,7 @@ from peftkern.ops._lora_linear_shared_call import Optional, backward_shared, for
 from peftkern.ops._projection_group import Group
 from peftkern.ops._rank_rows import fake_s, s_columns
 from peftkern.ops.lora_linear_quantized import flatten, unflatten
-from peftkern.ops.plan import DECODE_PATHS
+from peftkern.ops.plan import DECODE_PATHS, path_of_all, path_of_each
 from peftkern.weights import Weight
 
 NUMBERS = 4  # of each weight: its tensors, one if it is dense; N, K and blocksize of a quantized one
@@ -242,7 +242,9 @@ def _operator_autograd(ctx: Any, dys: Sequence[Optional], *_: Optional) -> tuple
         scalings, starts = [ctx.scalings[i] for i in live], [ctx.starts[i] for i in live]
         needs = (needs_x, any(each_a[i] for i in live), [each_b[i] for i in live])
         parts = (live_As, live_Bs, live_tensors, numbers, s, mask, seed, scalings, starts)
-        all_dx, all_da, live_dbs = _operator_backward([dys[i] for i in live], x, *parts, *ctx.rest, *needs)
+        dropout_p, path = ctx.rest
+        live_path = path_of_all([path_of_each(path, n)[i] for i in live])
+        all_dx, all_da, live_dbs = _operator_backward([dys[i] for i in live], x, *parts, dropout_p, live_path, *needs)
         dx = all_dx if needs_x else None
         for i, lora_A, place, db in zip(live, live_As, rank_columns(live_As), live_dbs, strict=True):
             das[i] = all_da[place].to(lora_A.dtype) if each_a[i] else None

@@ -147,8 +147,9 @@ def forward(
         lambda: shrinks(x, group, lora_As, s, dropout, arch),
         x.device,
     )
-    for weight, lora_B, bias, columns, y in zip(group.weights, lora_Bs, biases, group.columns, ys, strict=True):
-        _write_output(x, weight, s[:, columns], lora_B, bias, y, group.path, arch)
+    each = zip(group.weights, group.paths, lora_Bs, biases, group.columns, ys, strict=True)
+    for weight, path, lora_B, bias, columns, y in each:
+        _write_output(x, weight, s[:, columns], lora_B, bias, y, path, arch)
     return ys, s
 
 
@@ -179,8 +180,9 @@ def forward_calls(
     """The launches of `forward`, over weights that are taken whole."""
     calls = shrinks(x, group, lora_As, s, dropout, arch)
     room = _room(group, x)
-    for stored, lora_B, bias, columns, y in zip(group.weights, lora_Bs, biases, group.columns, ys, strict=True):
-        weight, path, first = written_dense(stored, group.path, x, arch, room)
+    each = zip(group.weights, group.paths, lora_Bs, biases, group.columns, ys, strict=True)
+    for stored, own_path, lora_B, bias, columns, y in each:
+        weight, path, first = written_dense(stored, own_path, x, arch, room)
         calls += [*first, *output_calls(x, weight, s[:, columns], lora_B, y, bias, path, arch)]
     return calls
 
@@ -318,8 +320,8 @@ def backward(
         dys[0].device,
     )
     begun = False
-    for dy, weight in zip(dys, group.weights, strict=True):
-        begun = _add_input_gradient(dx, begun, dy, weight, ds, lora_As, dropout, group.path, arch)
+    for dy, weight, path in zip(dys, group.weights, group.paths, strict=True):
+        begun = _add_input_gradient(dx, begun, dy, weight, ds, lora_As, dropout, path, arch)
     return gradients
 
 
@@ -386,8 +388,8 @@ def backward_calls(
         lora_A, join = joined(lora_As, rank_columns(lora_As))
         calls += join
         room = _room(group, dx)
-        for i, (dy, stored) in enumerate(zip(dys, group.weights, strict=True)):
-            weight, path, first = written_dense(stored, group.path, dy, arch, room)
+        for i, (dy, stored, own_path) in enumerate(zip(dys, group.weights, group.paths, strict=True)):
+            weight, path, first = written_dense(stored, own_path, dy, arch, room)
             calls += first
             if i == 0:
                 calls += input_gradient_calls(dy, weight, ds, lora_A, dx, dropout, path, arch)

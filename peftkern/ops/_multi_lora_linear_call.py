@@ -5,23 +5,25 @@ Written for projections that share x, its batch and its dropout mask; one layer 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from peftkern.adapter_pool import LayerAdapters, Layout
 from peftkern.ops import _multi_lora_linear_torch as plain
-from peftkern.ops._base_product import add_base_backward, base
+from peftkern.ops._base_product import add_base, add_base_backward, base
 from peftkern.ops._common import is_plain, unflattened, without_autocast
 from peftkern.ops.adapter_route import AdapterBatch
-from peftkern.ops.quantize import dequantize
+from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
+from peftkern.ops.lora_linear_quantized import fits_buffer
 from peftkern_kernels.adapters import Adapters
 
 WHOLE_POOL = -1  # as an owner's slot: the pools themselves ask for a gradient
 Owner = tuple[int, int, int]  # slot, first pool row, rank
 Optional = torch.Tensor | None
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -252,13 +254,18 @@ def _kernel_forward(
     from peftkern.ops import _multi_lora_linear_triton as kernels
 
     first = calls[0]
-    held, path = _for_kernels(weights, rows.dtype, first.path)
-    layers = [
-        kernels.Layer(weight, call.kernel_adapters(), bias)
-        for weight, call, bias in zip(held, calls, biases, strict=True)
-    ]
     routing = first.batch.routing(rows.shape[0])
-    ys, ss = kernels.forward(rows, layers, routing, first.seed, first.dropout_p, path, keep_s=any(keeps))
+
+    def launch(weights: Sequence[Any], path: str) -> tuple[list[torch.Tensor], list[Optional]]:
+        each = zip(weights, calls, biases, strict=True)
+        layers = [kernels.Layer(weight, call.kernel_adapters(), bias) for weight, call, bias in each]
+        return kernels.forward(rows, layers, routing, first.seed, first.dropout_p, path, keep_s=any(keeps))
+
+    def add(made: tuple[list[torch.Tensor], list[Optional]], dense_path: str) -> None:
+        for y, weight in zip(made[0], weights, strict=True):
+            add_base(y, rows, weight, dense_path)
+
+    ys, ss = _launched(launch, add, weights, rows.dtype, first.path)
     return ys, [s if keep else None for s, keep in zip(ss, keeps, strict=True)]
 
 
@@ -274,12 +281,42 @@ def _kernel_backward(
     from peftkern.ops import _multi_lora_linear_triton as kernels
 
     first = calls[0]
-    held, path = _for_kernels(weights, grads[0].dtype, first.path)
-    layers = [kernels.Layer(weight, call.kernel_adapters()) for weight, call in zip(held, calls, strict=True)]
     routing = first.batch.routing(grads[0].shape[0])
     needs = (needs_x, tuple((needs, needs) for needs in needs_adapters))
-    dx, pools = kernels.backward(grads, rows, layers, ss, routing, first.seed, first.dropout_p, path, needs)
+
+    def launch(weights: Sequence[Any], path: str) -> tuple[Optional, list[kernels.Pair]]:
+        layers = [kernels.Layer(weight, call.kernel_adapters()) for weight, call in zip(weights, calls, strict=True)]
+        return kernels.backward(grads, rows, layers, ss, routing, first.seed, first.dropout_p, path, needs)
+
+    def add(made: tuple[Optional, list[kernels.Pair]], dense_path: str) -> None:
+        for grad, weight in zip(grads, weights, strict=True):
+            add_base_backward(made[0], grad, weight, dense_path)
+
+    dx, pools = _launched(launch, add if needs_x else None, weights, grads[0].dtype, first.path)
     return dx, [_of_owners(call, *pair) for call, pair in zip(calls, pools, strict=True)]
+
+
+def _launched(
+    launch: Callable[[Sequence[Any], str], T],
+    add: Callable[[T, str], None] | None,
+    weights: Sequence[Any],
+    dtype: torch.dtype,
+    path: str,
+) -> T:
+    """`launch(weights, path)`; on "dequantize:PATH" with one weight at a time dense.
+
+    The weight of one projection, if it is written out whole, is a dense one on PATH. Of several, or in blocks, the
+    adapters' part comes first, and to that `add` adds each product while its weight is there; None for no products.
+    """
+    how, _, dense_path = path.partition(":")
+    if how != "dequantize" or add is None:
+        return launch(weights, path)
+    if len(weights) == 1 and fits_buffer(weights[0], dtype):
+        for _, dense in dense_blocks(weights[0], dtype, dense_path):
+            return launch([dense], dense_path)
+    made = launch(weights, path)
+    add(made, dense_path)
+    return made
 
 
 def _of_owners(call: Call, pool_a: Optional, pool_b: Optional) -> list[torch.Tensor]:
@@ -292,11 +329,3 @@ def _of_owners(call: Call, pool_a: Optional, pool_b: Optional) -> list[torch.Ten
     for _, first, rank in call.owners:
         found += [pool_a[first : first + rank], pool_b[first * N : (first + rank) * N].view(N, rank)]
     return found
-
-
-def _for_kernels(weights: Sequence[Any], dtype: torch.dtype, path: str) -> tuple[list[Any], str]:
-    """The weights as the kernels of a path take them, and that path: "dequantize:PATH" is PATH over dense weights."""
-    how, _, dense_path = path.partition(":")
-    if how != "dequantize":
-        return list(weights), path
-    return [dequantize(weight, dtype) for weight in weights], dense_path

@@ -32,8 +32,9 @@ def row_of_s(R: int, dtype: torch.dtype, path: str, arch: int) -> int:
 
 
 def _is_on_gemms(path: str) -> bool:
-    """Whether the products of a path, also of one that begins with "dequantize:", are GEMMs of ours over dense W."""
-    return path.rpartition(":")[2] == "triton"
+    """Whether products of a path, also of one that begins with "dequantize:" or is several projections', are GEMMs of
+    ours over dense W."""
+    return any(each.rpartition(":")[2] == "triton" for each in path.split(","))
 
 
 def new_s(x: torch.Tensor, M: int, R: int, path: str, arch: int) -> torch.Tensor:
