@@ -2,7 +2,8 @@
 
 A group is P equal pieces of a batch, each of L rows that want one adapter, all of one rank r: one batched product
 [P, L, K] x [P, K, r] serves them all. The adapters are read where they lie in the pool if they lie evenly, else copied
-together; rows are used where they lie if they do so one after another, else gathered: each group's, or, by `in_order`, all at once.
+together; rows are used where they lie if they do so one after another, else gathered: each group's, or all at
+once by `in_order`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`multi_lora_linear` in plain PyTorch: the default on a CPU, and any device's path where kernels cannot run.
 
 The base product is one product for the whole batch. To it, in place, the adapters' parts are added group by group (see
-`_adapter_groups`): for 8 adapters at 8 rows that is two batched products. Neither x nor y is copied or widened, but where
-rows of an adapter do not lie together. The dropout mask is drawn again in backward from its seed. Projections of
+`_adapter_groups`): for 8 adapters at 8 rows that is two batched products. Neither x nor y is copied or widened, but
+where an adapter's rows do not lie together. The dropout mask is drawn again in backward from its seed. Projections of
 one x (`multi_lora_linear_shared`) are served together: a group's rows are taken and masked once for all.
 
 On a GPU this path reads ids and tables on the host, which waits for the device: kernels are for that.

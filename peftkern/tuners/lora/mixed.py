@@ -19,7 +19,6 @@ from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.tuners.fusing import bare_weight, base_alone, compute_dtype, why_plain
 from peftkern.tuners.mixed import LayerRows, MixedRows
 
-
 _PARAMETERS = frozenset((nn.Parameter,))
 
 
