@@ -96,42 +96,44 @@ def _plain_forward(
     keeps: Sequence[bool],
 ) -> tuple[list[torch.Tensor], list[Optional]]:
     dense_path = calls[0].path.rpartition(":")[2]
-    ys = [base(rows, weight, bias, dense_path) for weight, bias in zip(weights, biases, strict=True)]
     M, p = rows.shape[0], calls[0].dropout_p
-    ss = [rows.new_zeros(M, c.adapters.max_rank) if keep else None for c, keep in zip(calls, keeps, strict=True)]
+    ys: list[Any] = [None] * len(calls)
+    ss: list[Optional] = [None] * len(calls)
     layouts = [call.layout() for call in calls]
-    projections = _projections(ys, ss, calls, layouts, [{} for _ in calls])
-    for layout, alike in _by_layout(projections, layouts):
-        groups = calls[0].batch.groups(M, layout)
+    for layout, members in _by_layout(layouts):
+        # Rows out of the adapters' order are put into it before the base product, and y back: one gather of each.
+        order, back, groups = calls[0].batch.in_order(M, layout)
+        x = rows if order is None else rows.index_select(0, order)
+        alike = []
+        for i in members:
+            y = base(x, weights[i], biases[i], dense_path)
+            s = rows.new_zeros(M, calls[i].adapters.max_rank) if keeps[i] else None
+            alike.append(_projection(y, s, calls[i], layouts[i][1], {}))
         kept = plain.masks(groups, calls[0].seed, rows.shape[1], p)
-        plain.add_adapters(rows, alike, groups, kept, p, dense_path == "torch_fp32")
+        plain.add_adapters(x, alike, groups, kept, p, dense_path == "torch_fp32")
+        for i, each in zip(members, alike, strict=True):
+            ys[i], ss[i] = each.rows, each.s
+            if back is not None:
+                ys[i] = each.rows.index_select(0, back)
+                ss[i] = None if each.s is None else each.s.index_select(0, back)
     return ys, ss
 
 
-def _projections(
-    each: Sequence[torch.Tensor],
-    ss: Sequence[Optional],
-    calls: Sequence[Call],
-    layouts: Sequence[tuple[Layout, Sequence[float]]],
-    wants: Sequence[plain.Gradients],
-) -> list[plain.Projection]:
-    """What the plain path takes of each call, beside its y or dY and its S."""
-    found = []
-    for rows, s, call, (_, scalings), wanted in zip(each, ss, calls, layouts, wants, strict=True):
-        pools = (call.adapters.pool_a.detach(), call.adapters.pool_b.detach())
-        found.append(plain.Projection(rows, *pools, scalings, s, wanted))
-    return found
+def _projection(
+    rows: torch.Tensor, s: Optional, call: Call, scalings: Sequence[float], wanted: plain.Gradients
+) -> plain.Projection:
+    """What the plain path takes of a call, beside its y or dY and its S."""
+    adapters = call.adapters
+    return plain.Projection(rows, adapters.pool_a.detach(), adapters.pool_b.detach(), scalings, s, wanted)
 
 
-def _by_layout(
-    projections: list[plain.Projection], layouts: Sequence[tuple[Layout, Sequence[float]]]
-) -> list[tuple[Layout, list[plain.Projection]]]:
-    """Those projections together whose adapters lie alike, and whose groups are therefore the same."""
-    if len(projections) == 1:  # hashing would cost more than all of this
-        return [(layouts[0][0], projections)]
-    found: dict[Layout, list[plain.Projection]] = {}
-    for projection, (layout, _) in zip(projections, layouts, strict=True):
-        found.setdefault(layout, []).append(projection)
+def _by_layout(layouts: Sequence[tuple[Layout, Sequence[float]]]) -> list[tuple[Layout, Sequence[int]]]:
+    """Which projections' adapters lie alike, so that their groups are the same."""
+    if len(layouts) == 1:  # hashing would cost more than all of this
+        return [(layouts[0][0], (0,))]
+    found: dict[Layout, list[int]] = {}
+    for i, (layout, _) in enumerate(layouts):
+        found.setdefault(layout, []).append(i)
     return list(found.items())
 
 
@@ -200,10 +202,12 @@ def _plain_backward(
     M, K = grads[0].shape[0], weights[0].shape[1]
     wants = [_wanted(call) if needs else {} for call, needs in zip(calls, needs_adapters, strict=True)]
     layouts = [call.layout() for call in calls]
-    projections = _projections(grads, ss, calls, layouts, wants)
-    for layout, alike in _by_layout(projections, layouts):
+    parts = zip(grads, ss, calls, layouts, wants, strict=True)
+    projections = [_projection(grad, s, call, layout[1], wanted) for grad, s, call, layout, wanted in parts]
+    for layout, members in _by_layout(layouts):
         groups = calls[0].batch.groups(M, layout)
         kept = plain.masks(groups, calls[0].seed, K, p)
+        alike = [projections[i] for i in members]
         plain.backward(rows, dx, alike, groups, kept, p, dense_path == "torch_fp32")
     return dx, [_gradients(*each) for each in zip(projections, calls, layouts, strict=True)]
 
