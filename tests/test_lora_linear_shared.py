@@ -150,6 +150,24 @@ def test_kernels_match_fp64(M, K, outs, dtype, masters, dropout_p, path, device)
     check(projections, got, projections.truth(keep=keep, p=dropout_p), roundings=roundings, dtype=dtype)
 
 
+@pytest.mark.parametrize("first", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_masters_beside_others(backend, first, device):
+    """Would catch a gradient of fp32 masters that was rounded to the dtype of another projection's A, and the rounding
+    of all of A to that of the first."""
+    projections = Projections(*SIZES[1], torch.bfloat16, device=device)
+    for i, dtype in enumerate((first, torch.float32, torch.bfloat16)):
+        for factors in (projections.As, projections.Bs):
+            factors[i] = factors[i].detach().to(dtype).requires_grad_()
+    with use_backend(backend):
+        got = projections.run()
+    assert [g.dtype for g in got[1][1:4]] == [first, torch.float32, torch.bfloat16]
+    dA = got[1][2]
+    # In plain PyTorch its products are bfloat16's.
+    assert torch.equal(dA, dA.bfloat16().float()) == (backend == "torch")
+    check(projections, got, projections.truth(), roundings=(5, 8, 4, 4), dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_scalings_may_differ(backend, device):
     """Would catch one projection's scaling applied to all columns of S or dS."""

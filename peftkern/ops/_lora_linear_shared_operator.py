@@ -6,7 +6,6 @@ which they are put together again (`flatten_all`, `unflatten_all`). Of biases it
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from peftkern.ops._common import (
     refuse_double_backward,
 )
 from peftkern.ops._lora_linear_shared_call import Optional, backward_shared, forward_shared, launched_apart
-from peftkern.ops._projection_group import Group
+from peftkern.ops._projection_group import Group, dtype_of_all
 from peftkern.ops._rank_rows import fake_s, s_columns
 from peftkern.ops.lora_linear_quantized import flatten, unflatten
 from peftkern.ops.plan import DECODE_PATHS, path_of_all, path_of_each
@@ -71,11 +70,6 @@ def unflatten_all(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> li
 def _draws_mask(seed: Optional, path: str) -> bool:
     """Whether forward keeps a mask, rather than the seed to draw it again."""
     return seed is not None and is_plain(path)
-
-
-def _dtype_of_all(lora_As: Sequence[torch.Tensor]) -> torch.dtype:
-    """The dtype of A of all projections in one tensor."""
-    return functools.reduce(torch.promote_types, (lora_A.dtype for lora_A in lora_As))
 
 
 @torch.library.custom_op("peftkern::lora_linear_shared", mutates_args=())
@@ -165,7 +159,7 @@ def _operator_backward(
     nothing = dys[0].new_empty
     return (
         nothing(0) if dx is None else dx,
-        nothing(0) if da is None else da.to(_dtype_of_all(lora_As)),
+        nothing(0) if da is None else da.to(dtype_of_all(lora_As)),
         [nothing(0) if db is None else db.to(B.dtype) for db, B in zip(dbs, lora_Bs, strict=True)],
     )
 
@@ -193,7 +187,7 @@ def _(
     R = sum(lora_A.shape[0] for lora_A in lora_As)
     return (
         dy.new_empty((*dy.shape[:-1], K) if needs_x else (0,)),
-        dy.new_empty((R, K), dtype=_dtype_of_all(lora_As)) if needs_a else dy.new_empty(0),
+        dy.new_empty((R, K), dtype=dtype_of_all(lora_As)) if needs_a else dy.new_empty(0),
         [
             dy.new_empty(B.shape, dtype=B.dtype) if need else dy.new_empty(0)
             for B, need in zip(lora_Bs, needs_bs, strict=True)

@@ -33,7 +33,7 @@ from peftkern.ops._lora_linear_triton import (
     weight_parts,
     written_dense,
 )
-from peftkern.ops._projection_group import Group
+from peftkern.ops._projection_group import Group, dtype_of_all
 from peftkern.ops._rank_rows import Columns, joined_parts, new_s, scratch_s, whole_blocks
 from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
 from peftkern.ops.lora_linear_quantized import written_by_launch
@@ -97,9 +97,9 @@ def _join(out: torch.Tensor, *parts: torch.Tensor) -> None:
 
 
 def joined(lora_As: Sequence[torch.Tensor], columns: Columns) -> tuple[torch.Tensor, Calls]:
-    """Memory between launches for A of all projections [R, K], in their own dtype, a row for each column of S or dS,
-    and the call that fills it."""
-    out = scratch(columns[-1].stop, lora_As[0].shape[1], dtype=lora_As[0].dtype, device=lora_As[0].device)
+    """Memory between launches for A of all projections [R, K], in a dtype that holds each, a row for each column of S
+    or dS, and the call that fills it."""
+    out = scratch(columns[-1].stop, lora_As[0].shape[1], dtype=dtype_of_all(lora_As), device=lora_As[0].device)
     return out, [TorchCall("join A", _join, (out, *joined_parts(lora_As, columns)), bytes=2 * nbytes(out))]
 
 
@@ -300,7 +300,7 @@ def backward(
         for lora_B, needs_b in zip(lora_Bs, needs_bs, strict=True)
     ]
     dx = dys[0].new_empty(M, K) if needs_x else None
-    da = lora_As[0].new_empty(R, K) if needs_a else None
+    da = lora_As[0].new_empty(R, K, dtype=dtype_of_all(lora_As)) if needs_a else None
     gradients = (dx, da, dbs)
     numbers = _numbers(group)
     if not needs_x or _are_taken_whole(group, dys[0].dtype):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,11 @@ import torch
 
 from peftkern.ops._common import PLAIN_PATHS
 from peftkern.ops.plan import path_of_all, path_of_each
+
+
+def dtype_of_all(lora_As: Sequence[torch.Tensor]) -> torch.dtype:
+    """The dtype of A of all projections in one tensor."""
+    return functools.reduce(torch.promote_types, (lora_A.dtype for lora_A in lora_As))
 
 
 @dataclasses.dataclass(slots=True)
