@@ -11,7 +11,7 @@ import torch
 import triton
 
 from peftkern_kernels import replay
-from peftkern_kernels.launch import Call, TorchCall, scratch
+from peftkern_kernels.launch import Call, TorchCall, Turns, recorded_scratch, scratch
 
 CPU = torch.device("cpu")
 STREAM = 7
@@ -152,6 +152,23 @@ def test_scratch_is_taken_anew(kernel):
     assert kernel.compilations == 3
     (recording,) = replay._kept.values()
     assert [part[0] for part in recording.scratch] == [0, 256]
+
+
+def test_scratch_is_taken_in_turns():
+    """Would catch parts of a list whose memory adds up, or two things of one part in one place."""
+    turns = Turns()
+    with recorded_scratch() as taken:
+        with turns.turn():
+            first = scratch(4, 8, dtype=torch.float32, device=CPU), scratch(16, dtype=torch.float32, device=CPU)
+        outside = scratch(8, dtype=torch.float32, device=CPU)
+        for _ in range(2):
+            with turns.turn():
+                second = scratch(30, dtype=torch.bfloat16, device=CPU), scratch(3, 5, dtype=torch.float32, device=CPU)
+                other = scratch(99, dtype=torch.float32, device=CPU)
+    assert [t.nbytes for t in taken] == [128, 64, 32, 396], "the last is larger than what is spare"
+    assert [t.data_ptr() for t in second] == [first[1].data_ptr(), first[0].data_ptr()], "the smallest that will do"
+    assert second[0].shape == (30,) and second[0].dtype is torch.bfloat16 and second[1].shape == (3, 5)
+    assert outside.data_ptr() not in (t.data_ptr() for t in (*first, *second, other))
 
 
 def test_descriptors_move_to_the_new_tensor(kernel):

@@ -112,3 +112,22 @@ def test_layers_of_one_x(path, p, ranks, arch):
 
     tensors = [*dys, x, *held, *As, *Bs, s, seed, dx, da, *dbs]
     assert check(backward, tensors) == (min(written, 1), written)
+
+
+def test_sums_in_parts_take_turns():
+    """Would catch the parts of all projections' dB in memory at a time, which is the most that backward takes."""
+    M, K, N, R = 4096, 512, 1024, 16
+    made = {"device": "meta", "dtype": HALF}
+    x, weights, dys = torch.empty(M, K, **made), [torch.empty(N, K, **made)] * 3, [torch.empty(M, N, **made)] * 3
+    As, Bs = [torch.empty(R, K, **made)] * 3, [torch.empty(N, R, **made)] * 3
+    taken = []
+    for n in (1, 3):
+        group = Group(tuple(weights[:n]), (SCALING,) * n, columns_of_s([R] * n, HALF, "triton", 90), 0.0, "triton")
+        s, dx = new_s(x, M, n * R, "triton", 90), torch.empty_like(x)
+        gradients = (dx, x.new_empty(n * R, K), Bs[:n])
+        with recorded_scratch() as found:
+            shared.backward_calls(dys[:n], x, group, As[:n], Bs[:n], s, None, 90, gradients)
+        taken.append(max(t.nbytes for t in found))
+        sums = [t for t in found if t.dtype is torch.float32]
+        assert len(sums) <= 3, "of dB and of dS by one projection, of dA"
+    assert taken[0] == taken[1]

@@ -13,7 +13,7 @@ a GEMM with K split and the low-rank part of all, to which cuBLAS adds, reads ea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from peftkern.ops.lora_linear_quantized import written_by_launch
 from peftkern.ops.plan import DECODE_PATHS
 from peftkern_kernels import replay
 from peftkern_kernels.dropout import Dropout
-from peftkern_kernels.launch import TorchCall, nbytes, scratch
+from peftkern_kernels.launch import TorchCall, Turns, nbytes, scratch
 from peftkern_kernels.lora_decode import group_decode_calls
 from peftkern_kernels.lora_decode_4bit import group_decode_4bit_calls
 from peftkern_kernels.lora_decode_finish import Projection
@@ -316,7 +316,7 @@ def backward(
     replay.run(
         _key("lora_linear_shared dS, dA, dB", dropout, *numbers),
         (*dys, x, *lora_Bs, s, ds, _seed(dropout), da, *dbs),
-        lambda: [*all_thin_calls(dys, group, lora_As, lora_Bs, s, ds, dbs, arch), *_da_calls(ds, x, da, dropout, arch)],
+        lambda: _factor_calls(dys, x, group, lora_As, lora_Bs, s, ds, (None, da, dbs), dropout, arch),
         dys[0].device,
     )
     begun = False
@@ -325,36 +325,40 @@ def backward(
     return gradients
 
 
-def all_thin_calls(
+def _factor_calls(
     dys: Sequence[torch.Tensor],
+    x: Kept,
     group: Group,
     lora_As: Sequence[torch.Tensor],
     lora_Bs: Sequence[torch.Tensor],
     s: Kept,
     ds: Kept,
-    dbs: Sequence[Kept],
+    gradients: Gradients,
+    dropout: Dropout | None,
     arch: int,
+    between: Callable[[], Calls] = list,
 ) -> Calls:
-    """Launches of each `dS = scaling * dY B` and `dB = dY^T S`, those of them that there is a tensor for."""
+    """Launches of each `dS = scaling * dY B` and `dB = dY^T S`, then those `between`, then of `dA = dS^T dropout(x)` of
+    all projections; those of them that there is a tensor for. Sums that are made in parts have one memory in turn."""
+    _, da, dbs = gradients
     calls: Calls = []
+    turns = Turns()
+    common: dict[str, Any] = {"arch": arch, "precision": precision()}
     parts = zip(dys, lora_Bs, dbs, group.scalings, group.columns, rank_columns(lora_As), strict=True)
     for dy, lora_B, db, scaling, columns, place in parts:
         own_s = None if db is None else s[:, columns]
         done = False
-        if ds is not None:
-            thin, done = thin_calls(dy, lora_B, own_s, ds[:, place], db, scaling, arch)
-            calls += thin
-        if db is not None and not done:
-            calls += weight_gradient_calls(None, None, own_s, dy, None, db, arch=arch, precision=precision())
+        with turns.turn():
+            if ds is not None:
+                thin, done = thin_calls(dy, lora_B, own_s, ds[:, place], db, scaling, arch)
+                calls += thin
+            if db is not None and not done:
+                calls += weight_gradient_calls(None, None, own_s, dy, None, db, **common)
+    calls += between()
+    if da is not None:
+        with turns.turn():
+            calls += weight_gradient_calls(ds, x, None, None, da, None, dropout=dropout, **common)
     return calls
-
-
-def _da_calls(ds: Kept, x: Kept, da: Kept, dropout: Dropout | None, arch: int) -> Calls:
-    """Launches of `dA = dS^T dropout(x)` of all projections, if there is a tensor for it."""
-    if da is None:
-        return []
-    common: dict[str, Any] = {"dropout": dropout, "arch": arch, "precision": precision()}
-    return [*weight_gradient_calls(ds, x, None, None, da, None, **common)]
 
 
 def backward_calls(
@@ -374,28 +378,44 @@ def backward_calls(
     ds: Kept = None
     if dx is not None or da is not None:
         ds = scratch_s(dys[0], M, R, group.path, arch)
-    calls = all_thin_calls(dys, group, lora_As, lora_Bs, s, ds, dbs, arch)
-    if dx is not None and group.path in FUSED_4BIT_PATHS:
+    return _factor_calls(
+        dys, x, group, lora_As, lora_Bs, s, ds, gradients, dropout, arch,
+        lambda: [] if dx is None else _dx_calls(dys, group, lora_As, ds, dx, dropout, arch),
+    )  # fmt: skip
+
+
+def _dx_calls(
+    dys: Sequence[torch.Tensor],
+    group: Group,
+    lora_As: Sequence[torch.Tensor],
+    ds: torch.Tensor,
+    dx: torch.Tensor,
+    dropout: Dropout | None,
+    arch: int,
+) -> Calls:
+    """Launches of dX, the sum of `dY W + keep / (1 - p) * (dS A)` over the projections."""
+    places = rank_columns(lora_As)
+    calls: Calls = []
+    if group.path in FUSED_4BIT_PATHS:
         own: Kept = None  # these kernels only write
-        for dy, weight, own_a, place in zip(dys, group.weights, lora_As, rank_columns(lora_As), strict=True):
+        for dy, weight, own_a, place in zip(dys, group.weights, lora_As, places, strict=True):
             to = dx if own is None else own
             calls += input_gradient_calls(dy, weight, ds[:, place], own_a, to, dropout, group.path, arch)
             if own is None:
                 own = scratch(*dx.shape, dtype=dx.dtype, device=dx.device)
             else:
                 calls.append(TorchCall("+ dX", torch.Tensor.add_, (dx, own), bytes=3 * nbytes(dx)))
-    elif dx is not None:
-        lora_A, join = joined(lora_As, rank_columns(lora_As))
-        calls += join
-        room = _room(group, dx)
-        for i, (dy, stored, own_path) in enumerate(zip(dys, group.weights, group.paths, strict=True)):
-            weight, path, first = written_dense(stored, own_path, dy, arch, room)
-            calls += first
-            if i == 0:
-                calls += input_gradient_calls(dy, weight, ds, lora_A, dx, dropout, path, arch)
-            else:
-                calls.append(add_base(dy, weight.t(), dx))
-    return [*calls, *_da_calls(ds, x, da, dropout, arch)]
+        return calls
+    lora_A, calls = joined(lora_As, places)
+    room = _room(group, dx)
+    for i, (dy, stored, own_path) in enumerate(zip(dys, group.weights, group.paths, strict=True)):
+        weight, path, first = written_dense(stored, own_path, dy, arch, room)
+        calls += first
+        if i == 0:
+            calls += input_gradient_calls(dy, weight, ds, lora_A, dx, dropout, path, arch)
+        else:
+            calls.append(add_base(dy, weight.t(), dx))
+    return calls
 
 
 def _add_input_gradient(
