@@ -19,7 +19,7 @@ from .gemm_tables import MULTIPROCESSORS
 from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .overlap import begin, overlap_options, overlaps
 from .reduce import PlaneSum, reduce_calls
-from .reduction_tables import Tile, best_splits, vectorizes, weight_gradient_tile
+from .reduction_tables import Tile, best_splits, by_elements, vectorizes, weight_gradient_tile
 
 
 @triton.jit
@@ -163,9 +163,9 @@ def weight_gradient_calls(
     K, N = 0 if x is None else x.shape[1], 0 if dy is None else dy.shape[1]
     device, dtype = pairs[0][0].device, pairs[0][0].dtype
     if tile is None:
-        aligned = all(vectorizes(t) for t, _ in pairs)
-        has_dropout = dropout is not None and has_da
-        tile = weight_gradient_tile(arch=arch, dtype=dtype, M=M, R=R, aligned=aligned, dropout=has_dropout)
+        kind = {"aligned": all(vectorizes(t) for t, _ in pairs), "dropout": dropout is not None and has_da}
+        kind["scattered"] = by_elements(*(t for _, t in pairs))
+        tile = weight_gradient_tile(arch=arch, dtype=dtype, M=M, R=R, **kind)
     blocks_k, blocks_n, blocks_r = cdiv(K, tile.block_c), cdiv(N, tile.block_c), cdiv(R, tile.block_r)
     if (blocks_k + blocks_n) * blocks_r == 0:
         return []
