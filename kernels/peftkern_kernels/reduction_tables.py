@@ -132,9 +132,9 @@ def shrink_tile(
         return Tile(rows, 64, 64, 4, 4) if scattered else Tile(rows, 128, 64, 4, 4, MEASURED)
     if M > 64 and R > 32 and roomy:
         rows = 128
-    # A mask beside 128 ranks of fp32 factors is too much for sm_120's registers.
-    most = 64 if arch == 120 and dropout else 128
-    return Tile(rows, 64, rank_block(R, most), 8 if rows == 128 else 4, 4 if roomy else 3)
+    # 128 ranks of fp32 factors are too many for the registers of four warps where those are small.
+    crowded = rows == 128 or (rows == 64 and R > 64 and not roomy)
+    return Tile(rows, 64, rank_block(R, 128), 8 if crowded else 4, 4 if roomy else 3)
 
 
 def weight_gradient_tile(
@@ -163,7 +163,7 @@ def weight_gradient_tile(
         return Tile(rows, 64 if R > 32 and dropout else 128, rank_block(R, 64), 4, 4, MEASURED)
     # Sums held in registers: 64 to 128 a thread. Hopper's and Blackwell's operands stay in shared memory meanwhile.
     few_warps = R <= 64 if arch in (90, 100) else R <= 32
-    return Tile(rows, 128, rank_block(R, 128), 4 if few_warps else 8, 3)
+    return Tile(rows, 128, rank_block(R, 64 if scattered else 128), 4 if few_warps else 8, 3)
 
 
 def dy_pass_tile(
@@ -186,6 +186,8 @@ def dy_pass_tile(
         return Tile(64, 512, 16, 8, 3, MEASURED) if M >= 2048 else Tile(64, 256, 16, 8, 4, MEASURED)
     if arch in (90, 100):  # one copy of the tile serves both products; Blackwell's masked rows take more registers
         return Tile(64, 256, block_r, 4 if arch == 90 and not scattered else 8, 3)
+    if arch == 120 and scattered:
+        block_r = 16
     return Tile(32, 256, block_r, 8, 3)  # two copies: 90 KB of shared memory
 
 
