@@ -163,6 +163,16 @@ def embedding_cases() -> list[Case]:
     return [*llama, *variants, replace(llama[-2], E=4095)]
 
 
+def odd_ranks() -> list[LoraLinear]:
+    """Ranks that are no multiple of 16, one below each block of ranks: loads of single elements, each with a mask."""
+    square = [LoraLinear(M, 4096, 4096, R) for M, R in product((512, 8192), (12, 20, 36))]
+    square += [replace(case, dropout=True) for case in square]
+    masters = [LoraLinear(8192, 4096, 4096, R, masters=True, dropout=R != 36) for R in (12, 20, 36)]
+    few = [LoraLinear(16, 4096, 4096, R, dropout=R == 12) for R in (12, 36)]
+    wide = [LoraLinear(M, 4096, 4096, 100, dropout=M == 8192, masters=True) for M in (512, 8192)]
+    return [*square, *masters, *few, *wide]
+
+
 def all_cases() -> list[Case]:
     """The whole grid: sizes and ranks in bfloat16, then what changes the code, one thing at a time, on the way."""
     llama = [
@@ -197,6 +207,6 @@ def all_cases() -> list[Case]:
         replace(case, path="triton", masters=masters, bias=masters, **variant)
         for case, masters, variant in product(headline, (False, True), ({}, {"K": 4104}, {"dtype": torch.float16}))
     ]
-    linear = dict.fromkeys([*headline, *llama, *variants, *awkward, *options, *forced])
+    linear = dict.fromkeys([*headline, *llama, *variants, *awkward, *options, *forced, *odd_ranks()])
     others = [*all_cases_4bit(), *all_cases_dora(), *all_cases_ia3(), *all_cases_multi(), *all_cases_shared()]
     return [*linear, *embedding_cases(), *others, *all_cases_gated(), *all_cases_experts()]

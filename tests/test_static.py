@@ -500,6 +500,9 @@ def test_the_grid_covers_what_it_must():
         assert {getattr(case, name) for case in linear} == {False, True}, name
     paths = {case.plan(90) if case.path == "auto" else case.path for case in linear}
     assert paths == {"triton", "cublas", "decode"}
+    assert {(12, True), (20, True), (20, False), (36, True), (36, False)} <= {(c.R, c.dropout) for c in linear}
+    sums = {case.R * len(case.outs) for case in cases if isinstance(case, LoraLinearShared)}
+    assert any(R > 32 and R % 16 for R in sums), "ranks that add up to no multiple of 16"
 
 
 def test_the_grid_over_4bit_weights_covers_what_it_must():
