@@ -130,11 +130,11 @@ def shrink_tile(
         return Tile(rows, 128, rank_block(R, 32), 4, 4 if roomy else 3)
     if arch == 90 and R <= 64:
         return Tile(rows, 64, 64, 4, 4) if scattered else Tile(rows, 128, 64, 4, 4, MEASURED)
-    if M > 64 and R > 32 and roomy:
+    # 128 ranks, of fp32 or with a mask for each, are too many for 128 rows, and for four warps.
+    crowded = R > 64 and (R % 16 != 0 or not roomy)
+    if M > 64 and R > 32 and roomy and not crowded:
         rows = 128
-    # 128 ranks of fp32 factors are too many for the registers of four warps where those are small.
-    crowded = rows == 128 or (rows == 64 and R > 64 and not roomy)
-    return Tile(rows, 64, rank_block(R, 128), 8 if crowded else 4, 4 if roomy else 3)
+    return Tile(rows, 64, rank_block(R, 128), 8 if rows == 128 or (rows == 64 and crowded) else 4, 4 if roomy else 3)
 
 
 def weight_gradient_tile(
@@ -157,12 +157,11 @@ def weight_gradient_tile(
         return Tile(min(rows, 32), 128, rank_block(R, 64), 4 if R <= 32 else 8, 2)
     if arch == 90 and R <= 32 and dropout and rows == 64:
         return Tile(64, 128, rank_block(R, 32), 4, 4, MEASURED)
-    if arch == 90 and R <= 64 and scattered and R > 32:
-        return Tile(rows, 128, 64, 8, 4)
-    if arch == 90 and R <= 64:
+    most = 32 if scattered else 64
+    if arch == 90 and R <= most:
         return Tile(rows, 64 if R > 32 and dropout else 128, rank_block(R, 64), 4, 4, MEASURED)
     # Sums held in registers: 64 to 128 a thread. Hopper's and Blackwell's operands stay in shared memory meanwhile.
-    few_warps = R <= 64 if arch in (90, 100) else R <= 32
+    few_warps = R <= most if arch in (90, 100) else R <= 32
     return Tile(rows, 128, rank_block(R, 64 if scattered else 128), 4 if few_warps else 8, 3)
 
 
