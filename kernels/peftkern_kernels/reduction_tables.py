@@ -157,17 +157,15 @@ def weight_gradient_tile(
         return Tile(min(rows, 32), 128, rank_block(R, 64), 4 if R <= 32 else 8, 2)
     if arch == 90 and R <= 32 and dropout and rows == 64:
         return Tile(64, 128, rank_block(R, 32), 4, 4, MEASURED)
-    most = 32 if scattered else 64
-    if arch == 90 and R <= most:
+    narrow = R <= (32 if scattered else 64)
+    if arch == 90 and narrow:
         return Tile(rows, 64 if R > 32 and dropout else 128, rank_block(R, 64), 4, 4, MEASURED)
     # Sums held in registers: 64 to 128 a thread. Hopper's and Blackwell's operands stay in shared memory meanwhile.
-    few_warps = R <= most if arch in (90, 100) else R <= 32
+    few_warps = narrow if arch in (90, 100) else R <= 32
     return Tile(rows, 128, rank_block(R, 64 if scattered else 128), 4 if few_warps else 8, 3)
 
 
-def dy_pass_tile(
-    *, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, scattered: bool = False
-) -> Tile:
+def dy_pass_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, scattered: bool = False) -> Tile:
     """Tile of the one pass over dY that gives dS and dB (small R): rows x 256 or 512 columns held once, used twice.
 
     `scattered`: the loads of B or S are `by_elements`.
