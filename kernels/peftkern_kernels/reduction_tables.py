@@ -157,7 +157,7 @@ def weight_gradient_tile(
         return Tile(min(rows, 32), 128, rank_block(R, 64), 4 if R <= 32 else 8, 2)
     if arch == 90 and R <= 32 and dropout and rows == 64:
         return Tile(64, 128, rank_block(R, 32), 4, 4, MEASURED)
-    narrow = R <= (32 if scattered else 64)
+    narrow = R <= 32 or (R <= 64 and not scattered)
     if arch == 90 and narrow:
         return Tile(rows, 64 if R > 32 and dropout else 128, rank_block(R, 64), 4, 4, MEASURED)
     # Sums held in registers: 64 to 128 a thread. Hopper's and Blackwell's operands stay in shared memory meanwhile.
