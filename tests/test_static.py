@@ -21,7 +21,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from bench import static, static_report
 from bench.static_cases import LLAMA_8B, S1, S2, LoraLinear, all_cases
 from bench.static_cases_4bit import DEQUANTIZED, Dequantize4bit, LoraLinear4bit, quick_cases_4bit
-from bench.static_cases_shared import LoraLinearShared
 from bench.static_compile import Compilation, compilations, rows_are_aligned, specialise
 from bench.static_decode import Turn, read_decode, turn_of
 from bench.static_judge import (
@@ -501,12 +500,6 @@ def test_the_grid_covers_what_it_must():
         assert {getattr(case, name) for case in linear} == {False, True}, name
     paths = {case.plan(90) if case.path == "auto" else case.path for case in linear}
     assert paths == {"triton", "cublas", "decode"}
-    assert {(12, True), (20, True), (20, False), (36, True), (36, False)} <= {(c.R, c.dropout) for c in linear}
-    sums = {case.R * len(case.outs) for case in cases if isinstance(case, LoraLinearShared)}
-    assert any(R > 32 and R % 16 for R in sums), "ranks that add up to no multiple of 16"
-    assert {(12, True), (20, True), (20, False), (36, True), (36, False)} <= {(c.R, c.dropout) for c in linear}
-    sums = {case.R * len(case.outs) for case in cases if isinstance(case, LoraLinearShared)}
-    assert any(R > 32 and R % 16 for R in sums), "ranks that add up to no multiple of 16"
 
 
 def test_the_grid_over_4bit_weights_covers_what_it_must():
@@ -555,24 +548,6 @@ def test_tile_of_the_headline_shape_on_hopper():
     assert len(gemms) == 4, "forward and dX, as planned and on the Triton path"
     for call in gemms:
         assert call.constants["BLOCK_M"] >= 128 and call.constants["BLOCK_N"] >= 256
-
-
-def test_only_ranks_that_are_loaded_by_elements_leave_the_timed_tiles():
-    """Catches a rank of 20 or 36 in the tile of 32 or 64, which spills by its masks and addresses; a timed rank that
-    leaves its tile; a mask beside sm_80's largest tile."""
-
-    def call(R, name, arch=90, **options):
-        calls = LoraLinear(8192, 4096, 4096, R, path="triton", **options).launches(arch)
-        return [c for c in calls if c.name == name][-1]
-
-    assert [call(R, "dY pass").num_warps for R in (32, 20)] == [4, 8]
-    assert [call(R, "weight gradient").num_warps for R in (64, 36)] == [4, 8]
-    shrinks = [call(R, "shrink") for R in (64, 36)]  # of dY, by B's columns
-    assert [c.constants["BLOCK_K"] for c in shrinks] == [128, 64]
-    assert [call(R, "base + expand", dropout=True).constants["BLOCK_R"] for R in (32, 20)] == [32, 16]
-    for R in (8, 16, 64):
-        masked, plain = (call(R, "base + expand", 80, dropout=dropout) for dropout in (True, False))
-        assert masked.constants["BLOCK_N"] == 128 and plain.constants["BLOCK_N"] == 256
 
 
 @pytest.mark.slow
