@@ -169,6 +169,7 @@ def all_cases_4bit() -> list[Case4bit]:
         if case.R == 16
         for changes in ({"bias": True}, {"blocksize": 32}, {"blocksize": 128}, {"blocksize": 4096})
     ]
+    options += [LoraLinear4bit(M, 4096, 4096, 36, dropout=dropout) for M in (16, 128) for dropout in (False, True)]
     # What the plan could choose instead, past its present crossover.
     forced = [
         replace(case, M=M, path="fused_4bit", dropout=dropout)

@@ -208,6 +208,7 @@ def all_cases_multi() -> list[MultiLoraLinear | MultiLoraLinearShared]:
     variants = [replace(case, **change) for case, change in product(plain, changes)]
     small = [c for c in plain if c.R == 16]
     variants += [replace(c, **change) for c in small for change in ({"bias": True}, {"slots_": 1024}, {"R": 8})]
+    variants += [replace(plain[-1], M=256, R=128, training=True, dropout=dropout) for dropout in (False, True)]
     variants += [replace(c, R=1) for c in small if c.M != 256]  # a number that is 1 is no tensor in the kernel
     packed = [
         MultiLoraLinear(M, K, N, R, path)

@@ -97,10 +97,12 @@ def all_cases_shared() -> list[LoraLinearShared]:
     variants += [replace(groups[2], dropout=True, masters=True), replace(groups[1], dtype=torch.float32)]
     variants += [replace(groups[1], dtype=torch.float16), replace(groups[1], K=4104), replace(groups[1], K=4095)]
     variants.append(replace(groups[0], R=4))  # columns of S with gaps
+    # Ranks that add up to no multiple of 16.
+    odd = [LoraLinearShared(8192, 4096, QKV, 12, dropout=dropout) for dropout in (False, True)]
     fused = [
         replace(case, M=128, path="fused_4bit", dropout=dropout) for case in groups[1::3] for dropout in (False, True)
     ]
-    return [*groups, *small, *variants, *fused, *_decoded_cases()]
+    return [*groups, *small, *variants, *odd, *fused, *_decoded_cases()]
 
 
 def _decoded_cases() -> list[LoraLinearShared]:

@@ -29,7 +29,14 @@ from peftkern_kernels.lora_linear_split import split_calls
 from peftkern_kernels.lora_linear_tma import tma_calls
 from peftkern_kernels.lora_shrink import shrink_calls
 from peftkern_kernels.reduction_tables import Tile as ReductionTile
-from peftkern_kernels.reduction_tables import dy_pass_tile, rank_block, shrink_tile, vectorizes, weight_gradient_tile
+from peftkern_kernels.reduction_tables import (
+    by_elements,
+    dy_pass_tile,
+    rank_block,
+    shrink_tile,
+    vectorizes,
+    weight_gradient_tile,
+)
 from peftkern_kernels.tables_4bit import DequantizeLaunch
 from peftkern_kernels.weight_gradient import weight_gradient_calls
 
@@ -164,7 +171,8 @@ def _gemm(name: str, o: Operands, arch: int, backward: bool) -> Tunable:
 def _shrink(o: Operands, arch: int) -> Tunable:
     p = o.problem
     out = torch.empty(p.M, p.R, dtype=p.dtype, device=o.x.device)
-    table = shrink_tile(arch=arch, dtype=p.dtype, M=p.M, R=p.R, aligned=vectorizes(o.x), dropout=o.dropout is not None)
+    kind = {"aligned": vectorizes(o.x), "dropout": o.dropout is not None, "scattered": by_elements(o.a)}
+    table = shrink_tile(arch=arch, dtype=p.dtype, M=p.M, R=p.R, **kind)
 
     def build(tile: ReductionTile, splits: int | None) -> list[Call]:
         return shrink_calls(o.x, o.a, out, scaling=SCALING, dropout=o.dropout, arch=arch, tile=tile, splits=splits)
@@ -178,7 +186,8 @@ def _shrink(o: Operands, arch: int) -> Tunable:
 def _dy_pass(o: Operands, arch: int) -> Tunable:
     p = o.problem
     ds, db = torch.empty_like(o.s), torch.empty_like(o.b)
-    table = dy_pass_tile(arch=arch, dtype=p.dtype, M=p.M, R=p.R, aligned=vectorizes(o.dy))
+    scattered = by_elements(o.b, o.s)
+    table = dy_pass_tile(arch=arch, dtype=p.dtype, M=p.M, R=p.R, aligned=vectorizes(o.dy), scattered=scattered)
 
     def build(tile: ReductionTile, splits: int | None) -> list[Call]:
         return dy_pass_calls(o.dy, o.b, o.s, ds, db, scaling=SCALING, arch=arch, tile=tile, shares=splits)
@@ -197,9 +206,8 @@ def _weight_gradient(o: Operands, arch: int) -> Tunable:
     both = p.R > ONE_PASS_RANK
     da, db = torch.empty_like(o.a), torch.empty_like(o.b) if both else None
     s, dy = (o.s, o.dy) if both else (None, None)
-    table = weight_gradient_tile(
-        arch=arch, dtype=p.dtype, M=p.M, R=p.R, aligned=vectorizes(o.x), dropout=o.dropout is not None
-    )
+    kind = {"aligned": vectorizes(o.x), "dropout": o.dropout is not None, "scattered": by_elements(o.ds)}
+    table = weight_gradient_tile(arch=arch, dtype=p.dtype, M=p.M, R=p.R, **kind)
 
     def build(tile: ReductionTile, splits: int | None) -> list[Call]:
         return weight_gradient_calls(o.ds, o.x, s, dy, da, db, dropout=o.dropout, arch=arch, tile=tile, splits=splits)

@@ -307,8 +307,8 @@ def test_the_registers_of_sm_80_hold_what_stands_beside_the_sums():
     (plain,) = base_plus_expand_calls(*operands, arch=80)
     dropout = Dropout(torch.empty(1, dtype=torch.int64, device="meta"), 0.1)
     (masked,) = base_plus_expand_calls(*operands, dropout=dropout, arch=80)
-    assert [call.constants["BLOCK_R"] for call in (plain, masked)] == [32, 16]
-    assert plain.constants["BLOCK_N"] == masked.constants["BLOCK_N"] == 256
+    assert [call.constants["BLOCK_R"] for call in (plain, masked)] == [32, 32]
+    assert [call.constants["BLOCK_N"] for call in (plain, masked)] == [256, 128]
     for N in (4095, 4104):  # 4104: rows at 16 bytes, of which Triton knows nothing
         (odd,) = base_plus_expand_calls(*on_meta(512, N, 4096, 16, torch.bfloat16), arch=80)
         assert odd.constants["BLOCK_M"] * odd.constants["BLOCK_N"] == 128 * 32 * odd.num_warps

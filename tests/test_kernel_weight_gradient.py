@@ -25,15 +25,14 @@ def framed(rows, columns, dtype, device):
     return storage, storage[:rows, :columns]
 
 
-def check(ds, x, s, dy, *, out_dtype=None, dropout=None, splits=None, tile=None):
+def check(ds, x, s, dy, *, out_dtype=None, dropout=None, splits=None, tile=None, arch=None):
     """Run into NaN-filled larger matrices, compare both outputs with fp64, and see that nothing was stored outside."""
     M, R = ds.shape
     K, N, dtype, device = x.shape[1], dy.shape[1], out_dtype or x.dtype, x.device
     da_storage, da = framed(R, K, dtype, device)
     db_storage, db = framed(N, R, dtype, device)
-    calls = weight_gradient_calls(
-        ds, x, s, dy, da, db, dropout=dropout, arch=arch_of(device.type), splits=splits, tile=tile
-    )
+    arch = arch_of(device.type) if arch is None else arch
+    calls = weight_gradient_calls(ds, x, s, dy, da, db, dropout=dropout, arch=arch, splits=splits, tile=tile)
     run_all(calls)
     x64, ds64 = x.double(), ds.to(x.dtype).double()
     dy64, s64 = dy.double(), s.to(dy.dtype).double()
@@ -73,6 +72,16 @@ def test_dropout(dtype, splits, device):
     """Bugs: dY masked too, mask transposed, 1 / (1 - p) lost in the split route."""
     dropout = Dropout(torch.tensor([2**62 + 7], device=device), 0.3)
     check(*operands(65, 17, 200, 12, dtype, device), dropout=dropout, splits=splits, tile=Tile(16, 64, 16, 4, 2))
+
+
+@pytest.mark.parametrize("arch", [80, None])
+def test_dropout_of_many_ranks(arch, device):
+    """Bugs: the product that is turned, so that the masked tile is its second operand, stored as it comes; the one that
+    is not, where all operands are in registers, stored transposed."""
+    dropout = Dropout(torch.tensor([2**62 + 7], device=device), 0.3)
+    tile = Tile(16, 64, 64, 4, 2)
+    *_, calls = check(*operands(33, 17, 70, 40, torch.bfloat16, device), dropout=dropout, tile=tile, arch=arch)
+    assert calls[0].constants["TURNED"] is (arch is None)
 
 
 @pytest.mark.parametrize("splits", [1, 3])

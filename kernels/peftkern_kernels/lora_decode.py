@@ -210,9 +210,9 @@ def _planes_call(
     k_part = cdiv(cdiv(K, tile.block_k), tile.split_k) * tile.block_k
     split = cdiv(K, k_part)
     planes = Planes.empty(split, x, sizes, ranks)
-    # With a mask, with single elements' addresses and, on sm_120, with a group, the assembler of these two spills a few
+    # With a mask, with single elements' addresses and, on sm_120, with a group, the assembler of these spills a few
     # scalars to stay below its own limit.
-    fits = arch not in (80, 120) or (aligned and dropout is None and (len(weights) == 1 or arch == 80))
+    fits = arch not in (80, 86, 89, 120) or (aligned and dropout is None and (len(weights) == 1 or arch != 120))
     call = Call(
         name="decode: planes",
         kernel=_decode_planes_kernel,

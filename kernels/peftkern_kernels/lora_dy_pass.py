@@ -18,7 +18,7 @@ import triton.language as tl
 from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .overlap import begin, overlap_options, overlaps
 from .reduce import PlaneSum, reduce_calls
-from .reduction_tables import Tile, best_splits, dy_pass_tile, vectorizes
+from .reduction_tables import Tile, best_splits, by_elements, dy_pass_tile, vectorizes
 
 # Up to this rank one pass over dY is cheaper than two (predicted: the planes cost 0.79 MB * R written and read at
 # 8192 x 4096, against 67 MB for reading dY again; the two meet near R = 50).
@@ -117,7 +117,8 @@ def dy_pass_calls(
     if N * R == 0:
         return []
     if tile is None:
-        tile = dy_pass_tile(arch=arch, dtype=dy.dtype, M=M, R=R, aligned=vectorizes(dy))
+        kind = {"aligned": vectorizes(dy), "scattered": by_elements(b, s)}
+        tile = dy_pass_tile(arch=arch, dtype=dy.dtype, M=M, R=R, **kind)
     blocks_n, blocks_r, steps = cdiv(N, tile.block_c), cdiv(R, tile.block_r), max(1, cdiv(M, tile.block_m))
     if shares is None:
         shares = best_splits(

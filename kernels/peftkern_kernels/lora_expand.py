@@ -16,7 +16,7 @@ from .gemm_tables import rank_block
 from .launch import Call, cdiv, compile_options, nbytes, strides
 from .multi_tile import MixedFactor, many_adapters_product, slot_key
 from .overlap import begin, overlap_options, overlaps
-from .reduction_tables import vectorizes
+from .reduction_tables import by_elements
 
 
 @triton.jit
@@ -147,13 +147,13 @@ def expand_arguments(
 
 
 def expand_rank_block(
-    b: torch.Tensor | MixedFactor, dtype: torch.dtype, dropout: Dropout | None, *, most: int = 64
+    s: torch.Tensor, b: torch.Tensor | MixedFactor, dtype: torch.dtype, dropout: Dropout | None, *, most: int = 64
 ) -> int:
     """BLOCK_R of an expand beside a large accumulator: `most` of the tile, halved for each other thing in registers: a
     mask, factors in fp32 or loaded element by element, each row's own adapter."""
     wide = b.dtype.itemsize > dtype.itemsize
     if isinstance(b, torch.Tensor):
-        wide = wide or not (vectorizes(b) or vectorizes(b.t()))
+        wide = wide or by_elements(s, b)
     halvings = (dropout is not None) + wide + isinstance(b, MixedFactor)
     return min(rank_block(b.shape[1], dtype), max(16, most >> halvings))
 
@@ -186,9 +186,9 @@ def expand_calls(
         return []
     wide = out.dtype.itemsize == 4
     block_m, block_n = (32, 64) if wide or arch == 0 else (64, 128)
-    # Stored element by element: beside 64 ranks the addresses of all stores are too many for sm_120's registers. RDNA's
-    # 64 ranks are too many in any case.
-    narrow = arch == 1100 or out.stride(1) != 1 or out.stride(0) % 16 != 0
+    # Loaded or stored element by element: the addresses are too many for the registers beside 64 ranks. RDNA's 64 ranks
+    # are too many in any case.
+    narrow = arch == 1100 or by_elements(s, b) or out.stride(1) != 1 or out.stride(0) % 16 != 0
     return [
         Call(
             name="expand",

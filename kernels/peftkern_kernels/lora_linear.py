@@ -27,7 +27,7 @@ from .lora_linear_persistent import MOST_MASKED_RANK, persistent_calls
 from .lora_linear_split import split_calls
 from .lora_linear_tma import tma_calls
 from .multi_tile import MixedFactor
-from .reduction_tables import vectorizes
+from .reduction_tables import by_elements, vectorizes
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -94,7 +94,7 @@ def pointer_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
-                "BLOCK_R": expand_rank_block(b, x.dtype, dropout, most=tile.block_r),
+                "BLOCK_R": expand_rank_block(s, b, x.dtype, dropout, most=tile.block_r),
                 "GROUP_M": tile.group_m,
                 "EVEN_K": K % tile.block_k == 0,
                 "PRECISION": precision,
@@ -127,9 +127,10 @@ def tile_of(
     can_stay = can_stay and is_aligned(out) and out.dtype == s.dtype == x.dtype
     sizes: dict[str, Any] = {"M": M, "N": N, "K": K, "weight_is_kn": not is_aligned(weight), "persistent": can_stay}
     sizes["out_aligned"] = vectorizes(out)
-    # Beside a mask: a key of each row's own adapter, addresses of single elements.
-    scattered = isinstance(b, MixedFactor) or not (vectorizes(b) or vectorizes(b.t()))
-    sizes["crowded"] = dropout is not None and scattered
+    # Beside a mask: a key of each row's own adapter, addresses of single elements; sm_80's sums, in registers as HMMA's
+    # operands are, are too many by themselves.
+    crowded = arch == 80 or isinstance(b, MixedFactor) or by_elements(b)
+    sizes |= {"crowded": dropout is not None and crowded, "masked": dropout is not None and not vectorizes(s)}
     tile = choose_tile(arch, x.dtype, **sizes, aligned=_operands_are(is_aligned, x, weight))
     on_descriptors = tile.tma and tile.split_k == 1
     if not on_descriptors and not _operands_are(vectorizes, x, weight):

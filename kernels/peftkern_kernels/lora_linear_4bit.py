@@ -150,7 +150,7 @@ def base_4bit_plus_expand_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "UNITS": units,
-                "BLOCK_R": expand_rank_block(b, x.dtype, None, most=tile.block_r),
+                "BLOCK_R": expand_rank_block(s, b, x.dtype, None, most=tile.block_r),
                 "GROUP_M": tile.group_m,
                 "PRECISION": precision,
             },

@@ -172,7 +172,7 @@ def base_4bit_transposed_plus_expand_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_k,
                 "UNITS": tile.block_n // unit,
-                "BLOCK_R": expand_rank_block(b, dy.dtype, dropout, most=tile.block_r),
+                "BLOCK_R": expand_rank_block(ds, b, dy.dtype, dropout, most=tile.block_r),
                 "GROUP_M": tile.group_m,
                 "EVEN_N": N % tile.block_k == 0,
                 "PRECISION": precision,

@@ -99,7 +99,7 @@ def tma_calls(
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
-                "BLOCK_R": expand_rank_block(b, x.dtype, dropout),
+                "BLOCK_R": expand_rank_block(s, b, x.dtype, dropout),
                 "GROUP_M": tile.group_m,
                 "PRECISION": precision,
             },

@@ -18,7 +18,7 @@ from .dropout import Dropout, drop_tile
 from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .overlap import begin, overlap_options, overlaps
 from .reduce import PlaneSum, reduce_calls
-from .reduction_tables import Tile, best_splits, shrink_tile, vectorizes
+from .reduction_tables import Tile, best_splits, by_elements, shrink_tile, vectorizes
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -106,8 +106,8 @@ def shrink_calls(
     if out.numel() == 0:
         return []
     if tile is None:
-        aligned = vectorizes(x)
-        tile = shrink_tile(arch=arch, dtype=x.dtype, M=M, R=R, aligned=aligned, dropout=dropout is not None)
+        kind = {"aligned": vectorizes(x), "dropout": dropout is not None, "scattered": by_elements(a)}
+        tile = shrink_tile(arch=arch, dtype=x.dtype, M=M, R=R, **kind)
     blocks_m, blocks_r, steps = cdiv(M, tile.block_m), cdiv(R, tile.block_r), cdiv(K, tile.block_c)
     if splits is None:
         splits = best_splits(

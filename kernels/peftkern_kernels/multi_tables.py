@@ -52,8 +52,8 @@ def multi_expand_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned:
 def multi_weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, dropout: bool) -> Tile:
     """Tile of the grouped weight gradient: BLOCK_C columns of x or dY, walking down a chunk's rows by BLOCK_M."""
     tile = weight_gradient_tile(arch=arch, dtype=dtype, M=min(M, 64), R=R, aligned=aligned, dropout=dropout)
-    # Beside the row numbers 128 ranks are too many for sm_80's registers.
-    return replace(tile, block_c=64) if arch == 80 and tile.block_r == 128 else tile
+    # Beside the row numbers 128 ranks are too many for the registers of eight warps.
+    return replace(tile, block_c=64) if arch in (80, 86, 89) and tile.block_r == 128 else tile
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,15 @@ def vectorizes(t: torch.Tensor) -> bool:
     return is_aligned(t) and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0
 
 
+def by_elements(*factors: torch.Tensor) -> bool:
+    """Whether Triton can load one of the thin matrices by single elements only, whichever way it lies.
+
+    So it is where the rank is no multiple of 16: each element has an address of its own, and above 16 ranks (the least
+    block) a mask as well, in registers.
+    """
+    return not all(vectorizes(t) or vectorizes(t.t()) for t in factors)
+
+
 def rank_block(R: int, most: int) -> int:
     """Block along R: a power of two, at least 16 (tensor cores' smallest), at most `most`."""
     return min(most, max(16, next_power_of_2(R)))
@@ -93,10 +102,13 @@ def best_splits(*, blocks: int, steps: int, arch: int, operand_bytes: int, plane
     return min(range(1, min(steps, MAX_SPLITS) + 1), key=cost)
 
 
-def shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, dropout: bool) -> Tile:
+def shrink_tile(
+    *, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, dropout: bool, scattered: bool = False
+) -> Tile:
     """Tile of `S = scaling * drop(x) A^T`: bound by reading x, so whole rows of 256 bytes and three or more in flight.
 
-    A is read again by every BLOCK_M rows (from the L2 cache), so wider ranks take taller tiles.
+    A is read again by every BLOCK_M rows (from the L2 cache), so wider ranks take taller tiles. `scattered`: A's loads
+    are `by_elements`, as those of B's transpose in backward.
     """
     rows = 16 if M <= 16 else 32 if M <= 32 else 64
     if arch >= 900:  # AMD: 64 KiB of LDS, two stages; unaligned tiles take a scalar register pair for each load's mask
@@ -117,16 +129,21 @@ def shrink_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool,
     if R <= 32:
         return Tile(rows, 128, rank_block(R, 32), 4, 4 if roomy else 3)
     if arch == 90 and R <= 64:
-        return Tile(rows, 128, 64, 4, 4, MEASURED)
-    if M > 64 and R > 32 and roomy:
+        return Tile(rows, 64, 64, 4, 4) if scattered else Tile(rows, 128, 64, 4, 4, MEASURED)
+    # 128 ranks, of fp32 or with a mask for each, are too many for 128 rows, and for four warps.
+    crowded = R > 64 and (R % 16 != 0 or not roomy)
+    if M > 64 and R > 32 and roomy and not crowded:
         rows = 128
-    # A mask beside 128 ranks of fp32 factors is too much for sm_120's registers.
-    most = 64 if arch == 120 and dropout else 128
-    return Tile(rows, 64, rank_block(R, most), 8 if rows == 128 else 4, 4 if roomy else 3)
+    return Tile(rows, 64, rank_block(R, 128), 8 if rows == 128 or (rows == 64 and crowded) else 4, 4 if roomy else 3)
 
 
-def weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, dropout: bool) -> Tile:
-    """Tile of `dA = dS^T drop(x)` and `dB = dY^T S`: BLOCK_C columns of x or dY, walking down the rows."""
+def weight_gradient_tile(
+    *, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, dropout: bool, scattered: bool = False
+) -> Tile:
+    """Tile of `dA = dS^T drop(x)` and `dB = dY^T S`: BLOCK_C columns of x or dY, walking down the rows.
+
+    `scattered`: the loads of dS or S are `by_elements`.
+    """
     rows = 16 if M <= 16 else 32 if M <= 32 else 64
     if arch >= 900:
         if not aligned:
@@ -140,15 +157,19 @@ def weight_gradient_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, align
         return Tile(min(rows, 32), 128, rank_block(R, 64), 4 if R <= 32 else 8, 2)
     if arch == 90 and R <= 32 and dropout and rows == 64:
         return Tile(64, 128, rank_block(R, 32), 4, 4, MEASURED)
-    if arch == 90 and R <= 64:
+    narrow = R <= 32 or (R <= 64 and not scattered)
+    if arch == 90 and narrow:
         return Tile(rows, 64 if R > 32 and dropout else 128, rank_block(R, 64), 4, 4, MEASURED)
     # Sums held in registers: 64 to 128 a thread. Hopper's and Blackwell's operands stay in shared memory meanwhile.
-    few_warps = R <= 64 if arch in (90, 100) else R <= 32
-    return Tile(rows, 128, rank_block(R, 128), 4 if few_warps else 8, 3)
+    few_warps = narrow if arch in (90, 100) else R <= 32
+    return Tile(rows, 128, rank_block(R, 64 if scattered else 128), 4 if few_warps else 8, 3)
 
 
-def dy_pass_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool) -> Tile:
-    """Tile of the one pass over dY that gives dS and dB (small R): rows x 256 or 512 columns held once, used twice."""
+def dy_pass_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, scattered: bool = False) -> Tile:
+    """Tile of the one pass over dY that gives dS and dB (small R): rows x 256 or 512 columns held once, used twice.
+
+    `scattered`: the loads of B or S are `by_elements`.
+    """
     block_r = rank_block(R, 32)
     if arch >= 900:
         if dtype == torch.float32 or not aligned:
@@ -161,7 +182,9 @@ def dy_pass_tile(*, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool
     if arch == 90 and block_r == 16:
         return Tile(64, 512, 16, 8, 3, MEASURED) if M >= 2048 else Tile(64, 256, 16, 8, 4, MEASURED)
     if arch in (90, 100):  # one copy of the tile serves both products; Blackwell's masked rows take more registers
-        return Tile(64, 256, block_r, 4 if arch == 90 else 8, 3)
+        return Tile(64, 256, block_r, 4 if arch == 90 and not scattered else 8, 3)
+    if arch == 120 and scattered:
+        block_r = 16
     return Tile(32, 256, block_r, 8, 3)  # two copies: 90 KB of shared memory
 
 

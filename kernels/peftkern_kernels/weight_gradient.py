@@ -19,7 +19,7 @@ from .gemm_tables import MULTIPROCESSORS
 from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .overlap import begin, overlap_options, overlaps
 from .reduce import PlaneSum, reduce_calls
-from .reduction_tables import Tile, best_splits, vectorizes, weight_gradient_tile
+from .reduction_tables import Tile, best_splits, by_elements, vectorizes, weight_gradient_tile
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _columns_times_thin(
     wide_ptr, thin_ptr, out_ptr, seed_ptr, block_c, block_r, split,
     M, C, R, stride_wm, stride_wc, stride_tm, stride_tr, stride_os, stride_oc, stride_or, m_chunk, scale, threshold,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_C: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TURNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[split, c, r] = scale * sum over the split's rows m of keep[m, c] * wide[m, c] * thin[m, r]."""
     c_start = block_c.to(tl.int64) * BLOCK_C
@@ -44,9 +44,6 @@ def _columns_times_thin(
     if DROPOUT:
         seed = tl.load(seed_ptr)
 
-    # What is masked in registers goes back to shared memory as a product's second operand only. As the first it stays
-    # in registers, and Hopper's matrix instructions wait for one another. The first takes 64 rows or more.
-    TURNED: tl.constexpr = DROPOUT and BLOCK_R >= 64
     acc = tl.zeros((BLOCK_R, BLOCK_C) if TURNED else (BLOCK_C, BLOCK_R), tl.float32)
     for m in range(m_start, tl.minimum(m_start + m_chunk, M), BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
@@ -77,7 +74,8 @@ def _weight_gradient_kernel(
     stride_sm, stride_sr, stride_dym, stride_dyn, stride_dbs, stride_dbn, stride_dbr,
     blocks_k, m_chunk, scale, threshold,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
-    HAS_DA: tl.constexpr, HAS_DB: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_DA: tl.constexpr, HAS_DB: tl.constexpr, DROPOUT: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
     blocks_r = tl.cdiv(R, BLOCK_R)
@@ -89,14 +87,14 @@ def _weight_gradient_kernel(
             _columns_times_thin(
                 x_ptr, ds_ptr, da_ptr, seed_ptr, block_c, block_r, split,
                 M, K, R, stride_xm, stride_xk, stride_dsm, stride_dsr, stride_das, stride_dak, stride_dar,
-                m_chunk, scale, threshold, BLOCK_M, BLOCK_C, BLOCK_R, EVEN_K, DROPOUT, PRECISION,
+                m_chunk, scale, threshold, BLOCK_M, BLOCK_C, BLOCK_R, EVEN_K, DROPOUT, TURNED, PRECISION,
             )  # fmt: skip
     if HAS_DB:  # noqa: SIM102
         if block_c >= blocks_k:
             _columns_times_thin(
                 dy_ptr, s_ptr, db_ptr, None, block_c - blocks_k, block_r, split,
                 M, N, R, stride_dym, stride_dyn, stride_sm, stride_sr, stride_dbs, stride_dbn, stride_dbr,
-                m_chunk, 1.0, 0, BLOCK_M, BLOCK_C, BLOCK_R, EVEN_N, 0, PRECISION,
+                m_chunk, 1.0, 0, BLOCK_M, BLOCK_C, BLOCK_R, EVEN_N, 0, False, PRECISION,
             )  # fmt: skip
 
 
@@ -163,9 +161,9 @@ def weight_gradient_calls(
     K, N = 0 if x is None else x.shape[1], 0 if dy is None else dy.shape[1]
     device, dtype = pairs[0][0].device, pairs[0][0].dtype
     if tile is None:
-        aligned = all(vectorizes(t) for t, _ in pairs)
-        has_dropout = dropout is not None and has_da
-        tile = weight_gradient_tile(arch=arch, dtype=dtype, M=M, R=R, aligned=aligned, dropout=has_dropout)
+        kind = {"aligned": all(vectorizes(t) for t, _ in pairs), "dropout": dropout is not None and has_da}
+        kind["scattered"] = by_elements(*(t for _, t in pairs))
+        tile = weight_gradient_tile(arch=arch, dtype=dtype, M=M, R=R, **kind)
     blocks_k, blocks_n, blocks_r = cdiv(K, tile.block_c), cdiv(N, tile.block_c), cdiv(R, tile.block_r)
     if (blocks_k + blocks_n) * blocks_r == 0:
         return []
@@ -222,6 +220,10 @@ def _gradient_call(
     has_da, has_db = da is not None, db is not None
     K, N = 0 if x is None else x.shape[1], 0 if dy is None else dy.shape[1]
     thin = s if ds is None else ds
+    # What is masked in registers goes back to shared memory as a product's second operand only. As the first it stays
+    # in registers, and Hopper's matrix instructions wait for one another. The first takes 64 rows or more. Where all
+    # operands are in registers there is nothing to gain, and the thin one's loads would no longer be asynchronous.
+    turned = arch not in (80, 86, 89, 120) and tile.block_r >= 64
     M, R = (0, 0) if thin is None else thin.shape
     blocks_k, blocks_n, blocks_r = cdiv(K, tile.block_c), cdiv(N, tile.block_c), cdiv(R, tile.block_r)
     return Call(
@@ -262,6 +264,7 @@ def _gradient_call(
             "HAS_DA": has_da,
             "HAS_DB": has_db,
             "DROPOUT": dropout.kind if dropout is not None and has_da else 0,
+            "TURNED": turned and dropout is not None and has_da,
             "PRECISION": precision,
             "OVERLAP": overlaps(arch),
         },
