@@ -156,8 +156,7 @@ def written_by_launch(weight: Quantized, path: str, dtype: torch.dtype) -> bool:
     """Whether the launches of `path` begin with one that writes the weight out, all of it."""
     if is_plain(path) or not isinstance(weight, Weight4bit):
         return False
-    N, K = weight.shape
-    return path.startswith("dequantize:") and N * K * dtype.itemsize <= BUFFER_BYTES
+    return path.startswith("dequantize:") and fits_buffer(weight, dtype)
 
 
 @without_autocast
