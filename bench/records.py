@@ -1,10 +1,10 @@
 """The result file: its shape, its arithmetic, reading and writing.
 
 `{"schema": 1, "kind": ..., "environment": {...}, "rows": [...], "missing": [...], ...}`, where kind is "headline",
-"quantized", "step", "mixed", "many", "qlora", "host" or "tune". A row of a headline is one implementation in one problem and
-one kind of pass; ROW_FIELDS says what it holds, QUANTIZED_FIELDS what one over a 4-bit weight holds besides,
-MANY_FIELDS what one over many adapters holds. What was not measured is None with a reason in `status` and `reason`: no
-number in a result file is anything but measured, or arithmetic on measured ones.
+"quantized", "step", "mixed", "many", "qlora", "host" or "tune". A row of a headline is one implementation in one
+problem and one kind of pass; ROW_FIELDS says what it holds, QUANTIZED_FIELDS what one over a 4-bit weight holds
+besides, MANY_FIELDS what one over many adapters holds. What was not measured is None with a reason in `status` and
+`reason`: no number in a result file is anything but measured, or arithmetic on measured ones.
 """
 
 from __future__ import annotations
