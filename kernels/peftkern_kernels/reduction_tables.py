@@ -130,8 +130,9 @@ def shrink_tile(
         return Tile(rows, 128, rank_block(R, 32), 4, 4 if roomy else 3)
     if arch == 90 and R <= 64:
         return Tile(rows, 64, 64, 4, 4) if scattered else Tile(rows, 128, 64, 4, 4, MEASURED)
-    # 128 ranks, of fp32 or with a mask for each, are too many for 128 rows, and for four warps.
-    crowded = R > 64 and (R % 16 != 0 or not roomy)
+    # 128 ranks, of fp32 or with a mask for each, are too many for 128 rows, and for four warps. So are they on sm_80
+    # beside a dropout mask.
+    crowded = R > 64 and (R % 16 != 0 or not roomy or (arch == 80 and dropout))
     if M > 64 and R > 32 and roomy and not crowded:
         rows = 128
     return Tile(rows, 64, rank_block(R, 128), 8 if rows == 128 or (rows == 64 and crowded) else 4, 4 if roomy else 3)
