@@ -1,8 +1,9 @@
 """A GPU that does nothing: for the time that the host takes around launches, on a machine that has none.
 
 Tensors lie in the CPU's memory, which nothing touches, and say that they are on a GPU; kernels are compiled for sm_90
-and launched by Triton's own launcher, over a driver library whose functions return at once; cuBLAS's products are left
-out. What the driver and the GPU take is not in such a time, nor what torch's own allocator on a GPU takes.
+and launched by Triton's own launcher, over a driver library whose functions return at once; cuBLAS's products, and
+copies into memory that is given, are left out. What the driver and the GPU take is not in such a time, nor what torch's
+own allocator on a GPU takes.
 
 `install` changes torch for the rest of the process, for good.
 """
@@ -24,13 +25,8 @@ import torch
 
 CUDA = torch.device("cuda", 0)
 ARCH = 90
-PROPERTIES = SimpleNamespace(
-    major=ARCH // 10,
-    minor=ARCH % 10,
-    multi_processor_count=132,
-    total_memory=80 * 10**9,
-    name="a GPU that does nothing",
-)
+NAME = "a GPU that does nothing"
+PROPERTIES = SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=80 * 10**9, name=NAME)
 # What Triton's driver.c calls, and what it is to find written where a pointer says.
 DRIVER = r"""
 #include <string.h>
@@ -85,8 +81,17 @@ def install() -> None:
         raise RuntimeError("no C compiler: Triton builds its launcher with one (set CC)")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels are not launched")
+    _keep_memory()
     _change_torch()
     _give_triton_a_driver()
+
+
+def _keep_memory() -> None:
+    """Have the C library keep what is freed, as torch's allocator on a GPU does, in place of asking the system anew."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc; its numbers for "no memory of its own mapping", and "give back no more than"
+        mallopt(-4, 0)
+        mallopt(-1, 2**31 - 1)
 
 
 def _change_torch() -> None:
@@ -94,13 +99,15 @@ def _change_torch() -> None:
     changed.device = property(lambda _: CUDA)
     changed.is_cpu = property(lambda _: False)
     changed.is_cuda = property(lambda _: True)
-    for name in ("new_empty", "new_zeros"):
+    for name in ("new_empty", "new_empty_strided", "new_zeros"):
         setattr(changed, name, _ignoring_device(getattr(changed, name)))
     changed.addmm_ = lambda out, *_, **__: out
     module: Any = torch
-    for name in ("empty", "zeros", "ones", "arange", "full", "randint"):
+    for name in ("empty", "empty_strided", "zeros", "ones", "arange", "full", "randint"):
         setattr(module, name, _ignoring_device(getattr(module, name)))
     module.mm = module.addmm = lambda *_, out=None, **__: out
+    cat = module.cat
+    module.cat = lambda parts, *args, out=None: cat(parts, *args) if out is None else out
     cuda: Any = torch.cuda
     cuda.is_available = lambda: True
     cuda.current_device = lambda: 0
@@ -108,6 +115,7 @@ def _change_torch() -> None:
     cuda.get_device_capability = lambda *_: (ARCH // 10, ARCH % 10)
     cuda.get_device_properties = lambda *_: PROPERTIES
     cuda.is_current_stream_capturing = lambda: False
+    cuda.current_stream = lambda *_: SimpleNamespace(cuda_stream=0)
 
 
 def _ignoring_device(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -128,4 +128,5 @@ def all_cases_dora() -> list[DoraLinear]:
         DoraLinear(8192, *sizes, R, masters=masters, bias=True, learns=learns)
         for sizes, R, masters, learns in product((Q, (4104, 4104)), (16, 64, 128), (False, True), (False, True))
     ]
+    outputs.append(replace(outputs[0], R=12))  # rows of S with gaps
     return list(dict.fromkeys([*quick_cases_dora(), *headline, *variants, *awkward, *outputs]))

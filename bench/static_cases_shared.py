@@ -14,12 +14,11 @@ import torch
 from bench.static_cases_4bit import weight_on_meta
 from peftkern.backend import DeviceInfo
 from peftkern.ops import _lora_linear_shared_triton as shared
-from peftkern.ops._lora_linear_triton import input_gradient_calls, output_calls, thin_calls
 from peftkern.ops._projection_group import Group
+from peftkern.ops._rank_rows import columns_of_s, new_s
 from peftkern.ops.plan import APART, DECODE_PATHS, plan_lora_linear, plan_shared
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.launch import Call
-from peftkern_kernels.weight_gradient import weight_gradient_calls
 
 HALF = torch.bfloat16
 QKV, GATE_UP = (4096, 1024, 1024), (14336, 14336)
@@ -63,33 +62,23 @@ class LoraLinearShared:
         if path in ("torch", APART):
             return []
         x = torch.empty(self.M, self.K, dtype=self.dtype, device="meta")
-        kind = torch.float32 if self.masters else self.dtype
-        ranks = tuple(slice(i * self.R, (i + 1) * self.R) for i in range(len(self.outs)))
-        lora_A = x.new_empty(self.R * len(self.outs), self.K, dtype=kind)
-        drop = Dropout(x.new_empty(1, dtype=torch.int64), 0.1) if self.dropout else None
-        s, ds = x.new_empty(self.M, lora_A.shape[0]), x.new_empty(self.M, lora_A.shape[0])
+        kind, count = torch.float32 if self.masters else self.dtype, len(self.outs)
+        As = [x.new_empty(self.R, self.K, dtype=kind) for _ in self.outs]
+        Bs = [x.new_empty(N, self.R, dtype=kind) for N in self.outs]
         weights: list[Any] = [x.new_empty(N, self.K) for N in self.outs]
         if "4bit" in path:
             weights = [weight_on_meta(N, self.K, dtype=self.dtype) for N in self.outs]
-        Bs = [x.new_empty(N, self.R, dtype=kind) for N in self.outs]
-        ys = [x.new_empty(self.M, N) for N in self.outs]
         biases = [x.new_empty(N) if self.bias else None for N in self.outs]
-        group = Group(tuple(weights), (2.0,) * len(self.outs), ranks, 0.1 if self.dropout else 0.0, path)
-        decodes = path in DECODE_PATHS
-        if decodes:
-            As = [x.new_empty(self.R, self.K, dtype=kind) for _ in self.outs]
+        drop = Dropout(x.new_empty(1, dtype=torch.int64), 0.1) if self.dropout else None
+        columns = columns_of_s([self.R] * count, self.dtype, path, arch)
+        group = Group(tuple(weights), (2.0,) * count, columns, 0.1 if self.dropout else 0.0, path)
+        ys, s = [x.new_empty(self.M, N) for N in self.outs], new_s(x, self.M, columns[-1].stop, path, arch)
+        if path in DECODE_PATHS:
             calls = shared.decoded_calls(x, group, As, Bs, biases, ys, s, drop, arch)
         else:
-            calls = shared.all_shrinks(x, group, lora_A, s, drop, arch)
-        for i, (weight, lora_B, y, bias, columns) in enumerate(zip(weights, Bs, ys, biases, ranks, strict=True)):
-            if not decodes:
-                calls += output_calls(x, weight, s[:, columns], lora_B, y, bias, path, arch)
-            calls += thin_calls(y, lora_B, s[:, columns], ds[:, columns], torch.empty_like(lora_B), 2.0, arch)[0]
-            if "4bit" in path:
-                calls += input_gradient_calls(y, weight, ds[:, columns], lora_A[columns], x, drop, path, arch)
-            elif i == 0:
-                calls += input_gradient_calls(y, weight, ds, lora_A, x, drop, path, arch)
-        calls += weight_gradient_calls(ds, x, None, None, torch.empty_like(lora_A), None, dropout=drop, arch=arch)
+            calls = shared.forward_calls(x, group, As, Bs, biases, drop, arch, ys, s)
+        gradients = (torch.empty_like(x), As[0].new_empty(self.R * count, self.K), [torch.empty_like(B) for B in Bs])
+        calls += shared.backward_calls(ys, x, group, As, Bs, s, drop, arch, gradients)
         return [call for call in calls if isinstance(call, Call)]
 
     def plan(self, arch: int) -> str:
@@ -103,10 +92,11 @@ class LoraLinearShared:
 def all_cases_shared() -> list[LoraLinearShared]:
     """Both groups of an 8B Llama, then what changes the code, one thing at a time."""
     groups = [LoraLinearShared(8192, 4096, outs, R) for outs, R in product((QKV, GATE_UP), (8, 16, 64))]
-    small = [replace(case, M=512) for case in groups[1::3]]
+    small = [replace(case, M=M) for case in groups[1::3] for M in (512, 2048)]  # with products by cuBLAS beside ours
     variants = [replace(groups[1], **{name: True}) for name in ("masters", "dropout")]
     variants += [replace(groups[2], dropout=True, masters=True), replace(groups[1], dtype=torch.float32)]
     variants += [replace(groups[1], dtype=torch.float16), replace(groups[1], K=4104), replace(groups[1], K=4095)]
+    variants.append(replace(groups[0], R=4))  # columns of S with gaps
     # Ranks that add up to no multiple of 16.
     odd = [LoraLinearShared(8192, 4096, QKV, 12, dropout=dropout) for dropout in (False, True)]
     fused = [

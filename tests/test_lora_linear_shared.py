@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from held_paths import GEMM_PATHS, hold_lora_linear
+from held_paths import GEMM_PATHS, by_parity, hold_lora_linear
 from numerics import assert_rounded, padded_randn
 from peftkern import reference, use_backend
 from peftkern.ops import dequantize, lora_linear, lora_linear_shared, quantize_4bit, quantize_8bit
@@ -127,9 +127,9 @@ def test_plain_path_matches_fp64(M, K, outs, dtype, masters, dropout_p):
     check(projections, got, projections.truth(keep=keep, p=dropout_p), roundings=roundings, dtype=dtype)
 
 
-@pytest.fixture(params=GEMM_PATHS)
+@pytest.fixture(params=[*GEMM_PATHS, by_parity])
 def path(request, monkeypatch):
-    """A path of `lora_linear` that the plan is held to."""
+    """A path of `lora_linear` that the plan is held to, or one for each projection."""
     return hold_lora_linear(monkeypatch, request.param)
 
 
@@ -142,11 +142,30 @@ def test_kernels_match_fp64(M, K, outs, dtype, masters, dropout_p, path, device)
     seed = torch.tensor([1234], device=device)
     keep = reference.dropout_mask(seed, M, K, dropout_p) if dropout_p else None
     with use_backend("triton"):
-        assert projections.plan("triton").path == path
+        wanted = path if isinstance(path, str) else ",".join(path(N) for N, _ in outs)
+        assert projections.plan("triton").path == wanted
         got = projections.run(dropout_p=dropout_p, seed=seed)
     casts, n = 2 if masters else 0, len(outs)
     roundings = (2 + casts, 2 + n + casts, 1 + casts, 1 + casts)
     check(projections, got, projections.truth(keep=keep, p=dropout_p), roundings=roundings, dtype=dtype)
+
+
+@pytest.mark.parametrize("first", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_masters_beside_others(backend, first, device):
+    """Would catch a gradient of fp32 masters that was rounded to the dtype of another projection's A, and the rounding
+    of all of A to that of the first."""
+    projections = Projections(*SIZES[1], torch.bfloat16, device=device)
+    for i, dtype in enumerate((first, torch.float32, torch.bfloat16)):
+        for factors in (projections.As, projections.Bs):
+            factors[i] = factors[i].detach().to(dtype).requires_grad_()
+    with use_backend(backend):
+        got = projections.run()
+    assert [g.dtype for g in got[1][1:4]] == [first, torch.float32, torch.bfloat16]
+    dA = got[1][2]
+    # In plain PyTorch its products are bfloat16's.
+    assert torch.equal(dA, dA.bfloat16().float()) == (backend == "torch")
+    check(projections, got, projections.truth(), roundings=(5, 8, 4, 4), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -159,10 +178,14 @@ def test_scalings_may_differ(backend, device):
     check(projections, got, projections.truth(scalings), roundings=(3, 6, 2, 2), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("which", [[0], [2], [0, 2]])
-def test_outputs_that_nobody_uses(which, backend, device):
-    """Would catch gradients for an adapter whose output did not take part, or dS columns in the wrong place."""
+@pytest.mark.parametrize("backend", ["torch", "triton", "triton, paths of their own"])
+@pytest.mark.parametrize("which", [[0], [2], [0, 2], [1, 2]])
+def test_outputs_that_nobody_uses(which, backend, device, monkeypatch):
+    """Would catch gradients for an adapter whose output did not take part, dS columns in the wrong place, or a path
+    that backward takes from another projection."""
+    backend, _, own = backend.partition(",")
+    if own:
+        hold_lora_linear(monkeypatch, by_parity)
     projections = Projections(*SIZES[1], device=device)
     with use_backend(backend):
         ys, grads = projections.run(which=which)
@@ -353,7 +376,13 @@ def test_plan_says_why_not():
     single = plans.Plan("triton", "many tokens")
     assert plans.plan_shared([single, single], 10**6).path == "triton"
     other = plans.Plan("cublas", "odd rows")
-    assert "different paths: cublas, triton" in plans.plan_shared([single, other], 10**6).reason
+    beside = plans.plan_shared([single, other, single], 10**6)
+    assert beside.path == "triton,cublas,triton" and "one shrink" in beside.reason
+    assert plans.path_of_each(beside.path, 3) == ["triton", "cublas", "triton"]
+    decoded = plans.Plan("fused_4bit", "few tokens")
+    assert "different paths: cublas, fused_4bit" in plans.plan_shared([other, decoded], 10**6).reason
+    written = plans.Plan("dequantize:triton", "4 bits")
+    assert plans.plan_shared([single, written], 10**6).path == plans.APART, "one of them is no 4-bit weight"
     plain = plans.Plan("torch", "on a CPU")
     assert plans.plan_shared([plain, plain], 10**6).path == "torch"
     assert plans.plan_shared([plain, plain], 0).path == plans.APART

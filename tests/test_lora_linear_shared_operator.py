@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
+from held_paths import by_parity, hold_lora_linear
 from numerics import padded_randn
 from peftkern import use_backend
 from peftkern.ops import lora_linear_shared, quantize_8bit
@@ -333,3 +334,26 @@ def test_double_backward_is_refused():
         ys = lora_linear_shared(projections.x, projections.weights, projections.As, projections.Bs, SCALINGS[:3])
         with pytest.raises(RuntimeError, match="lora_linear_shared: double backward"):
             torch.autograd.grad(ys[0].sum(), projections.x, create_graph=True)
+
+
+@pytest.mark.parametrize("which", [[0, 1, 2], [1, 2], [2]])
+def test_paths_of_their_own(which, monkeypatch):
+    """Would catch a backward that takes the paths of all projections for those whose outputs were used."""
+    pytest.importorskip("triton")
+    hold_lora_linear(monkeypatch, by_parity)
+    projections, _ = make()
+
+    def grads(function):
+        ys = function(projections.x)
+        return torch.autograd.grad(
+            [ys[i] for i in which], projections.leaves, [projections.dys[i] for i in which], allow_unused=True
+        )
+
+    with use_backend("triton"):
+        assert projections.plan("triton").path == "triton,triton,cublas"
+        compiled = torch.compile(lambda x: call(projections, x, 0.0), backend="aot_eager", fullgraph=True)
+        for got, want in zip(grads(compiled), grads(lambda x: call(projections, x, 0.0)), strict=True):
+            if want is None:  # a graph gives zeros there
+                assert got is None or not got.any()
+            else:
+                assert torch.equal(got, want)

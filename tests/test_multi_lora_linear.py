@@ -82,9 +82,13 @@ def test_an_id_for_each_sequence(ids, each):
     check([y.detach().view(-1, N), *grads], truths, terms=B * each + N + K, rounded=[4, 4, 0, 0] + [2] * 8)
 
 
-def test_each_adapter_is_as_its_rows_alone():
-    """Would catch a dropout mask, or a gradient, that depends on which other rows share the batch."""
+@pytest.mark.parametrize("base_rows", [True, False])  # without them, rows are put into the adapters' order
+def test_each_adapter_is_as_its_rows_alone(base_rows):
+    """Would catch a dropout mask, or a gradient, that depends on which other rows share the batch, and rows that are
+    put back in another order than they came in."""
     x, weight, bias, adapters, ids = make(40, 24, 33)
+    if not base_rows:
+        ids = torch.tensor([4, 0, 3, 2, 0]).repeat(8)
     weight.requires_grad_(False)
     dy, seed = torch.randn(40, 24), torch.tensor([99])
     y = multi_lora_linear(x, weight, adapters, ids, bias, dropout_p=0.3, seed=seed)
@@ -113,6 +117,22 @@ def test_an_absent_adapter_has_no_gradient():
     for slot, entry in enumerate(adapters.entries):
         if entry is not None:
             assert (entry.lora_A.grad is None) == (entry.lora_B.grad is None) == (slot not in (0, 3))
+
+
+def test_rows_are_put_into_the_order_of_their_groups():
+    """Would catch a group that is given other rows than its own, and rows of the base alone that are moved, so that
+    they are no longer the frozen layer's to the last bit."""
+    layout = layer(5, 7).layout
+    ids = torch.tensor([4, 0, 3, 2, 0])
+    batch = AdapterBatch(ids, 5)
+    groups = batch.groups(10, layout)
+    order, back, moved = batch.in_order(10, layout)
+    assert torch.equal(order[back], torch.arange(10))
+    assert all(torch.equal(order[new.rows], torch.arange(10)[old.rows]) for new, old in zip(moved, groups, strict=True))
+    assert [group.slots for group in moved] == [group.slots for group in groups]
+    for stays in ([4, 0, -1, 2, 0], [0, 0, 3, 3, 3], [], [-1, -1]):
+        batch = AdapterBatch(torch.tensor(stays, dtype=torch.int64), 5)
+        assert batch.in_order(len(stays), layout) == (None, None, batch.groups(len(stays), layout)), stays
 
 
 def test_rows_without_an_adapter_are_untouched():

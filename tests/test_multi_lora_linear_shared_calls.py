@@ -224,13 +224,17 @@ def accounted_for(calls, sources):
     return True
 
 
-@pytest.mark.parametrize("path, M", [("decode", 7), ("decode", 20), ("cublas", 70), ("triton", 70)])
+PATHS = [("decode", 7), ("decode", 20), ("cublas", 70), ("triton", 70), ("dequantize:cublas", 70)]
+
+
+@pytest.mark.parametrize("path, M", PATHS)
 def test_every_address_lies_in_a_named_tensor_or_in_scratch(path, M, device):
-    """Bug: a copy made on the way to a launch, by which the whole list is built anew in every step."""
+    """Bug: a copy made on the way to a launch, by which the whole list is built anew in every step; or a weight read
+    that is written out only later."""
     x, dys, layers, routing = make(M, 40, torch.float32, device)
     dropout = Dropout(torch.tensor([5], device=device), 0.2) if M == 70 else None
     seed, arch = None if dropout is None else dropout.seed, arch_of(device)
-    _, tensors = _tensors(layers, routing)
+    _, tensors = _tensors(layers, routing, path)
     with recorded_scratch() as taken:
         ys, s, calls = shared_forward_calls(x, layers, routing, dropout, path, arch)
     assert accounted_for(calls, [x, *tensors, seed, *ys, s, *taken])

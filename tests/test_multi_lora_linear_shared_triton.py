@@ -14,9 +14,9 @@ pytest.importorskip("triton")
 
 from multi_data import layer  # noqa: E402
 from numerics import padded_randn  # noqa: E402
-from peftkern import use_backend  # noqa: E402
+from peftkern import reference, use_backend  # noqa: E402
 from peftkern.backend import device_info  # noqa: E402
-from peftkern.ops import quantize_4bit, quantize_8bit  # noqa: E402
+from peftkern.ops import dequantize, quantize_4bit, quantize_8bit  # noqa: E402
 from peftkern.ops.plan import APART, Plan  # noqa: E402
 from test_multi_lora_linear_shared import (  # noqa: E402
     MIXED,
@@ -85,6 +85,33 @@ def test_quantized_weights(path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
     for a, b in zip(results[0][1], results[1][1], strict=True):
         assert a is b is None or torch.allclose(a, b, rtol=1e-2, atol=0.25)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("quantize", [lambda w: quantize_4bit(w, double_quant=False), quantize_8bit])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("M, path, count", [(70, "cublas", 2), (70, "cublas", 1), (10, "decode", 1), (70, "triton", 1)])
+def test_weights_that_are_written_out_one_after_another_match_fp64(
+    M, path, count, dropout_p, quantize, blocks, monkeypatch
+):
+    """Would catch a block of a weight that is added to other columns of y than its rows are, or to another
+    projection's; a product that is added twice or to what has no adapters yet; and dX begun anew by one."""
+    forced(monkeypatch, f"dequantize:{path}")
+    x, _, ids = projections(M, 64)
+    held = [
+        (quantize(torch.randn(N, 64)), torch.randn(N), layer(N, 64, ranks=ranks))
+        for N, ranks in zip((96, 48)[:count], MIXED, strict=False)
+    ]
+    if blocks > 1:
+        monkeypatch.setattr("peftkern.ops.lora_linear_quantized.BUFFER_BYTES", 64 * 4 * (96 // blocks))
+    dys, seed = [padded_randn(M, w.shape[0], pad=5, dtype=torch.float32) for w, *_ in held], torch.tensor([77])
+    dense = [(dequantize(w, torch.float32), b, pool) for w, b, pool in held]
+    plan = MODULE.shared_plan_for(x, *map(list, zip(*[(w, p, b) for w, b, p in held], strict=True)), "triton")
+    assert plan.path == ("dequantize:cublas" if count > 1 else APART)
+    got = gradients(lambda: together(x, held, ids, dropout_p=dropout_p, seed=seed), x, held, dys)
+    known = torch.where(ids < 5, ids, -1)
+    keep = reference.multi_dropout_mask(seed, known, 64, dropout_p) if dropout_p else None
+    check_against_fp64(got, x, dense, ids, dys, terms=300, rounded=6, keep=keep, p=dropout_p)
 
 
 def unlike(x, held):

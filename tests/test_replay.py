@@ -11,7 +11,7 @@ import torch
 import triton
 
 from peftkern_kernels import replay
-from peftkern_kernels.launch import Call, TorchCall, scratch
+from peftkern_kernels.launch import Call, TorchCall, Turns, recorded_scratch, scratch
 
 CPU = torch.device("cpu")
 STREAM = 7
@@ -74,6 +74,7 @@ def kernel(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(replay, "_stream", lambda _: STREAM)
     monkeypatch.setattr(torch, "empty", _empty_on_cpu(torch.empty))
+    monkeypatch.setattr(torch, "empty_strided", _empty_on_cpu(torch.empty_strided))
     return kernel
 
 
@@ -151,6 +152,23 @@ def test_scratch_is_taken_anew(kernel):
     assert kernel.compilations == 3
     (recording,) = replay._kept.values()
     assert [part[0] for part in recording.scratch] == [0, 256]
+
+
+def test_scratch_is_taken_in_turns():
+    """Would catch parts of a list whose memory adds up, or two things of one part in one place."""
+    turns = Turns()
+    with recorded_scratch() as taken:
+        with turns.turn():
+            first = scratch(4, 8, dtype=torch.float32, device=CPU), scratch(16, dtype=torch.float32, device=CPU)
+        outside = scratch(8, dtype=torch.float32, device=CPU)
+        for _ in range(2):
+            with turns.turn():
+                second = scratch(30, dtype=torch.bfloat16, device=CPU), scratch(3, 5, dtype=torch.float32, device=CPU)
+                other = scratch(99, dtype=torch.float32, device=CPU)
+    assert [t.nbytes for t in taken] == [128, 64, 32, 396], "the last is larger than what is spare"
+    assert [t.data_ptr() for t in second] == [first[1].data_ptr(), first[0].data_ptr()], "the smallest that will do"
+    assert second[0].shape == (30,) and second[0].dtype is torch.bfloat16 and second[1].shape == (3, 5)
+    assert outside.data_ptr() not in (t.data_ptr() for t in (*first, *second, other))
 
 
 def test_descriptors_move_to_the_new_tensor(kernel):
@@ -305,8 +323,23 @@ def test_results_are_allocated_anew(kernel):
     assert kernel.compilations == 1
 
 
-def test_results_with_gaps_are_not_kept(kernel):
-    """Would catch a result of other strides than the one that was recorded."""
+def test_results_with_gaps_come_back_with_them(kernel):
+    """Would catch S with rows that a descriptor of the recording cannot describe, and one that two calls share."""
+    got = []
+    for i in range(3):
+        source = torch.full((3,), float(i))
+
+        def build(source=source):
+            y = torch.empty(0).new_empty_strided((3, 2), (4, 1))
+            return (y,), [TorchCall("copy", torch.Tensor.copy_, (y, source[:, None].expand(3, 2)))]
+
+        got += replay.produce("rows", (source,), build, GPU)
+    assert [y.tolist() for y in got] == [[[float(i)] * 2] * 3 for i in range(3)]
+    assert [y.stride() for y in got] == [(4, 1)] * 3 and len(replay._kept) == 1
+
+
+def test_results_within_other_memory_are_not_kept(kernel):
+    """Would catch a launch that writes beside the result, into memory that a new one would not have."""
     for _ in range(2):
         source = torch.ones(4)
 

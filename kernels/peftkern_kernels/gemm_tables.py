@@ -150,6 +150,11 @@ def _rows(arch: int, bits: int, aligned: bool) -> dict[str, Tile]:
     return _TILES[family, 16, True]
 
 
+def has_persistent_tiles(arch: int, dtype: torch.dtype) -> bool:
+    """Whether large GEMMs of aligned operands are persistent there, and so take S and dS through descriptors."""
+    return any(tile.persistent for tile in _rows(arch, 16 if dtype.itemsize == 2 else 32, aligned=True).values())
+
+
 def choose_tile(
     arch: int,
     dtype: torch.dtype,

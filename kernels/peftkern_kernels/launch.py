@@ -7,6 +7,7 @@ benchmark adds up its bytes and operations. So what is checked without a GPU is 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -69,11 +70,49 @@ _recorder = threading.local()
 
 def scratch(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Memory that a list of launches uses between them, uninitialised; replays take it anew (see replay.py)."""
-    taken = torch.empty(shape, dtype=dtype, device=device)
-    record = getattr(_recorder, "taken", None)
-    if record is not None:
-        record.append(taken)
+    turns = getattr(_recorder, "turns", None)
+    taken = None if turns is None else turns.spare(shape, dtype)
+    if taken is None:
+        taken = torch.empty(shape, dtype=dtype, device=device)
+        record = getattr(_recorder, "taken", None)
+        if record is not None:
+            record.append(taken)
+        if turns is not None:
+            turns.taken.append(taken)
     return taken
+
+
+class Turns:
+    """Scratch memory that parts of one list of launches take in turn.
+
+    What one part took may be another's as soon as all launches of the first are in the list, since a launch begins when
+    the one before it has ended. Each part is built within `turn`.
+    """
+
+    def __init__(self) -> None:
+        self.taken: list[torch.Tensor] = []
+        self._spare: list[torch.Tensor] = []
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        before = getattr(_recorder, "turns", None)
+        _recorder.turns = self
+        try:
+            yield
+        finally:
+            _recorder.turns = before
+            self._spare += self.taken
+            self.taken = []
+
+    def spare(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        """The smallest of an earlier part's memory that is large enough, in this shape; None if there is none."""
+        size = math.prod(shape) * dtype.itemsize
+        fitting = [i for i, t in enumerate(self._spare) if t.nbytes >= size > 0]
+        if not fitting:
+            return None
+        whole = self._spare.pop(min(fitting, key=lambda i: self._spare[i].nbytes))
+        self.taken.append(whole)
+        return whole.view(-1).view(torch.uint8)[:size].view(dtype).view(shape)
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from .launch import Call, TorchCall, recorded_scratch, run_all
 Build = Callable[[], Sequence[Call | TorchCall]]
 Produce = Callable[[], tuple[Sequence[torch.Tensor | None], Sequence[Call | TorchCall]]]
 Scratch = tuple[int, torch.dtype]  # bytes into the block, and as what a library call takes it
-Made = None | int | tuple[torch.Size, torch.dtype]  # a result: absent, one of the tensors given, or new
+# A result: absent, one of the tensors given, or new, of a shape, strides and dtype.
+Made = None | int | tuple[torch.Size, tuple[int, ...], torch.dtype]
 MOST_KEPT = 4096  # situations; then all are forgotten, for a program with so many has no use for them
 SCRATCH_ALIGNMENT = 256
 
@@ -135,7 +136,7 @@ def produce(
 ) -> tuple[Any, ...]:
     """As `run` for launches whose results `build` allocates: it returns (results, launches), and this the results.
 
-    A result is one of `tensors`, or new, contiguous and uninitialised, or None.
+    A result is one of `tensors`, or new and uninitialised, contiguous or alone in its memory, or None.
     """
     if device.type != "cuda":
         results, calls = build()
@@ -159,7 +160,7 @@ def produce(
     made = [_how_made(t, tensors) for t in results]
     fresh = [None if isinstance(how, int) else t for t, how in zip(results, made, strict=True)]
     steps = record(calls, [*tensors, *fresh], scratch)
-    if steps is not None and all(t is None or t.is_contiguous() for t in fresh):
+    if steps is not None and all(t is None or t.is_contiguous() or _is_alone(t) for t in fresh):
         if len(_kept) >= MOST_KEPT:
             _kept.clear()
         parts: list[Scratch] = []
@@ -177,7 +178,14 @@ def _how_made(result: torch.Tensor | None, tensors: Sequence[torch.Tensor | None
     for i, t in enumerate(tensors):
         if t is result:
             return i
-    return result.shape, result.dtype
+    return result.shape, result.stride(), result.dtype
+
+
+def _is_alone(t: torch.Tensor) -> bool:
+    """Whether t's memory begins and ends with it, though it may have gaps: no launch was given more than what another
+    of its shape and strides would have."""
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.storage_offset() == 0 and t.untyped_storage().nbytes() == (last + 1) * t.element_size()
 
 
 def _result(made: Made, tensors: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor | None:
@@ -185,8 +193,8 @@ def _result(made: Made, tensors: Sequence[torch.Tensor | None], device: torch.de
         return None
     if isinstance(made, int):
         return tensors[made]
-    shape, dtype = made
-    return torch.empty(shape, dtype=dtype, device=device)
+    shape, stride, dtype = made
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 def record(

@@ -2,14 +2,16 @@
 
 A group is P equal pieces of a batch, each of L rows that want one adapter, all of one rank r: one batched product
 [P, L, K] x [P, K, r] serves them all. The adapters are read where they lie in the pool if they lie evenly, else copied
-together; rows are used where they lie if they do so one after another, else gathered.
+together; rows are used where they lie if they do so one after another, else gathered: each group's, or all at
+once by `in_order`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -57,6 +59,36 @@ class Group:
         # Every place where a block could begin, of which those that do are copied.
         places = (pool.numel() - shape[0] * width) // row + 1
         return pool.as_strided((places, *shape), (row, width, 1), origin).index_select(0, self.offsets)
+
+
+class InOrder(NamedTuple):
+    """Groups of a batch's rows, which may have been put into the groups' order.
+
+    Attributes:
+        order: int64 [M], the row that comes in each place; None where rows stay where they are.
+        back: int64 [M], the place of each row; None likewise.
+        groups: those of the rows in this order.
+    """
+
+    order: torch.Tensor | None
+    back: torch.Tensor | None
+    groups: list[Group]
+
+
+def in_order(groups: list[Group], M: int) -> InOrder:
+    """M rows in the order of their groups, each of which is a slice of them.
+
+    As they are where that is so already, and where rows are in no group: a product's last bits depend on the place of
+    a row, and those of a row that wants the base alone are to be the frozen layer's.
+    """
+    gathered = [group.rows for group in groups if isinstance(group.rows, torch.Tensor)]
+    if not gathered or sum(len(group.slots) * group.length for group in groups) < M:
+        return InOrder(None, None, groups)
+    places = torch.arange(M, device=gathered[0].device)
+    order = torch.cat([places[group.rows] for group in groups])
+    ends = itertools.accumulate(len(group.slots) * group.length for group in groups)
+    moved = [replace(g, rows=slice(end - len(g.slots) * g.length, end)) for g, end in zip(groups, ends, strict=True)]
+    return InOrder(order, order.argsort(), moved)
 
 
 def make_groups(ids: Sequence[int], each: int, layout: Layout, device: torch.device) -> list[Group]:

@@ -43,6 +43,12 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, p
     return y
 
 
+def add_base(y: torch.Tensor, x: torch.Tensor, weight: Any, path: str) -> None:
+    """x [M, K] -> x W^T of a quantized weight [N, K], added to y [M, N] in place."""
+    for part, dense in _dense_blocks(weight, x.dtype, path):
+        _add_product(y[:, part], x, dense.t(), path)
+
+
 def add_base_backward(dx: torch.Tensor | None, dy: torch.Tensor, weight: Any, path: str) -> torch.Tensor:
     """dY [M, N] -> dY W [M, K], added to dx in place if there is one."""
     if isinstance(weight, torch.Tensor):

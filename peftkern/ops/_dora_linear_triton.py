@@ -18,6 +18,7 @@ import torch
 
 from peftkern.ops import _lora_linear_triton
 from peftkern.ops._lora_linear_triton import dropout, precision, weight_parts, write_base
+from peftkern.ops._rank_rows import new_s
 from peftkern_kernels import replay
 from peftkern_kernels.dora_dropout import dropout_calls
 from peftkern_kernels.dora_norm import factor_calls, norm_calls
@@ -75,7 +76,7 @@ def forward_calls(
     `norm_weight` is the weight before it was rounded to x's dtype, and not read where `norm` [N] is given.
     """
     (M, K), N = x.shape, weight.shape[0]
-    y, s = x.new_empty(M, N), x.new_empty(M, lora_A.shape[0])
+    y, s = x.new_empty(M, N), new_s(x, M, lora_A.shape[0], path, arch)
     u = x.new_empty(M, N) if keep_u else None
     c, inverse = (x.new_empty(N, dtype=torch.float32) for _ in range(2))
     if norm is None:

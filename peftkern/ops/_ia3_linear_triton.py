@@ -32,14 +32,19 @@ def forward_calls(
     path: str,
     arch: int,
     keep_z: bool,
+    *,
+    spends_weight: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Calls]:
-    """x [M, K] -> y [M, N], z [M, N] if it is kept, and the launches."""
+    """x [M, K] -> y [M, N], z [M, N] if it is kept, and the launches. `spends_weight`: it is nobody else's, and may be
+    scaled in place."""
     M, N = x.shape[0], weight.shape[0]
     y = x.new_empty(M, N)
     if is_feedforward:
         # l rides on whichever operand is smaller; columns must run along memory to be scaled fast.
         if ids is None and M > N and weight.stride(1) == 1:
-            scaled = scratch(*weight.shape, dtype=weight.dtype, device=weight.device)
+            scaled = weight
+            if not spends_weight:
+                scaled = scratch(*weight.shape, dtype=weight.dtype, device=weight.device)
             return y, None, [*scale_calls(weight, scale, scaled, arch=arch), write_base(x, scaled, y, bias)]
         scaled = scratch(*x.shape, dtype=x.dtype, device=x.device)
         return y, None, [*scale_calls(x, scale, scaled, ids=ids, arch=arch), write_base(scaled, weight, y, bias)]
@@ -108,15 +113,18 @@ def forward(
     is_feedforward: bool,
     path: str,
     keep_z: bool,
+    *,
+    spends_weight: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As `_ia3_linear_torch.forward`, on kernels."""
+    """As `_ia3_linear_torch.forward`, on kernels; `spends_weight` as in `forward_calls`."""
     arch = device_info(x.device).arch
 
     def build() -> Any:
-        *results, calls = forward_calls(x, weight, scale, bias, ids, is_feedforward, path, arch, keep_z)
+        numbers = (is_feedforward, path, arch, keep_z)
+        *results, calls = forward_calls(x, weight, scale, bias, ids, *numbers, spends_weight=spends_weight)
         return results, calls
 
-    key = ("ia3_linear", is_feedforward, path, keep_z, precision())
+    key = ("ia3_linear", is_feedforward, path, keep_z, spends_weight, precision())
     y, z = replay.produce(key, (x, weight, scale, bias, ids), build, x.device)
     return y, z
 

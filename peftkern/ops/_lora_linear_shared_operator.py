@@ -6,7 +6,6 @@ which they are put together again (`flatten_all`, `unflatten_all`). Of biases it
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +17,10 @@ from peftkern.ops._common import (
     refuse_double_backward,
 )
 from peftkern.ops._lora_linear_shared_call import Optional, backward_shared, forward_shared, launched_apart
-from peftkern.ops._projection_group import Group
+from peftkern.ops._projection_group import Group, dtype_of_all
+from peftkern.ops._rank_rows import fake_s, s_columns
 from peftkern.ops.lora_linear_quantized import flatten, unflatten
-from peftkern.ops.plan import DECODE_PATHS
+from peftkern.ops.plan import DECODE_PATHS, path_of_all, path_of_each
 from peftkern.weights import Weight
 
 NUMBERS = 4  # of each weight: its tensors, one if it is dense; N, K and blocksize of a quantized one
@@ -72,11 +72,6 @@ def _draws_mask(seed: Optional, path: str) -> bool:
     return seed is not None and is_plain(path)
 
 
-def _dtype_of_all(lora_As: Sequence[torch.Tensor]) -> torch.dtype:
-    """The dtype of A of all projections in one tensor."""
-    return functools.reduce(torch.promote_types, (lora_A.dtype for lora_A in lora_As))
-
-
 @torch.library.custom_op("peftkern::lora_linear_shared", mutates_args=())
 def _operator(
     x: torch.Tensor,
@@ -94,7 +89,7 @@ def _operator(
     """(each y, S of all, mask); mask is empty unless the plain path drew one."""
     weights, held = unflatten_all(tensors, numbers), iter(biases)
     all_biases = [next(held) if has else None for has in biased]
-    group = Group(tuple(weights), tuple(scalings), rank_columns(lora_As), dropout_p, path)
+    group = Group(tuple(weights), tuple(scalings), s_columns([A.shape[0] for A in lora_As], x, path), dropout_p, path)
     if path in DECODE_PATHS and launched_apart(weights, lora_As, lora_Bs, all_biases):
         ys, s = _forward_apart(x, group, lora_As, lora_Bs, all_biases, seed)
         mask = None
@@ -129,7 +124,7 @@ def _(x, lora_As, lora_Bs, tensors, numbers, biases, biased, seed, scalings, dro
     M = x.numel() // K
     return (
         [x.new_empty(*x.shape[:-1], lora_B.shape[0]) for lora_B in lora_Bs],
-        x.new_empty(M, sum(lora_A.shape[0] for lora_A in lora_As)),
+        fake_s(x, M, s_columns([A.shape[0] for A in lora_As], x, path)[-1].stop, path),
         x.new_empty((M, K) if _draws_mask(seed, path) else (0,), dtype=torch.bool),
     )
 
@@ -164,7 +159,7 @@ def _operator_backward(
     nothing = dys[0].new_empty
     return (
         nothing(0) if dx is None else dx,
-        nothing(0) if da is None else da.to(_dtype_of_all(lora_As)),
+        nothing(0) if da is None else da.to(dtype_of_all(lora_As)),
         [nothing(0) if db is None else db.to(B.dtype) for db, B in zip(dbs, lora_Bs, strict=True)],
     )
 
@@ -192,7 +187,7 @@ def _(
     R = sum(lora_A.shape[0] for lora_A in lora_As)
     return (
         dy.new_empty((*dy.shape[:-1], K) if needs_x else (0,)),
-        dy.new_empty((R, K), dtype=_dtype_of_all(lora_As)) if needs_a else dy.new_empty(0),
+        dy.new_empty((R, K), dtype=dtype_of_all(lora_As)) if needs_a else dy.new_empty(0),
         [
             dy.new_empty(B.shape, dtype=B.dtype) if need else dy.new_empty(0)
             for B, need in zip(lora_Bs, needs_bs, strict=True)
@@ -221,6 +216,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
         *tensors,
     )
     ctx.numbers, ctx.scalings, ctx.rest, ctx.biases = list(numbers), list(scalings), (dropout_p, path), len(biases)
+    ctx.starts = [columns.start for columns in s_columns([A.shape[0] for A in lora_As], x, path)]
 
 
 def _operator_autograd(ctx: Any, dys: Sequence[Optional], *_: Optional) -> tuple[Any, ...]:
@@ -234,14 +230,15 @@ def _operator_autograd(ctx: Any, dys: Sequence[Optional], *_: Optional) -> tuple
     dx: Optional = None
     live = [i for i, dy in enumerate(dys) if dy is not None]
     if live:
-        columns = rank_columns(lora_As)
         weights = unflatten_all(tensors, ctx.numbers)
         live_tensors, numbers = flatten_all([weights[i] for i in live])
         live_As, live_Bs = [lora_As[i] for i in live], [lora_Bs[i] for i in live]
-        scalings, starts = [ctx.scalings[i] for i in live], [columns[i].start for i in live]
+        scalings, starts = [ctx.scalings[i] for i in live], [ctx.starts[i] for i in live]
         needs = (needs_x, any(each_a[i] for i in live), [each_b[i] for i in live])
         parts = (live_As, live_Bs, live_tensors, numbers, s, mask, seed, scalings, starts)
-        all_dx, all_da, live_dbs = _operator_backward([dys[i] for i in live], x, *parts, *ctx.rest, *needs)
+        dropout_p, path = ctx.rest
+        live_path = path_of_all([path_of_each(path, n)[i] for i in live])
+        all_dx, all_da, live_dbs = _operator_backward([dys[i] for i in live], x, *parts, dropout_p, live_path, *needs)
         dx = all_dx if needs_x else None
         for i, lora_A, place, db in zip(live, live_As, rank_columns(live_As), live_dbs, strict=True):
             das[i] = all_da[place].to(lora_A.dtype) if each_a[i] else None

@@ -13,7 +13,7 @@ a GEMM with K split and the low-rank part of all, to which cuBLAS adds, reads ea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,13 +33,14 @@ from peftkern.ops._lora_linear_triton import (
     weight_parts,
     written_dense,
 )
-from peftkern.ops._projection_group import Group
+from peftkern.ops._projection_group import Group, dtype_of_all
+from peftkern.ops._rank_rows import Columns, joined_parts, new_s, scratch_s, whole_blocks
 from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
 from peftkern.ops.lora_linear_quantized import written_by_launch
 from peftkern.ops.plan import DECODE_PATHS
 from peftkern_kernels import replay
 from peftkern_kernels.dropout import Dropout
-from peftkern_kernels.launch import TorchCall, nbytes, scratch
+from peftkern_kernels.launch import TorchCall, Turns, nbytes, scratch
 from peftkern_kernels.lora_decode import group_decode_calls
 from peftkern_kernels.lora_decode_4bit import group_decode_4bit_calls
 from peftkern_kernels.lora_decode_finish import Projection
@@ -55,7 +56,7 @@ def _key(what: str, dropout: Dropout | None, *rest: Any) -> tuple[Any, ...]:
 
 def _numbers(group: Group) -> tuple[Any, ...]:
     """What launches of the shrinks depend on beside tensors."""
-    return group.scalings, tuple(columns.stop for columns in group.columns)
+    return group.scalings, tuple((columns.start, columns.stop) for columns in group.columns)
 
 
 def _seed(dropout: Dropout | None) -> torch.Tensor | None:
@@ -95,22 +96,23 @@ def _join(out: torch.Tensor, *parts: torch.Tensor) -> None:
     torch.cat(parts, out=out)
 
 
-def joined(lora_As: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Calls]:
-    """Memory between launches for A of all projections [R, K], in their own dtype, and the call that fills it."""
-    ranks = sum(lora_A.shape[0] for lora_A in lora_As)
-    out = scratch(ranks, lora_As[0].shape[1], dtype=lora_As[0].dtype, device=lora_As[0].device)
-    return out, [TorchCall("join A", _join, (out, *lora_As), bytes=2 * nbytes(out))]
+def joined(lora_As: Sequence[torch.Tensor], columns: Columns) -> tuple[torch.Tensor, Calls]:
+    """Memory between launches for A of all projections [R, K], in a dtype that holds each, a row for each column of S
+    or dS, and the call that fills it."""
+    out = scratch(columns[-1].stop, lora_As[0].shape[1], dtype=dtype_of_all(lora_As), device=lora_As[0].device)
+    return out, [TorchCall("join A", _join, (out, *joined_parts(lora_As, columns)), bytes=2 * nbytes(out))]
 
 
 def all_shrinks(
     x: torch.Tensor, group: Group, lora_A: torch.Tensor, s: torch.Tensor, dropout: Dropout | None, arch: int
 ) -> Calls:
-    """Launches of `S = scaling * dropout(x) A^T` for A [R, K] of all projections: one where they scale alike."""
+    """Launches of `S = scaling * dropout(x) A^T` for A [R, K] of all projections, a row for each column of S: one where
+    they scale alike."""
     common: dict[str, Any] = {"dropout": dropout, "arch": arch, "precision": precision()}
     if len(set(group.scalings)) == 1:
         return [*shrink_calls(x, lora_A, s, scaling=group.scalings[0], **common)]
     calls: Calls = []
-    for columns, scaling in zip(group.columns, group.scalings, strict=True):
+    for columns, scaling in zip(whole_blocks(group.columns), group.scalings, strict=True):
         calls += shrink_calls(x, lora_A[columns], s[:, columns], scaling=scaling, **common)
     return calls
 
@@ -127,7 +129,7 @@ def forward(
     """x [M, K] -> each y [M, N], and S [M, R] of all projections, with its scaling, in x's dtype."""
     if group.path in DECODE_PATHS:
         return _decoded(x, group, lora_As, lora_Bs, biases, dropout, arch)
-    s = x.new_empty(x.shape[0], group.columns[-1].stop)
+    s = new_s(x, x.shape[0], group.columns[-1].stop, group.path, arch)
     ys = [x.new_empty(x.shape[0], weight.shape[0]) for weight in group.weights]
     seed = _seed(dropout)
     if _are_taken_whole(group, x.dtype):
@@ -145,8 +147,9 @@ def forward(
         lambda: shrinks(x, group, lora_As, s, dropout, arch),
         x.device,
     )
-    for weight, lora_B, bias, columns, y in zip(group.weights, lora_Bs, biases, group.columns, ys, strict=True):
-        _write_output(x, weight, s[:, columns], lora_B, bias, y, group.path, arch)
+    each = zip(group.weights, group.paths, lora_Bs, biases, group.columns, ys, strict=True)
+    for weight, path, lora_B, bias, columns, y in each:
+        _write_output(x, weight, s[:, columns], lora_B, bias, y, path, arch)
     return ys, s
 
 
@@ -159,7 +162,7 @@ def shrinks(
     arch: int,
 ) -> Calls:
     """Launches of `all_shrinks`, before which A of all projections is put together."""
-    lora_A, calls = joined(lora_As)
+    lora_A, calls = joined(lora_As, group.columns)
     return [*calls, *all_shrinks(x, group, lora_A, s, dropout, arch)]
 
 
@@ -177,8 +180,9 @@ def forward_calls(
     """The launches of `forward`, over weights that are taken whole."""
     calls = shrinks(x, group, lora_As, s, dropout, arch)
     room = _room(group, x)
-    for stored, lora_B, bias, columns, y in zip(group.weights, lora_Bs, biases, group.columns, ys, strict=True):
-        weight, path, first = written_dense(stored, group.path, x, arch, room)
+    each = zip(group.weights, group.paths, lora_Bs, biases, group.columns, ys, strict=True)
+    for stored, own_path, lora_B, bias, columns, y in each:
+        weight, path, first = written_dense(stored, own_path, x, arch, room)
         calls += [*first, *output_calls(x, weight, s[:, columns], lora_B, y, bias, path, arch)]
     return calls
 
@@ -296,9 +300,9 @@ def backward(
         for lora_B, needs_b in zip(lora_Bs, needs_bs, strict=True)
     ]
     dx = dys[0].new_empty(M, K) if needs_x else None
-    da = lora_As[0].new_empty(R, K) if needs_a else None
+    da = lora_As[0].new_empty(R, K, dtype=dtype_of_all(lora_As)) if needs_a else None
     gradients = (dx, da, dbs)
-    numbers = (*_numbers(group), tuple(columns.start for columns in group.columns))  # some may be missing
+    numbers = _numbers(group)
     if not needs_x or _are_taken_whole(group, dys[0].dtype):
         blocksizes, tensors = _stored(group.weights) if needs_x else ([], [])
         replay.run(
@@ -308,49 +312,53 @@ def backward(
             dys[0].device,
         )
         return gradients
-    ds = dys[0].new_empty(M, R)
+    ds = new_s(dys[0], M, R, group.path, arch)
     replay.run(
         _key("lora_linear_shared dS, dA, dB", dropout, *numbers),
         (*dys, x, *lora_Bs, s, ds, _seed(dropout), da, *dbs),
-        lambda: [*all_thin_calls(dys, group, lora_As, lora_Bs, s, ds, dbs, arch), *_da_calls(ds, x, da, dropout, arch)],
+        lambda: _factor_calls(dys, x, group, lora_As, lora_Bs, s, ds, (None, da, dbs), dropout, arch),
         dys[0].device,
     )
     begun = False
-    for dy, weight in zip(dys, group.weights, strict=True):
-        begun = _add_input_gradient(dx, begun, dy, weight, ds, lora_As, dropout, group.path, arch)
+    for dy, weight, path in zip(dys, group.weights, group.paths, strict=True):
+        begun = _add_input_gradient(dx, begun, dy, weight, ds, lora_As, dropout, path, arch)
     return gradients
 
 
-def all_thin_calls(
+def _factor_calls(
     dys: Sequence[torch.Tensor],
+    x: Kept,
     group: Group,
     lora_As: Sequence[torch.Tensor],
     lora_Bs: Sequence[torch.Tensor],
     s: Kept,
     ds: Kept,
-    dbs: Sequence[Kept],
+    gradients: Gradients,
+    dropout: Dropout | None,
     arch: int,
+    between: Callable[[], Calls] = list,
 ) -> Calls:
-    """Launches of each `dS = scaling * dY B` and `dB = dY^T S`, those of them that there is a tensor for."""
+    """Launches of each `dS = scaling * dY B` and `dB = dY^T S`, then those `between`, then of `dA = dS^T dropout(x)` of
+    all projections; those of them that there is a tensor for. Sums that are made in parts have one memory in turn."""
+    _, da, dbs = gradients
     calls: Calls = []
+    turns = Turns()
+    common: dict[str, Any] = {"arch": arch, "precision": precision()}
     parts = zip(dys, lora_Bs, dbs, group.scalings, group.columns, rank_columns(lora_As), strict=True)
     for dy, lora_B, db, scaling, columns, place in parts:
         own_s = None if db is None else s[:, columns]
         done = False
-        if ds is not None:
-            thin, done = thin_calls(dy, lora_B, own_s, ds[:, place], db, scaling, arch)
-            calls += thin
-        if db is not None and not done:
-            calls += weight_gradient_calls(None, None, own_s, dy, None, db, arch=arch, precision=precision())
+        with turns.turn():
+            if ds is not None:
+                thin, done = thin_calls(dy, lora_B, own_s, ds[:, place], db, scaling, arch)
+                calls += thin
+            if db is not None and not done:
+                calls += weight_gradient_calls(None, None, own_s, dy, None, db, **common)
+    calls += between()
+    if da is not None:
+        with turns.turn():
+            calls += weight_gradient_calls(ds, x, None, None, da, None, dropout=dropout, **common)
     return calls
-
-
-def _da_calls(ds: Kept, x: Kept, da: Kept, dropout: Dropout | None, arch: int) -> Calls:
-    """Launches of `dA = dS^T dropout(x)` of all projections, if there is a tensor for it."""
-    if da is None:
-        return []
-    common: dict[str, Any] = {"dropout": dropout, "arch": arch, "precision": precision()}
-    return [*weight_gradient_calls(ds, x, None, None, da, None, **common)]
 
 
 def backward_calls(
@@ -369,29 +377,45 @@ def backward_calls(
     M, R = dys[0].shape[0], sum(lora_A.shape[0] for lora_A in lora_As)
     ds: Kept = None
     if dx is not None or da is not None:
-        ds = scratch(M, R, dtype=dys[0].dtype, device=dys[0].device)
-    calls = all_thin_calls(dys, group, lora_As, lora_Bs, s, ds, dbs, arch)
-    if dx is not None and group.path in FUSED_4BIT_PATHS:
+        ds = scratch_s(dys[0], M, R, group.path, arch)
+    return _factor_calls(
+        dys, x, group, lora_As, lora_Bs, s, ds, gradients, dropout, arch,
+        lambda: [] if dx is None else _dx_calls(dys, group, lora_As, ds, dx, dropout, arch),
+    )  # fmt: skip
+
+
+def _dx_calls(
+    dys: Sequence[torch.Tensor],
+    group: Group,
+    lora_As: Sequence[torch.Tensor],
+    ds: torch.Tensor,
+    dx: torch.Tensor,
+    dropout: Dropout | None,
+    arch: int,
+) -> Calls:
+    """Launches of dX, the sum of `dY W + keep / (1 - p) * (dS A)` over the projections."""
+    places = rank_columns(lora_As)
+    calls: Calls = []
+    if group.path in FUSED_4BIT_PATHS:
         own: Kept = None  # these kernels only write
-        for dy, weight, own_a, place in zip(dys, group.weights, lora_As, rank_columns(lora_As), strict=True):
+        for dy, weight, own_a, place in zip(dys, group.weights, lora_As, places, strict=True):
             to = dx if own is None else own
             calls += input_gradient_calls(dy, weight, ds[:, place], own_a, to, dropout, group.path, arch)
             if own is None:
                 own = scratch(*dx.shape, dtype=dx.dtype, device=dx.device)
             else:
                 calls.append(TorchCall("+ dX", torch.Tensor.add_, (dx, own), bytes=3 * nbytes(dx)))
-    elif dx is not None:
-        lora_A, join = joined(lora_As)
-        calls += join
-        room = _room(group, dx)
-        for i, (dy, stored) in enumerate(zip(dys, group.weights, strict=True)):
-            weight, path, first = written_dense(stored, group.path, dy, arch, room)
-            calls += first
-            if i == 0:
-                calls += input_gradient_calls(dy, weight, ds, lora_A, dx, dropout, path, arch)
-            else:
-                calls.append(add_base(dy, weight.t(), dx))
-    return [*calls, *_da_calls(ds, x, da, dropout, arch)]
+        return calls
+    lora_A, calls = joined(lora_As, places)
+    room = _room(group, dx)
+    for i, (dy, stored, own_path) in enumerate(zip(dys, group.weights, group.paths, strict=True)):
+        weight, path, first = written_dense(stored, own_path, dy, arch, room)
+        calls += first
+        if i == 0:
+            calls += input_gradient_calls(dy, weight, ds, lora_A, dx, dropout, path, arch)
+        else:
+            calls.append(add_base(dy, weight.t(), dx))
+    return calls
 
 
 def _add_input_gradient(
@@ -430,7 +454,7 @@ def _run_input_gradient(
     """`dX = dY W + keep / (1 - p) * (dS A)`, A of all projections."""
 
     def build() -> Calls:
-        lora_A, calls = joined(lora_As)
+        lora_A, calls = joined(lora_As, rank_columns(lora_As))
         return [*calls, *input_gradient_calls(dy, weight, ds, lora_A, dx, dropout, path, arch)]
 
     blocksize, *held = weight_parts(weight)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from peftkern.ops._lora_linear_torch import dense_rows
+from peftkern.ops._rank_rows import new_s, scratch_s
 from peftkern.weights import Weight4bit
 from peftkern_kernels import replay
 from peftkern_kernels.dequantize_4bit import dequantize_4bit_calls
@@ -92,10 +93,12 @@ def precision() -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def _outputs(x: torch.Tensor, weight: Any, lora_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _outputs(
+    x: torch.Tensor, weight: Any, lora_A: torch.Tensor, path: str, arch: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """y [M, N] and S [M, R], uninitialised."""
     M = x.shape[0]
-    return x.new_empty(M, weight.shape[0]), x.new_empty(M, lora_A.shape[0])
+    return x.new_empty(M, weight.shape[0]), new_s(x, M, lora_A.shape[0], path, arch)
 
 
 def _gradients(
@@ -128,7 +131,7 @@ def forward(
     arch: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the launches of `forward_calls`; y [M, N] and S [M, R]."""
-    out = _outputs(x, weight, lora_A)
+    out = _outputs(x, weight, lora_A, path, arch)
     blocksize, *held = weight_parts(weight)
     seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
     replay.run(
@@ -180,7 +183,7 @@ def forward_calls(
 ) -> tuple[torch.Tensor, torch.Tensor, Calls]:
     """x [M, K] -> y [M, N], S [M, R] (scaling applied in fp32, then rounded to x's dtype; both `out` if it is given),
     and the launches."""
-    y, s = _outputs(x, weight, lora_A) if out is None else out
+    y, s = _outputs(x, weight, lora_A, path, arch) if out is None else out
     common: dict[str, Any] = {"arch": arch, "precision": precision()}
     weight, path, calls = written_dense(weight, path, x, arch)
     if path == "decode":
@@ -267,11 +270,10 @@ def backward_calls(
     `x` may be None if dA is not asked for, `s` if dB is not. dA and dB are in the adapters' own dtypes.
     """
     dx, da, db = _gradients(dy, weight, lora_A, lora_B, needs) if out is None else out
-    R = lora_A.shape[0]
     common: dict[str, Any] = {"arch": arch, "precision": precision()}
     ds: Kept = None
     if dx is not None or da is not None:
-        ds = scratch(dy.shape[0], R, dtype=dy.dtype, device=dy.device)
+        ds = scratch_s(dy, dy.shape[0], lora_A.shape[0], path, arch)
     calls: Calls = []
     if dx is not None:
         weight, path, calls = written_dense(weight, path, dy, arch)

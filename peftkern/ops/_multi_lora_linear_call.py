@@ -5,23 +5,25 @@ Written for projections that share x, its batch and its dropout mask; one layer 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from peftkern.adapter_pool import LayerAdapters, Layout
 from peftkern.ops import _multi_lora_linear_torch as plain
-from peftkern.ops._base_product import add_base_backward, base
+from peftkern.ops._base_product import add_base, add_base_backward, base
 from peftkern.ops._common import is_plain, unflattened, without_autocast
 from peftkern.ops.adapter_route import AdapterBatch
-from peftkern.ops.quantize import dequantize
+from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
+from peftkern.ops.lora_linear_quantized import fits_buffer
 from peftkern_kernels.adapters import Adapters
 
 WHOLE_POOL = -1  # as an owner's slot: the pools themselves ask for a gradient
 Owner = tuple[int, int, int]  # slot, first pool row, rank
 Optional = torch.Tensor | None
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -94,42 +96,44 @@ def _plain_forward(
     keeps: Sequence[bool],
 ) -> tuple[list[torch.Tensor], list[Optional]]:
     dense_path = calls[0].path.rpartition(":")[2]
-    ys = [base(rows, weight, bias, dense_path) for weight, bias in zip(weights, biases, strict=True)]
     M, p = rows.shape[0], calls[0].dropout_p
-    ss = [rows.new_zeros(M, c.adapters.max_rank) if keep else None for c, keep in zip(calls, keeps, strict=True)]
+    ys: list[Any] = [None] * len(calls)
+    ss: list[Optional] = [None] * len(calls)
     layouts = [call.layout() for call in calls]
-    projections = _projections(ys, ss, calls, layouts, [{} for _ in calls])
-    for layout, alike in _by_layout(projections, layouts):
-        groups = calls[0].batch.groups(M, layout)
+    for layout, members in _by_layout(layouts):
+        # Rows out of the adapters' order are put into it before the base product, and y back: one gather of each.
+        order, back, groups = calls[0].batch.in_order(M, layout)
+        x = rows if order is None else rows.index_select(0, order)
+        alike = []
+        for i in members:
+            y = base(x, weights[i], biases[i], dense_path)
+            s = rows.new_zeros(M, calls[i].adapters.max_rank) if keeps[i] else None
+            alike.append(_projection(y, s, calls[i], layouts[i][1], {}))
         kept = plain.masks(groups, calls[0].seed, rows.shape[1], p)
-        plain.add_adapters(rows, alike, groups, kept, p, dense_path == "torch_fp32")
+        plain.add_adapters(x, alike, groups, kept, p, dense_path == "torch_fp32")
+        for i, each in zip(members, alike, strict=True):
+            ys[i], ss[i] = each.rows, each.s
+            if back is not None:
+                ys[i] = each.rows.index_select(0, back)
+                ss[i] = None if each.s is None else each.s.index_select(0, back)
     return ys, ss
 
 
-def _projections(
-    each: Sequence[torch.Tensor],
-    ss: Sequence[Optional],
-    calls: Sequence[Call],
-    layouts: Sequence[tuple[Layout, Sequence[float]]],
-    wants: Sequence[plain.Gradients],
-) -> list[plain.Projection]:
-    """What the plain path takes of each call, beside its y or dY and its S."""
-    found = []
-    for rows, s, call, (_, scalings), wanted in zip(each, ss, calls, layouts, wants, strict=True):
-        pools = (call.adapters.pool_a.detach(), call.adapters.pool_b.detach())
-        found.append(plain.Projection(rows, *pools, scalings, s, wanted))
-    return found
+def _projection(
+    rows: torch.Tensor, s: Optional, call: Call, scalings: Sequence[float], wanted: plain.Gradients
+) -> plain.Projection:
+    """What the plain path takes of a call, beside its y or dY and its S."""
+    adapters = call.adapters
+    return plain.Projection(rows, adapters.pool_a.detach(), adapters.pool_b.detach(), scalings, s, wanted)
 
 
-def _by_layout(
-    projections: list[plain.Projection], layouts: Sequence[tuple[Layout, Sequence[float]]]
-) -> list[tuple[Layout, list[plain.Projection]]]:
-    """Those projections together whose adapters lie alike, and whose groups are therefore the same."""
-    if len(projections) == 1:  # hashing would cost more than all of this
-        return [(layouts[0][0], projections)]
-    found: dict[Layout, list[plain.Projection]] = {}
-    for projection, (layout, _) in zip(projections, layouts, strict=True):
-        found.setdefault(layout, []).append(projection)
+def _by_layout(layouts: Sequence[tuple[Layout, Sequence[float]]]) -> list[tuple[Layout, Sequence[int]]]:
+    """Which projections' adapters lie alike, so that their groups are the same."""
+    if len(layouts) == 1:  # hashing would cost more than all of this
+        return [(layouts[0][0], (0,))]
+    found: dict[Layout, list[int]] = {}
+    for i, (layout, _) in enumerate(layouts):
+        found.setdefault(layout, []).append(i)
     return list(found.items())
 
 
@@ -198,10 +202,12 @@ def _plain_backward(
     M, K = grads[0].shape[0], weights[0].shape[1]
     wants = [_wanted(call) if needs else {} for call, needs in zip(calls, needs_adapters, strict=True)]
     layouts = [call.layout() for call in calls]
-    projections = _projections(grads, ss, calls, layouts, wants)
-    for layout, alike in _by_layout(projections, layouts):
+    parts = zip(grads, ss, calls, layouts, wants, strict=True)
+    projections = [_projection(grad, s, call, layout[1], wanted) for grad, s, call, layout, wanted in parts]
+    for layout, members in _by_layout(layouts):
         groups = calls[0].batch.groups(M, layout)
         kept = plain.masks(groups, calls[0].seed, K, p)
+        alike = [projections[i] for i in members]
         plain.backward(rows, dx, alike, groups, kept, p, dense_path == "torch_fp32")
     return dx, [_gradients(*each) for each in zip(projections, calls, layouts, strict=True)]
 
@@ -252,13 +258,18 @@ def _kernel_forward(
     from peftkern.ops import _multi_lora_linear_triton as kernels
 
     first = calls[0]
-    held, path = _for_kernels(weights, rows.dtype, first.path)
-    layers = [
-        kernels.Layer(weight, call.kernel_adapters(), bias)
-        for weight, call, bias in zip(held, calls, biases, strict=True)
-    ]
     routing = first.batch.routing(rows.shape[0])
-    ys, ss = kernels.forward(rows, layers, routing, first.seed, first.dropout_p, path, keep_s=any(keeps))
+
+    def launch(weights: Sequence[Any], path: str) -> tuple[list[torch.Tensor], list[Optional]]:
+        each = zip(weights, calls, biases, strict=True)
+        layers = [kernels.Layer(weight, call.kernel_adapters(), bias) for weight, call, bias in each]
+        return kernels.forward(rows, layers, routing, first.seed, first.dropout_p, path, keep_s=any(keeps))
+
+    def add(made: tuple[list[torch.Tensor], list[Optional]], dense_path: str) -> None:
+        for y, weight in zip(made[0], weights, strict=True):
+            add_base(y, rows, weight, dense_path)
+
+    ys, ss = _launched(launch, add, weights, rows.dtype, first.path)
     return ys, [s if keep else None for s, keep in zip(ss, keeps, strict=True)]
 
 
@@ -274,12 +285,42 @@ def _kernel_backward(
     from peftkern.ops import _multi_lora_linear_triton as kernels
 
     first = calls[0]
-    held, path = _for_kernels(weights, grads[0].dtype, first.path)
-    layers = [kernels.Layer(weight, call.kernel_adapters()) for weight, call in zip(held, calls, strict=True)]
     routing = first.batch.routing(grads[0].shape[0])
     needs = (needs_x, tuple((needs, needs) for needs in needs_adapters))
-    dx, pools = kernels.backward(grads, rows, layers, ss, routing, first.seed, first.dropout_p, path, needs)
+
+    def launch(weights: Sequence[Any], path: str) -> tuple[Optional, list[kernels.Pair]]:
+        layers = [kernels.Layer(weight, call.kernel_adapters()) for weight, call in zip(weights, calls, strict=True)]
+        return kernels.backward(grads, rows, layers, ss, routing, first.seed, first.dropout_p, path, needs)
+
+    def add(made: tuple[Optional, list[kernels.Pair]], dense_path: str) -> None:
+        for grad, weight in zip(grads, weights, strict=True):
+            add_base_backward(made[0], grad, weight, dense_path)
+
+    dx, pools = _launched(launch, add if needs_x else None, weights, grads[0].dtype, first.path)
     return dx, [_of_owners(call, *pair) for call, pair in zip(calls, pools, strict=True)]
+
+
+def _launched(
+    launch: Callable[[Sequence[Any], str], T],
+    add: Callable[[T, str], None] | None,
+    weights: Sequence[Any],
+    dtype: torch.dtype,
+    path: str,
+) -> T:
+    """`launch(weights, path)`; on "dequantize:PATH" with one weight at a time dense.
+
+    The weight of one projection, if it is written out whole, is a dense one on PATH. Of several, or in blocks, the
+    adapters' part comes first, and to that `add` adds each product while its weight is there; None for no products.
+    """
+    how, _, dense_path = path.partition(":")
+    if how != "dequantize" or add is None:
+        return launch(weights, path)
+    if len(weights) == 1 and fits_buffer(weights[0], dtype):
+        for _, dense in dense_blocks(weights[0], dtype, dense_path):
+            return launch([dense], dense_path)
+    made = launch(weights, path)
+    add(made, dense_path)
+    return made
 
 
 def _of_owners(call: Call, pool_a: Optional, pool_b: Optional) -> list[torch.Tensor]:
@@ -292,11 +333,3 @@ def _of_owners(call: Call, pool_a: Optional, pool_b: Optional) -> list[torch.Ten
     for _, first, rank in call.owners:
         found += [pool_a[first : first + rank], pool_b[first * N : (first + rank) * N].view(N, rank)]
     return found
-
-
-def _for_kernels(weights: Sequence[Any], dtype: torch.dtype, path: str) -> tuple[list[Any], str]:
-    """The weights as the kernels of a path take them, and that path: "dequantize:PATH" is PATH over dense weights."""
-    how, _, dense_path = path.partition(":")
-    if how != "dequantize":
-        return list(weights), path
-    return [dequantize(weight, dtype) for weight in weights], dense_path

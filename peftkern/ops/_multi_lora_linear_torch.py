@@ -1,8 +1,8 @@
 """`multi_lora_linear` in plain PyTorch: the default on a CPU, and any device's path where kernels cannot run.
 
 The base product is one product for the whole batch. To it, in place, the adapters' parts are added group by group (see
-`_adapter_groups`): for 8 adapters at 8 rows that is two batched products. Neither x nor y is copied or widened, but for
-rows of an adapter that do not lie together. The dropout mask is drawn again in backward from its seed. Projections of
+`_adapter_groups`): for 8 adapters at 8 rows that is two batched products. Neither x nor y is copied or widened, but
+where an adapter's rows do not lie together. The dropout mask is drawn again in backward from its seed. Projections of
 one x (`multi_lora_linear_shared`) are served together: a group's rows are taken and masked once for all.
 
 On a GPU this path reads ids and tables on the host, which waits for the device: kernels are for that.
@@ -91,10 +91,12 @@ def add_adapters(
             a = _to(group.factors_a(each.pool_a), work)
             b = _to(group.factors_b(each.pool_b, each.rows.shape[1]), work)
             low = torch.bmm(part.view(P, L, -1), a.transpose(1, 2))
-            low.mul_(_scale(group, each.scalings, p if mask is not None else 0.0, low))
+            scale = _scale(group, each.scalings, p if mask is not None else 0.0, low)
+            if isinstance(scale, torch.Tensor):
+                low, scale = low.mul_(scale), 1.0
             if each.s is not None:
-                _write(each.s, rows, group.rank, low)
-            _add_products(each.rows, rows, [(low, b.transpose(1, 2))], None, wide)
+                _write(each.s, rows, group.rank, low * scale)
+            _add_products(each.rows, rows, [(low, b.transpose(1, 2))], None, wide, scale)
 
 
 def backward(
@@ -145,21 +147,22 @@ def _add_products(
     products: Sequence[tuple[torch.Tensor, torch.Tensor]],
     mask: Kept,
     wide: bool,
+    alpha: float = 1.0,
 ) -> None:
-    """Adds the sum of low [P, L, r] x factor [P, r, C], where the mask keeps it, to the rows of out [M, C]."""
+    """Adds alpha * low [P, L, r] x factor [P, r, C], summed, where the mask keeps it, to the rows of out [M, C]."""
     P, L, _ = products[0][0].shape
     C = out.shape[1]
     # Rows that do not lie together are taken out and put back: `index_add_` takes far longer on a CPU.
-    part = out[rows] if isinstance(rows, slice) else out.index_select(0, rows)
+    part = _lying(out, rows) if isinstance(rows, slice) else out.index_select(0, rows)
     if mask is None and not wide:
         for low, factor in products:
-            part.view(P, L, C).baddbmm_(low, factor)
+            part.view(P, L, C).baddbmm_(low, factor, alpha=alpha)
     else:
         added = torch.bmm(*products[0])
         for low, factor in products[1:]:
             added.baddbmm_(low, factor)
         added = added.view(-1, C)
-        part.add_(added if mask is None else added.mul_(_as_number(mask, added.dtype)))
+        part.add_(added if mask is None else added.mul_(_as_number(mask, added.dtype)), alpha=alpha)
     if not isinstance(rows, slice):
         out.index_copy_(0, rows, part)
 
@@ -178,7 +181,12 @@ def _collect(wanted: Gradients, slots: Sequence[int], da: torch.Tensor, db: torc
 
 def _take(t: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
     """These rows of t [M, C], as a product's operand: a view where they lie together."""
-    return dense_rows(t[rows]) if isinstance(rows, slice) else t.index_select(0, rows)
+    return dense_rows(_lying(t, rows)) if isinstance(rows, slice) else t.index_select(0, rows)
+
+
+def _lying(t: torch.Tensor, rows: slice) -> torch.Tensor:
+    """t[rows]; t itself, which costs nothing, where these are all."""
+    return t if rows.start == 0 and rows.stop == t.shape[0] else t[rows]
 
 
 def _to(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -3,8 +3,9 @@
 As in _lora_linear_triton.py nothing runs here: outputs are allocated and returned with the `Call`s that fill them.
 Paths over a dense weight: "triton" (the expand is in the base GEMM's accumulator), "cublas" (the grouped expand writes
 first, cuBLAS adds the base in place), "decode" (at most 64 rows; up to 16 the base is our kernels' too). Over a
-`Weight4bit`: "fused_4bit", and "decode_4bit" (at most 16 rows). Written for several projections of one x that share
-batch, mask and path; one layer is a group of one.
+`Weight4bit`: "fused_4bit", and "decode_4bit" (at most 16 rows). Over any quantized weight "dequantize:PATH": what
+"cublas" launches, but the base; whoever runs it adds x W^T to y, and dY W to dX, in place, with one weight at a time
+dense. Written for several projections of one x that share batch, mask and path; one layer is a group of one.
 """
 
 from __future__ import annotations
@@ -47,10 +48,12 @@ from peftkern_kernels.routing import Routing
 
 __all__ = ["BASE_MAX_ROWS", "MAX_ROWS", "backward_calls", "forward_calls", "multi_calls"]
 
+WRITTEN_OUT = "dequantize:"  # what a path begins with whose weights are written out when these launches are over
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One projection of x: its weight, dense [N, K] or a `Weight4bit`, its adapters, and its bias [N] or None."""
+    """One projection of x: its weight, dense [N, K] or quantized, its adapters, and its bias [N] or None."""
 
     weight: Any
     adapters: Adapters
@@ -115,7 +118,8 @@ def shared_forward_calls(
             calls += base_4bit_plus_expand_calls(x, packed(weight), part, factor, y, bias=bias, **common)
         elif M:
             calls += multi_expand_calls(part, adapters, routing, y, bias=bias, **common)
-            calls.append(add_base(x, weight, y))
+            if not path.startswith(WRITTEN_OUT):
+                calls.append(add_base(x, weight, y))
     return ys, s, calls
 
 
@@ -209,7 +213,7 @@ def _dx_calls(
     path: str,
     common: dict[str, Any],
 ) -> Calls:
-    """Launches of dX = sum over the projections of dY W + keep / (1 - p) * (dS A)."""
+    """Launches of dX = sum over the projections of dY W + keep / (1 - p) * (dS A); on "dequantize:PATH" no dY W."""
     calls: Calls = []
     if dx.shape[0] == 0:
         return calls
@@ -229,7 +233,8 @@ def _dx_calls(
         accumulate = len(others) < len(dys)
         parts = [ds for _, _, ds in others]
         calls += group_expand_calls(parts, held, routing, dx, accumulate=accumulate, **options)
-        calls += [add_base(dy, layer.weight.t(), dx) for dy, layer, _ in others]
+        if not path.startswith(WRITTEN_OUT):
+            calls += [add_base(dy, layer.weight.t(), dx) for dy, layer, _ in others]
     return calls
 
 
@@ -243,12 +248,12 @@ def _base_and_expand(
     return [*base_4bit_transposed_plus_expand_calls(dy, packed(layer.weight), ds, factor, dx, **options)]
 
 
-def _tensors(layers: Sequence[Layer], routing: Routing) -> tuple[Any, list[Any]]:
-    """What a recording of the launches must know of these: numbers, and tensors."""
+def _tensors(layers: Sequence[Layer], routing: Routing, path: str) -> tuple[Any, list[Any]]:
+    """What a recording of a path's launches must know of these: numbers, and tensors."""
     numbers, tensors = [], []
     for layer in layers:
         adapters = layer.adapters
-        blocksize, *held = weight_parts(layer.weight)
+        blocksize, *held = (0,) if path.startswith(WRITTEN_OUT) else weight_parts(layer.weight)
         numbers.append((blocksize, adapters.max_rank, adapters.N))
         tensors += [*held, adapters.pool_a, adapters.pool_b, adapters.row_offset, adapters.rank, adapters.scaling]
         tensors.append(layer.bias)
@@ -266,7 +271,7 @@ def forward(
     keep_s: bool = True,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     """Run the launches of `shared_forward_calls`, from a recording once the situation has been met; y and S of each."""
-    arch, (numbers, tensors) = device_info(x.device).arch, _tensors(layers, routing)
+    arch, (numbers, tensors) = device_info(x.device).arch, _tensors(layers, routing, path)
     drop = dropout(seed, p)
 
     def build() -> Any:
@@ -291,7 +296,7 @@ def backward(
 ) -> tuple[torch.Tensor | None, list[Pair]]:
     """Run the launches of `shared_backward_calls`, likewise; the gradients of x and of each one's pools."""
     device = dys[0].device
-    arch, (numbers, tensors) = device_info(device).arch, _tensors(layers, routing)
+    arch, (numbers, tensors) = device_info(device).arch, _tensors(layers, routing, path)
     drop = dropout(seed, p)
 
     def build() -> Any:

@@ -9,7 +9,7 @@ import torch
 
 from peftkern.adapter_pool import Layout
 from peftkern.backend import device_info
-from peftkern.ops._adapter_groups import Group, make_groups
+from peftkern.ops._adapter_groups import Group, InOrder, in_order, make_groups
 from peftkern_kernels.routing import Routing, build_routing, empty_routing
 
 
@@ -45,6 +45,7 @@ class AdapterBatch:
         # The slots that occur, where the host knows them.
         self.present = None if host is None else tuple(sorted({i for i in host if 0 <= i < slots}))
         self._groups: dict[Any, list[Group]] = {}
+        self._in_order: dict[Any, InOrder] = {}
         self._routings: dict[int, Routing] = {}
         self._places: torch.Tensor | None = None
         self._row_places: dict[Any, torch.Tensor] = {}
@@ -115,6 +116,14 @@ class AdapterBatch:
             host = self.ids.tolist() if self.host is None else self.host
             each = M // len(host) if host else 0
             found = self._groups[key] = make_groups(host, each, layout, self.ids.device)
+        return found
+
+    def in_order(self, M: int, layout: Layout) -> InOrder:
+        """`groups` for the rows put into their order, where that can be."""
+        key = (M, layout)
+        found = self._in_order.get(key)
+        if found is None:
+            found = self._in_order[key] = in_order(self.groups(M, layout), M)
         return found
 
     def row_ids(self, M: int) -> torch.Tensor:

@@ -42,6 +42,7 @@ from peftkern.ops._common import (
 )
 from peftkern.ops._dora_linear_call import Made, Needs, Numbers
 from peftkern.ops._dora_linear_torch import row_norms, wide_dtype
+from peftkern.ops._rank_rows import fake_s
 from peftkern.ops.ia3_linear import DENSE, _flatten, _sizes, _unflatten
 from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
 from peftkern.ops.lora_linear_quantized import check_quantized
@@ -366,7 +367,7 @@ def _(x, tensors, lora_A, lora_B, magnitude, bias, seed, norm, sizes, scaling, d
     mask_shape = (M, K) if seed is not None and is_plain(path) else (0,)
     return (
         x.new_empty(*x.shape[:-1], N),
-        x.new_empty(M, lora_A.shape[0]),
+        fake_s(x, M, lora_A.shape[0], path),
         x.new_empty(mask_shape, dtype=torch.bool),
         x.new_empty((M, N) if keep_u else (0,)),
         x.new_empty(N, dtype=wide),

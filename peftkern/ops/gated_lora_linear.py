@@ -31,6 +31,7 @@ from peftkern.ops._common import (
 )
 from peftkern.ops._gated_activation import ACTIVATIONS, gated, gated_again, gated_gradients
 from peftkern.ops._lora_linear_shared_operator import flatten_all, unflatten_all
+from peftkern.ops._rank_rows import fake_s
 from peftkern.ops.lora_linear import _backward as dense_backward
 from peftkern.ops.lora_linear import _forward as dense_forward
 from peftkern.ops.lora_linear import lora_linear
@@ -252,7 +253,7 @@ def _(gate, up, tensors, lora_A, lora_B, bias, seed, numbers, scaling, dropout_p
     M = gate.numel() // K
     return (
         gate.new_empty(*gate.shape[:-1], lora_B.shape[0]),
-        gate.new_empty(M, lora_A.shape[0]),
+        fake_s(gate, M, lora_A.shape[0], path),
         gate.new_empty((M, K) if seed is not None and is_plain(path) else (0,), dtype=torch.bool),
     )
 

@@ -281,8 +281,10 @@ def _forward_rows(
     is_feedforward: bool,
     path: str,
     keep_z: bool,
+    spends_weight: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As `_forward` for x [M, K]; a quantized weight is made dense in blocks of its rows."""
+    """As `_forward` for x [M, K]; a quantized weight is made dense in blocks of its rows, which kernels may scale in
+    place (`spends_weight`): a second one would take as much memory again."""
     if isinstance(weight, torch.Tensor):
         weight = weight if weight.dtype is x.dtype else weight.to(x.dtype)
         rest: Any = (x, weight, scale, bias, ids, is_feedforward, path, keep_z)
@@ -290,7 +292,7 @@ def _forward_rows(
             return _ia3_linear_torch.forward(*rest)
         from peftkern.ops import _ia3_linear_triton as kernels
 
-        return kernels.forward(*rest)
+        return kernels.forward(*rest, spends_weight=spends_weight)
     dense_path = path.partition(":")[2]
     N = weight.shape[0]
     y: Any = None
@@ -298,7 +300,7 @@ def _forward_rows(
     for rows, dense in dense_blocks(weight, x.dtype, dense_path):
         l_rows = scale if is_feedforward else scale[..., rows]
         b_rows = None if bias is None else bias[rows]
-        part, part_z = _forward_rows(x, dense, l_rows, b_rows, ids, is_feedforward, dense_path, keep_z)
+        part, part_z = _forward_rows(x, dense, l_rows, b_rows, ids, is_feedforward, dense_path, keep_z, True)
         if dense.shape[0] == N:
             return part, part_z
         y = x.new_empty(x.shape[0], N) if y is None else y

@@ -35,6 +35,7 @@ from peftkern.ops._common import (
     without_autocast,
 )
 from peftkern.ops._lora_linear_torch import multiplies_masters
+from peftkern.ops._rank_rows import fake_s
 from peftkern.ops.plan import Plan, plan_lora_linear
 from peftkern.weights import Weight
 
@@ -281,7 +282,7 @@ def _(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path):
     mask_shape = (M, x.shape[-1]) if seed is not None and path in PLAIN_PATHS else (0,)
     return (
         x.new_empty(*x.shape[:-1], weight.shape[0]),
-        x.new_empty(M, lora_A.shape[0]),
+        fake_s(x, M, lora_A.shape[0], path),
         x.new_empty(mask_shape, dtype=torch.bool),
     )
 

@@ -35,6 +35,7 @@ from peftkern.ops._common import (
     unflattened,
     without_autocast,
 )
+from peftkern.ops._rank_rows import fake_s
 from peftkern.ops.lora_linear import _backward as dense_backward
 from peftkern.ops.lora_linear import _forward as dense_forward
 from peftkern.ops.plan import Plan, plan_lora_linear_quantized
@@ -125,13 +126,21 @@ def plan_for(x: torch.Tensor, weight: Quantized, rank: int, backend: str) -> Pla
 
 def _dense_blocks(weight: Quantized, dtype: torch.dtype, dense_path: str) -> Iterator[tuple[slice, torch.Tensor]]:
     """(rows of W, the same rows dense); blocks take turns in one buffer, so each is used before the next is made."""
-    N, K = weight.shape
-    blocks = row_blocks(weight, BUFFER_BYTES // (K * dtype.itemsize))
-    buffer = torch.empty(blocks[0].stop, K, dtype=dtype, device=weight.device)
+    blocks = _blocks_of(weight, dtype)
+    buffer = torch.empty(blocks[0].stop, weight.shape[1], dtype=dtype, device=weight.device)
     for rows in blocks:
         out = buffer[: rows.stop - rows.start]
         _write_dense(weight if len(blocks) == 1 else weight.rows(rows), dense_path, out)
         yield rows, out
+
+
+def _blocks_of(weight: Quantized, dtype: torch.dtype) -> list[slice]:
+    return row_blocks(weight, BUFFER_BYTES // (weight.shape[1] * dtype.itemsize))
+
+
+def fits_buffer(weight: Quantized, dtype: torch.dtype) -> bool:
+    """Whether `_dense_blocks` writes the weight out whole."""
+    return len(_blocks_of(weight, dtype)) == 1
 
 
 def _write_dense(weight: Quantized, dense_path: str, out: torch.Tensor) -> None:
@@ -333,7 +342,7 @@ def _(x, tensors, lora_A, lora_B, bias, seed, numbers, scaling, dropout_p, path)
     mask_shape = (M, K) if seed is not None and is_plain(path) else (0,)
     return (
         x.new_empty(*x.shape[:-1], N),
-        x.new_empty(M, lora_A.shape[0]),
+        fake_s(x, M, lora_A.shape[0], path),
         x.new_empty(mask_shape, dtype=torch.bool),
     )
 

@@ -35,6 +35,7 @@ from peftkern.ops._common import (
 from peftkern.ops._lora_linear_shared_call import Optional, backward_shared, forward_shared, launched_apart
 from peftkern.ops._lora_linear_shared_operator import call_operator
 from peftkern.ops._projection_group import Group
+from peftkern.ops._rank_rows import s_columns
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.lora_linear import plan_for as plan_for_dense
 from peftkern.ops.lora_linear_quantized import check_quantized
@@ -61,9 +62,9 @@ def lora_linear_shared(
     and scalings may differ. One operator forward and one backward also under torch.compile, over dense and quantized
     weights alike; single calls where the plan says so, and where a weight or a bias learns. On "decode" and
     "decode_4bit" K may be split otherwise than for one projection alone, and then sums differ in their last bits. Kept
-    for backward: x by reference, S of all projections [M, sum of ranks], and a seed (kernels) or one mask (plain
-    PyTorch). Backward serves all outputs at once: gradients of one output alone are right, but then another backward
-    needs `retain_graph=True`.
+    for backward: x by reference, S of all projections [M, sum of ranks] (on Hopper of ranks rounded up to multiples of
+    8), and a seed (kernels) or one mask (plain PyTorch). Backward serves all outputs at once: gradients of one output
+    alone are right, but then another backward needs `retain_graph=True`.
 
     Args:
         x: [..., in_features], as for `lora_linear`.
@@ -129,7 +130,7 @@ def run(
     stored = [t for w in weights if not isinstance(w, torch.Tensor) for t in w.tensors() if t is not None]
     if needs_operator(x, *lora_As, *lora_Bs, *learned, *stored):
         return call_operator(x, weights, lora_As, lora_Bs, scalings, biases, p, seed, path)
-    group = Group(tuple(weights), tuple(scalings), rank_columns(lora_As), p, path)
+    group = Group(tuple(weights), tuple(scalings), s_columns([A.shape[0] for A in lora_As], x, path), p, path)
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in (*lora_As, *lora_Bs))):
         dense = [w if isinstance(w, torch.Tensor) else None for w in weights]
         return apply_directly(_LoraLinearShared, x, seed, group, *dense, *lora_As, *lora_Bs, *biases)

@@ -57,8 +57,8 @@ def multi_lora_linear_shared(
     Nothing is shared, and the result is that of the single calls with one seed, under torch.compile, a dispatch mode
     or tensor subclasses, where a base weight or a bias learns, and where the projections are unlike: their paths, or
     their pools' slots or dtypes, or, for kernels, the strides of weights, pools and biases, whether they have a bias,
-    the 4-bit format; and on a GPU where quantized weights are written out dense, one at a time. `shared_plan_for` says
-    which, and why.
+    the 4-bit format; and on a GPU where quantized weights are written out dense for launches that add the adapters too
+    (cuBLAS does not). Weights that are written out take turns in any case. `shared_plan_for` says which, and why.
 
     Args:
         x: [..., in_features], as for `multi_lora_linear`.
@@ -139,8 +139,8 @@ def shared_plan_for(
     plans = tuple(plan_for(x, weight, pool.max_rank, backend) for weight, pool in each)
     if len(plans) > 1 and not is_plain(plans[0].path):
         unlike = _launched_apart(weights, pools, biases)
-        if plans[0].path.startswith("dequantize:"):
-            unlike = "their weights take turns at being dense"
+        if plans[0].path in ("dequantize:triton", "dequantize:decode"):
+            unlike = "their weights take turns at being dense, each in launches that add its adapters too"
     return ask(plan_multi_lora_linear_shared, plans, unlike)
 
 

@@ -136,9 +136,24 @@ JOINED_ELEMENTS = 2**15
 DECODE_PATHS = ("decode", "decode_4bit")
 
 
+# Paths that projections of one x may take beside one another: they differ in how a base product is multiplied alone.
+BESIDE = ("triton", "cublas")
+
+
+def path_of_all(paths: Sequence[str]) -> str:
+    """The path of projections that are computed together, from each one's: "triton", or "triton,cublas,cublas"."""
+    return paths[0] if len(set(paths)) == 1 else ",".join(paths)
+
+
+def path_of_each(path: str, count: int) -> list[str]:
+    """The inverse of `path_of_all` for `count` projections."""
+    each = path.split(",")
+    return each * count if len(each) == 1 else each
+
+
 def plan_shared(plans: Sequence[Plan], elements: int | None, unlike: str = "") -> Plan:
-    """The path of `lora_linear_shared`, from those that its projections would take by themselves: the one that they
-    all take, if its launches can be shared, else `APART`.
+    """The path of `lora_linear_shared`, from those that its projections would take by themselves: that of all
+    (`path_of_all`) if its launches can be shared, else `APART`.
 
     Args:
         plans: of each projection.
@@ -147,7 +162,12 @@ def plan_shared(plans: Sequence[Plan], elements: int | None, unlike: str = "") -
     """
     paths = sorted({plan.path for plan in plans})
     if len(paths) > 1:
-        return Plan(APART, f"the projections take different paths: {', '.join(paths)}")
+        ends = [path.rpartition(":") for path in paths]
+        if any(end not in BESIDE for _, _, end in ends) or len({how for how, _, _ in ends}) > 1:
+            return Plan(APART, f"the projections take different paths: {', '.join(paths)}")
+        reason = f"each projection's base product by itself ({', '.join(plan.path for plan in plans)})"
+        path = path_of_all([plan.path for plan in plans])
+        return Plan(path, f"{reason}; one shrink, one dX and one dA of {len(plans)} projections")
     (path,) = paths
     if path in DECODE_PATHS:
         if len(plans) > MOST_PROJECTIONS:

@@ -19,6 +19,8 @@ from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.tuners.fusing import bare_weight, base_alone, compute_dtype, why_plain
 from peftkern.tuners.mixed import LayerRows, MixedRows
 
+_PARAMETERS = frozenset((nn.Parameter,))
+
 
 class MixedAdapters(MixedRows):
     """The adapters of a model by slot, and each layer's pool of them.
@@ -128,9 +130,10 @@ def _adapters_now(layer: Any) -> tuple[Any, ...] | None:
     held = layer._modules
     As, Bs = held["lora_A"]._modules, held["lora_B"]._modules
     weights = [module._parameters.get("weight") for modules in (As, Bs) for module in modules.values()]
-    if any(type(weight) is not nn.Parameter for weight in weights):
+    if set(map(type, weights)) - _PARAMETERS:
         return None
-    return list(As), [(id(weight), weight.data_ptr()) for weight in weights], list(layer.scaling.values())
+    addresses = [*map(torch.Tensor.data_ptr, weights)]
+    return list(As), [*map(id, weights)], addresses, list(layer.scaling.values())
 
 
 class LayerBatch(LayerRows):
@@ -221,13 +224,13 @@ def linear_forward(layer: Any, mixed: LayerBatch, x: torch.Tensor, args: tuple[A
         mixed.batch.check_rows(x, "adapter_names")
         return add_parts(layer, layer.base_layer(x, *args, **kwargs), x, mixed)
     mixed.settle()
-    weight = layer._weight_by_rows()
-    bias = layer.base_layer.bias
+    weight, base = layer._weight_by_rows(), layer._modules["base_layer"]
+    bias = base.bias
     if isinstance(weight, torch.Tensor):
         y = multi_lora_linear(x, weight, pool, mixed.batch, bias, dropout_p=p)
     else:
         # As a quantized layer does by itself: computed in its own dtype, whatever x has.
-        dtype = compute_dtype(layer._modules["base_layer"], x.dtype)
+        dtype = compute_dtype(base, x.dtype)
         y = multi_lora_linear(x.to(dtype), weight, pool, mixed.batch, bias, dropout_p=p).to(x.dtype)
     return _add_biases(layer, y, mixed) if mixed.biased else y
 

@@ -66,7 +66,9 @@ class SharedInput:
         """
         if torch.compiler.is_compiling():
             return None if mixed is not None or not isinstance(x, torch.Tensor) else self._traced(layer, x)
-        if not isinstance(x, torch.Tensor) or (x.is_inference() and self._hooked()):
+        if not isinstance(x, torch.Tensor) or (self._left is None and _is_few(x)):
+            return None
+        if x.is_inference() and self._hooked():
             return None
         if layer is self.layers[0]:
             return self._all(x, mixed is not None)
@@ -91,8 +93,7 @@ class SharedInput:
         if self._left is not None:
             self._left = None
             self._misses += 1
-        few = x.is_cpu and x.numel() <= JOINED_ELEMENTS  # told here at a lower price
-        if self._misses >= MOST_MISSES or few:
+        if self._misses >= MOST_MISSES or _is_few(x):
             return None
         found = self._outputs_of_many(x) if many else self._outputs(x)
         if found is None:
@@ -208,6 +209,11 @@ class _Left:
     def __init__(self, x: torch.Tensor, outputs: dict[Any, Any]) -> None:
         self.x, self.outputs = x, outputs
         self.version, self.modes = _version(x), _modes(x)
+
+
+def _is_few(x: torch.Tensor) -> bool:
+    """Whether the plan would keep the layers apart for this x; told here at a lower price."""
+    return x.is_cpu and x.numel() <= JOINED_ELEMENTS
 
 
 def _version(x: torch.Tensor) -> int | None:

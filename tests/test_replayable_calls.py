@@ -1,0 +1,133 @@
+"""Launch lists of layers, single and with others of the same x, over dense and 4-bit weights: each can be recorded, and
+has one dense weight at most."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peftkern.ops import quantize_4bit
+from peftkern.ops._projection_group import Group
+from peftkern.ops._rank_rows import columns_of_s, new_s
+
+pytest.importorskip("triton")
+from peftkern.ops import _lora_linear_shared_triton as shared
+from peftkern.ops import _lora_linear_triton as single
+from peftkern_kernels import replay
+from peftkern_kernels.dropout import Dropout
+from peftkern_kernels.launch import Call, recorded_scratch
+
+M, K, OUTS, SCALING = 300, 64, (96, 32, 48), 0.75
+PATHS = ["triton", "cublas", "fused_4bit", "dequantize:triton", "dequantize:cublas"]
+BESIDE = ["triton,cublas,cublas", "dequantize:cublas,dequantize:triton,dequantize:triton"]
+HALF = torch.bfloat16
+
+
+class Compiled:
+    """A compiled kernel, as far as a recording asks."""
+
+    def __init__(self, call):
+        self.call = call
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_launched(monkeypatch):
+    monkeypatch.setattr(Call, "run", lambda call: Compiled(call))
+
+
+def weight_for(path, N):
+    weight = torch.randn(N, K, dtype=HALF)
+    return quantize_4bit(weight, "nf4", 64, True) if "4bit" in path or path.startswith("dequantize:") else weight
+
+
+def dense_places(calls):
+    """Where the launches that write a weight out put it."""
+    return {call.args["out_ptr"].data_ptr() for call in calls if call.name == "dequantize"}
+
+
+def check(build, tensors):
+    """The list can be recorded, with `tensors` and scratch, and has one place for dense weights."""
+    with recorded_scratch() as taken:
+        calls = build()
+    assert replay.record(calls, tensors, taken) is not None
+    return len(dense_places(calls)), sum(call.name == "dequantize" for call in calls)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("R", [4, 16])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_layer(path, p, R, arch):
+    """Would catch an address that a recording cannot account for, by which each call would be built anew, in Python."""
+    weight, N = weight_for(path, OUTS[0]), OUTS[0]
+    A, B, bias = torch.randn(R, K), torch.randn(N, R), torch.randn(N, dtype=HALF)
+    x, dy = torch.randn(M, K, dtype=HALF), torch.randn(M, N, dtype=HALF)
+    drop = Dropout(torch.tensor([3]), p) if p else None
+    seed = None if drop is None else drop.seed
+    y, s = x.new_empty(M, N), new_s(x, M, R, path, arch)
+    held = single.weight_parts(weight)[1:]
+    is_written = path.startswith("dequantize:")
+
+    def forward():
+        return single.forward_calls(x, weight, A, B, SCALING, bias, drop, path, arch, (y, s))[2]
+
+    assert check(forward, [x, *held, A, B, bias, seed, y, s]) == (is_written, is_written)
+    for needs in ((True, True, True), (True, False, False), (False, True, True)):
+        made = zip(needs, (x, A, B), strict=True)
+        out = tuple(torch.empty_like(t) if need else None for need, t in made)
+
+        def backward(needs=needs, out=out):
+            return single.backward_calls(dy, x, weight, A, B, s, SCALING, drop, path, arch, needs, out)[3]
+
+        writes = is_written and needs[0]
+        assert check(backward, [dy, x, *held, A, B, s, seed, *out]) == (writes, writes)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("ranks", [(16, 16, 16), (4, 12, 3)])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("path", [*PATHS, *BESIDE])
+def test_layers_of_one_x(path, p, ranks, arch):
+    """Would catch the same, and a dense weight for each projection in a recording's scratch memory."""
+    weights = tuple(weight_for(path, N) for N in OUTS)
+    As = [torch.randn(R, K) for R in ranks]
+    Bs = [torch.randn(N, R) for N, R in zip(OUTS, ranks, strict=True)]
+    biases = [None, torch.randn(OUTS[1], dtype=HALF), None]
+    x, dys = torch.randn(M, K, dtype=HALF), [torch.randn(M, N, dtype=HALF) for N in OUTS]
+    drop = Dropout(torch.tensor([3]), p) if p else None
+    seed = None if drop is None else drop.seed
+    group = Group(weights, (SCALING,) * 3, columns_of_s(ranks, HALF, path, arch), p, path)
+    s, ys = new_s(x, M, group.columns[-1].stop, path, arch), [x.new_empty(M, N) for N in OUTS]
+    _, held = shared._stored(weights)
+    written = 3 if path.startswith("dequantize:") else 0
+
+    def forward():
+        return shared.forward_calls(x, group, As, Bs, biases, drop, arch, ys, s)
+
+    assert check(forward, [x, *held, *As, *Bs, *biases, seed, *ys, s]) == (min(written, 1), written)
+    dx, da, dbs = torch.empty_like(x), torch.empty(sum(ranks), K), [torch.empty_like(B) for B in Bs]
+
+    def backward():
+        return shared.backward_calls(dys, x, group, As, Bs, s, drop, arch, (dx, da, dbs))
+
+    tensors = [*dys, x, *held, *As, *Bs, s, seed, dx, da, *dbs]
+    assert check(backward, tensors) == (min(written, 1), written)
+
+
+def test_sums_in_parts_take_turns():
+    """Would catch the parts of all projections' dB in memory at a time, which is the most that backward takes."""
+    M, K, N, R = 4096, 512, 1024, 16
+    made = {"device": "meta", "dtype": HALF}
+    x, weights, dys = torch.empty(M, K, **made), [torch.empty(N, K, **made)] * 3, [torch.empty(M, N, **made)] * 3
+    As, Bs = [torch.empty(R, K, **made)] * 3, [torch.empty(N, R, **made)] * 3
+    taken = []
+    for n in (1, 3):
+        group = Group(tuple(weights[:n]), (SCALING,) * n, columns_of_s([R] * n, HALF, "triton", 90), 0.0, "triton")
+        s, dx = new_s(x, M, n * R, "triton", 90), torch.empty_like(x)
+        gradients = (dx, x.new_empty(n * R, K), Bs[:n])
+        with recorded_scratch() as found:
+            shared.backward_calls(dys[:n], x, group, As[:n], Bs[:n], s, None, 90, gradients)
+        taken.append(max(t.nbytes for t in found))
+        sums = [t for t in found if t.dtype is torch.float32]
+        assert len(sums) <= 3, "of dB and of dS by one projection, of dA"
+    assert taken[0] == taken[1]
