@@ -37,7 +37,6 @@ LLAMA_8B = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 AWKWARD = ((4095, 4096), (4096, 4095), (4104, 4104))
 TOKENS = (1, 16, 512, 4096, 8192)
 RANKS = (8, 16, 64, 128)
-ODD_RANKS = (4, 12)  # rows of S that are no multiples of 16 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +170,11 @@ def odd_ranks() -> list[LoraLinear]:
     masters = [LoraLinear(8192, 4096, 4096, R, masters=True, dropout=R != 36) for R in (12, 20, 36)]
     few = [LoraLinear(16, 4096, 4096, R, dropout=R == 12) for R in (12, 36)]
     wide = [LoraLinear(M, 4096, 4096, 100, dropout=M == 8192, masters=True) for M in (512, 8192)]
-    return [*square, *masters, *few, *wide]
+    # Rows of S that are no multiples of 16 bytes.
+    first = LoraLinear(**{**S1, "R": 4})
+    gaps = [first, replace(first, conv1d=True), replace(first, R=12, masters=True)]
+    gaps.append(replace(first, R=12, dtype=torch.float16))
+    return [*square, *masters, *few, *wide, *gaps]
 
 
 def all_cases() -> list[Case]:
@@ -198,8 +201,6 @@ def all_cases() -> list[Case]:
     ]
     options = [replace(case, **{name: True}) for case in sizes[::2] for name in ("bias", "conv1d")]
     options += [replace(case, dx=False) for case in sizes]
-    odd = [LoraLinear(**{**S1, "R": R}) for R in ODD_RANKS]
-    odd += [replace(odd[0], conv1d=True), replace(odd[1], masters=True), replace(odd[1], dtype=torch.float16)]
     # What the plan could choose instead.
     forced = [
         replace(case, path=path, dtype=dtype, dropout=dropout)
@@ -210,6 +211,6 @@ def all_cases() -> list[Case]:
         replace(case, path="triton", masters=masters, bias=masters, **variant)
         for case, masters, variant in product(headline, (False, True), ({}, {"K": 4104}, {"dtype": torch.float16}))
     ]
-    linear = dict.fromkeys([*headline, *llama, *variants, *awkward, *options, *odd, *odd_ranks(), *forced])
+    linear = dict.fromkeys([*headline, *llama, *variants, *awkward, *options, *forced, *odd_ranks()])
     others = [*all_cases_4bit(), *all_cases_dora(), *all_cases_ia3(), *all_cases_multi(), *all_cases_shared()]
     return [*linear, *embedding_cases(), *others, *all_cases_gated(), *all_cases_experts()]

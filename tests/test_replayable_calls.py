@@ -131,3 +131,26 @@ def test_sums_in_parts_take_turns():
         sums = [t for t in found if t.dtype is torch.float32]
         assert len(sums) <= 3, "of dB and of dS by one projection, of dA"
     assert taken[0] == taken[1]
+
+
+@pytest.mark.parametrize("path", ["triton", "dequantize:cublas"])
+def test_layers_that_have_tensors_in_common(path):
+    """Would catch a list that cannot be recorded since a bias, a code book, a weight or dY is two projections'."""
+    weight, bias, x, dy = (weight_for(path, K), torch.randn(K), torch.randn(M, K), torch.randn(M, K))
+    x, dy, bias = x.to(HALF), dy.to(HALF), bias.to(HALF)
+    As, Bs = [torch.randn(16, K) for _ in range(2)], [torch.randn(K, 16) for _ in range(2)]
+    group = Group((weight,) * 2, (SCALING,) * 2, columns_of_s((16, 16), HALF, path, 90), 0.0, path)
+    s, ys = new_s(x, M, group.columns[-1].stop, path, 90), [x.new_empty(M, K) for _ in range(2)]
+    _, held = shared._stored(group.weights)
+    written = 2 if path.startswith("dequantize:") else 0
+
+    def forward():
+        return shared.forward_calls(x, group, As, Bs, [bias, bias], None, 90, ys, s)
+
+    assert check(forward, [x, *held, *As, *Bs, bias, bias, *ys, s]) == (min(written, 1), written)
+    dx, da, dbs = torch.empty_like(x), torch.empty(32, K), [torch.empty_like(B) for B in Bs]
+
+    def backward():
+        return shared.backward_calls([dy, dy], x, group, As, Bs, s, None, 90, (dx, da, dbs))
+
+    assert check(backward, [dy, dy, x, *held, *As, *Bs, s, dx, da, *dbs]) == (min(written, 1), written)

@@ -81,12 +81,21 @@ Step = KernelStep | LibraryStep
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """The steps of one situation, the parts of one block of scratch memory, and how the results come to be."""
+    """The steps of one situation, the parts of one block of scratch memory, and how the results come to be.
+
+    `alike` are pairs of tensors that lay at one address (one dY for two projections, one bias): an argument that was at
+    it may be either's, so the recording is for tensors that do so again.
+    """
 
     steps: tuple[Step, ...]
     scratch: tuple[Scratch, ...]
     scratch_bytes: int
     results: tuple[Made, ...] = ()
+    alike: tuple[tuple[int, int], ...] = ()
+
+    def fits(self, addresses: Sequence[int]) -> bool:
+        """Whether tensors at `addresses` that have to lie at one do."""
+        return not self.alike or all(addresses[i] == addresses[j] for i, j in self.alike)
 
 
 class Address:
@@ -119,6 +128,13 @@ def _addresses(tensors: Sequence[torch.Tensor | None]) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
+def _alike(addresses: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """The pairs of tensors at one address, each with the first that is there."""
+    first: dict[int, int] = {}
+    pairs = ((first.setdefault(address, i), i) for i, address in enumerate(addresses) if address)
+    return tuple((i, j) for i, j in pairs if i != j)
+
+
 def run(key: Hashable, tensors: Sequence[torch.Tensor | None], build: Build, device: torch.device) -> None:
     """Run the launches that `build` makes, from a recording where there is one.
 
@@ -148,7 +164,7 @@ def produce(
     addresses = _addresses(tensors)
     whole = (key, device.index, *_situation(tensors, addresses))
     recording = _kept.get(whole)
-    if recording is not None:
+    if recording is not None and recording.fits(addresses):
         if not recording.results:
             replay(recording, tensors, addresses, device)
             return ()
@@ -168,7 +184,7 @@ def produce(
         for t in scratch:
             parts.append((total, t.dtype))
             total += -(-t.nbytes // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
-        _kept[whole] = Recording(tuple(steps), tuple(parts), total, tuple(made))
+        _kept[whole] = Recording(tuple(steps), tuple(parts), total, tuple(made), _alike(addresses))
     return tuple(results)
 
 
@@ -222,9 +238,9 @@ def _source_of(t: Any, sources: Sequence[torch.Tensor | None]) -> tuple[int, int
     sharing = [(i, s) for i, s in enumerate(sources) if s is not None and s.untyped_storage().data_ptr() == storage]
     if len(sharing) > 1:  # parameters cut from one flat storage, say: only their own beginnings tell them apart
         sharing = [(i, s) for i, s in sharing if s.data_ptr() == address]
-    if len(sharing) != 1:
+    if not sharing:
         return None
-    index, source = sharing[0]
+    index, source = sharing[0]  # of several at one address any will do (`Recording.alike`)
     return index, address - source.data_ptr()
 
 
