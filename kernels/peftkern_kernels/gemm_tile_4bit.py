@@ -136,7 +136,7 @@ def base_calls(
             "SPLIT": split,
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
-            "BLOCK_R": rank_block(R, dtype),
+            "BLOCK_R": rank_block(R, dtype, narrow=arch == 1100),  # as in expand_calls
             "PRECISION": precision,
         },
         num_warps=4,

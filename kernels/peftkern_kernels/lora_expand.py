@@ -188,7 +188,10 @@ def expand_calls(
     block_m, block_n = (32, 64) if wide or arch == 0 else (64, 128)
     # Loaded or stored element by element: the addresses are too many for the registers beside 64 ranks. RDNA's 64 ranks
     # are too many in any case.
-    narrow = arch == 1100 or by_elements(s, b) or out.stride(1) != 1 or out.stride(0) % 16 != 0
+    stored_singly = out.stride(1) != 1 or out.stride(0) % 16 != 0
+    narrow = arch == 1100 or by_elements(s, b) or stored_singly
+    # On sm_100 those of the stores are too many beside a mask at any rank.
+    num_warps = 8 if stored_singly and dropout is not None and 100 <= arch < 120 else 4
     return [
         Call(
             name="expand",
@@ -209,7 +212,7 @@ def expand_calls(
                 "PRECISION": precision,
                 "OVERLAP": overlaps(arch),
             },
-            num_warps=4,
+            num_warps=num_warps,
             num_stages=1,
             options=compile_options(arch) | overlap_options(arch),
             bytes=nbytes(s, b, bias, out),

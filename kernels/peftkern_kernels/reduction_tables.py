@@ -113,7 +113,8 @@ def shrink_tile(
     rows = 16 if M <= 16 else 32 if M <= 32 else 64
     if arch >= 900:  # AMD: 64 KiB of LDS, two stages; unaligned tiles take a scalar register pair for each load's mask
         if dtype == torch.float32 or not aligned:
-            return Tile(min(rows, 32), 32, rank_block(R, 64 if aligned else 32), 4, 2 if aligned else 1)
+            wide = aligned and not (arch == 1100 and dropout)
+            return Tile(min(rows, 32), 32, rank_block(R, 64 if wide else 32), 4, 2 if aligned else 1)
         if arch == 1100:  # dropout's words, or more than 32 ranks of fp32 factors, take the registers of half the rows
             return Tile(min(rows, 32) if dropout or R > 32 else rows, 64, rank_block(R, 64), 4, 2)
         return Tile(rows, 64, rank_block(R, 128), 4, 2)
@@ -130,8 +131,9 @@ def shrink_tile(
         return Tile(rows, 128, rank_block(R, 32), 4, 4 if roomy else 3)
     if arch == 90 and R <= 64:
         return Tile(rows, 64, 64, 4, 4) if scattered else Tile(rows, 128, 64, 4, 4, MEASURED)
-    # 128 ranks, of fp32 or with a mask for each, are too many for 128 rows, and for four warps.
-    crowded = R > 64 and (R % 16 != 0 or not roomy)
+    # 128 ranks, of fp32 or with a mask for each, are too many for 128 rows, and for four warps. So are they on sm_80
+    # beside a dropout mask.
+    crowded = R > 64 and (R % 16 != 0 or not roomy or (arch == 80 and dropout))
     if M > 64 and R > 32 and roomy and not crowded:
         rows = 128
     return Tile(rows, 64, rank_block(R, 128), 8 if rows == 128 or (rows == 64 and crowded) else 4, 4 if roomy else 3)

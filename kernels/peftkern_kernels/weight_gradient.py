@@ -223,7 +223,7 @@ def _gradient_call(
     # What is masked in registers goes back to shared memory as a product's second operand only. As the first it stays
     # in registers, and Hopper's matrix instructions wait for one another. The first takes 64 rows or more. Where all
     # operands are in registers there is nothing to gain, and the thin one's loads would no longer be asynchronous.
-    turned = arch not in (80, 86, 89, 120) and tile.block_r >= 64
+    turned = (arch == 0 or 90 <= arch < 120) and tile.block_r >= 64
     M, R = (0, 0) if thin is None else thin.shape
     blocks_k, blocks_n, blocks_r = cdiv(K, tile.block_c), cdiv(N, tile.block_c), cdiv(R, tile.block_r)
     return Call(
