@@ -67,7 +67,7 @@ def _family(arch: int) -> str:
 # Where they are there: "large kn" is for a weight stored as [K, N], which is backward's orientation; "odd out" takes
 # the place of "medium" where the output is stored element by element; "one tile" and "one tile medium" are for programs
 # that end with their tile, for what a persistent one cannot do (dropout of many ranks, unaligned rows); the latter also
-# for an epilogue or a mask beside S of single elements, beside which 4 warps have too few registers.
+# for an epilogue or an expand of single elements, beside which 4 warps have too few registers.
 _TILES: dict[tuple[str, int, bool], dict[str, Tile]] = {
     ("hopper", 16, True): {
         "large": Tile(128, 256, 64, 8, 4, group_m=16, tma=True, persistent=True),
@@ -167,7 +167,7 @@ def choose_tile(
     persistent: bool = True,
     out_aligned: bool = True,
     crowded: bool = False,
-    masked: bool = False,
+    singly: bool = False,
     epilogue: bool = False,
 ) -> Tile:
     """The tile of `out[M, N] = x[M, K] weight[N, K]^T`, with `split_k` set so that few rows still fill the device.
@@ -181,7 +181,7 @@ def choose_tile(
         persistent: whether a persistent tile will do (S and `out` aligned, few ranks where there is dropout).
         out_aligned: rows of `out` can be stored 16 bytes at a time.
         crowded: beside the accumulator there is so much in registers that the largest tile would spill.
-        masked: there is a dropout mask beside S whose elements are loaded one by one.
+        singly: elements of S are loaded one by one beside a dropout mask, or those of the factor at more than 16 ranks.
         epilogue: more than a store follows the product, and needs the whole sum: K is not split.
     """
     rows = _rows(arch, 16 if dtype.itemsize == 2 else 32, aligned)
@@ -202,7 +202,7 @@ def choose_tile(
     if epilogue:
         return tile
     split = split_of_k(cdiv(M, tile.block_m) * cdiv(N, tile.block_n), K, tile.block_k, processors)
-    if masked and split == 1 and tile == rows["medium"]:  # the mask is drawn in this launch
+    if singly and split == 1 and tile == rows["medium"]:  # the expand is in this launch
         tile = rows.get("one tile medium", tile)
     return replace(tile, split_k=split)
 

@@ -130,7 +130,9 @@ def tile_of(
     # Beside a mask: a key of each row's own adapter, addresses of single elements; sm_80's sums, in registers as HMMA's
     # operands are, are too many by themselves.
     crowded = arch == 80 or isinstance(b, MixedFactor) or by_elements(b)
-    sizes |= {"crowded": dropout is not None and crowded, "masked": dropout is not None and not vectorizes(s)}
+    sizes["crowded"] = dropout is not None and crowded
+    singly = isinstance(b, torch.Tensor) and b.shape[1] > 16 and by_elements(b)
+    sizes["singly"] = singly or (dropout is not None and not vectorizes(s))
     tile = choose_tile(arch, x.dtype, **sizes, aligned=_operands_are(is_aligned, x, weight))
     on_descriptors = tile.tma and tile.split_k == 1
     if not on_descriptors and not _operands_are(vectorizes, x, weight):
