@@ -145,8 +145,10 @@ ROUTES += ["multi_ia3_linear", "multi_ia3_linear, feed-forward", "gated_lora_lin
 ROUTES += ["multi_lora_linear", "multi_lora_linear, dropout", "multi_lora_linear_shared"]
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize("format, door", [("nf4", "eager"), ("int8", "eager"), ("nf4", "operator")])
+@pytest.mark.parametrize(
+    "format, door, blocks",
+    [("nf4", "eager", 1), ("nf4", "eager", 2), ("int8", "eager", 1), ("int8", "eager", 2), ("nf4", "operator", 1)],
+)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_one_at_a_time_and_none_that_is_kept(route, format, backend, door, blocks, monkeypatch, frozen, device):

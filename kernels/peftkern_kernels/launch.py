@@ -147,9 +147,9 @@ def compile_options(arch: int) -> dict[str, int]:
 def light_options(arch: int) -> dict[str, int]:
     """Compile options of small kernels, of which many programs share a multiprocessor: mostly the assembler's own.
 
-    Its limit costs them nothing but on sm_80 and Blackwell, where it spills two or four scalars; there it is lifted.
+    Its limit costs them nothing but on sm_80 and sm_100, where it spills two or four scalars; there it is lifted.
     """
-    return compile_options(arch) if arch == 80 or 100 <= arch < 900 else {}
+    return compile_options(arch) if arch == 80 or 100 <= arch < 120 else {}
 
 
 # Projections of one x that a launch takes (projections.py): here, for the plan asks where there is no triton.
