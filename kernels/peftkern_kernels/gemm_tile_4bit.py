@@ -21,12 +21,10 @@ import triton.language as tl
 
 from .dropout import Dropout
 from .format_4bit import Packed4bit
-from .gemm_tables import rank_block
-from .launch import Call, cdiv, compile_options, light_options, nbytes, scratch, strides
-from .lora_expand import expand_arguments, triton_dtype
-from .lora_linear_split import _sum_planes_kernel
+from .launch import Call, cdiv, compile_options, light_options, scratch
+from .lora_expand import expand_arguments, takes_narrow_ranks
+from .lora_linear_split import sum_of_planes_call
 from .multi_tile import MixedFactor
-from .reduction_tables import by_elements
 
 
 @triton.jit
@@ -123,31 +121,12 @@ def base_calls(
     split = cdiv(steps, part)
     if split == 1:
         return [call_of(out, expand, steps, 1)]
-    (M, N), R = out.shape, b.shape[1]
-    planes = scratch(split, M, N, dtype=torch.float32, device=out.device)
+    planes = scratch(split, *out.shape, dtype=torch.float32, device=out.device)
     base = call_of(planes, {**expand, **dict.fromkeys(("s_ptr", "b_ptr", "bias_ptr", "seed_ptr"))}, part, split)
-    block_m, block_n = 64, 32  # as in lora_linear_split.py
-    # As in expand_calls: addresses of single elements are too many beside 64 ranks, and RDNA's 64 ranks in any case.
-    narrow = arch == 1100 or (not isinstance(b, MixedFactor) and by_elements(s, b))
     # A mask beside each row's own adapter: a scalar or two more than the assembler gives by itself.
     crowded = arch in (86, 89) and dropout is not None and isinstance(b, MixedFactor)
-    total = Call(
-        name="sum of planes + expand",
-        kernel=_sum_planes_kernel,
-        grid=(cdiv(M, block_m) * cdiv(N, block_n), 1, 1),
-        args={**expand, "planes_ptr": planes, "out_ptr": out, "M": M, "N": N, **strides(out, "om", "on")},
-        constants={
-            "DTYPE": triton_dtype(dtype),
-            "SPLIT": split,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_R": rank_block(R, dtype, narrow=narrow),
-            "PRECISION": precision,
-        },
-        num_warps=4,
-        num_stages=1,
+    total = sum_of_planes_call(
+        planes, s, b, out, expand, dtype=dtype, precision=precision, narrow=takes_narrow_ranks(s, b, arch),
         options=compile_options(arch) if crowded else light_options(arch),
-        bytes=nbytes(planes, s, b, bias, out),
-        flops=2 * M * N * R + split * M * N,
-    )
+    )  # fmt: skip
     return [base, total]

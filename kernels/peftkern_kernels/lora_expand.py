@@ -163,6 +163,12 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
 
 
+def takes_narrow_ranks(s: torch.Tensor, b: torch.Tensor | MixedFactor, arch: int) -> bool:
+    """Whether an expand by itself has too few registers for 64 ranks: where s or b is loaded element by element it has
+    the addresses too, and RDNA's are too few in any case."""
+    return arch == 1100 or (isinstance(b, torch.Tensor) and by_elements(s, b))
+
+
 def expand_calls(
     s: torch.Tensor,
     b: torch.Tensor,
@@ -186,10 +192,8 @@ def expand_calls(
         return []
     wide = out.dtype.itemsize == 4
     block_m, block_n = (32, 64) if wide or arch == 0 else (64, 128)
-    # Loaded or stored element by element: the addresses are too many for the registers beside 64 ranks. RDNA's 64 ranks
-    # are too many in any case.
-    stored_singly = out.stride(1) != 1 or out.stride(0) % 16 != 0
-    narrow = arch == 1100 or by_elements(s, b) or stored_singly
+    stored_singly = out.stride(1) != 1 or out.stride(0) % 16 != 0  # then there are the addresses of the stores
+    narrow = takes_narrow_ranks(s, b, arch) or stored_singly
     # On sm_100 those of the stores are too many beside a mask at any rank.
     num_warps = 8 if stored_singly and dropout is not None and 100 <= arch < 120 else 4
     return [

@@ -7,6 +7,8 @@ planes in a fixed order (same bits on every run), adds `keep / (1 - p) * (S B^T)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -77,7 +79,7 @@ def split_calls(
     tile: Tile,
 ) -> list[Call]:
     """The two launches for a given tile with `split_k` parts; arguments as in `lora_linear.base_plus_expand_calls`."""
-    (M, N), K, R = out.shape, x.shape[1], b.shape[1]
+    (M, N), K = out.shape, x.shape[1]
     k_part = cdiv(cdiv(K, tile.block_k), tile.split_k) * tile.block_k
     split = cdiv(K, k_part)
     planes = scratch(split, M, N, dtype=torch.float32, device=x.device)
@@ -109,30 +111,49 @@ def split_calls(
         bytes=nbytes(x, weight, planes),
         flops=2 * M * N * K,
     )
+    total = sum_of_planes_call(
+        planes, s, b, out, expand_arguments(s, b, bias, dropout), dtype=x.dtype, precision=precision
+    )
+    return [base, total]
+
+
+def sum_of_planes_call(
+    planes: torch.Tensor,
+    s: torch.Tensor,
+    b: torch.Tensor | MixedFactor,
+    out: torch.Tensor,
+    expand: dict[str, Any],
+    *,
+    dtype: torch.dtype,
+    precision: str,
+    narrow: bool = False,
+    options: dict[str, Any] | None = None,
+) -> Call:
+    """The launch that writes the sum of fp32 `planes` [split, M, N], and the expand of s and b on top, to `out`.
+
+    Args:
+        expand: `expand_arguments` of s and b. dtype: what their product is taken in.
+        narrow: as for `rank_block`. options: compile options.
+    """
+    split, M, N = planes.shape
+    R = b.shape[1]
     block_m, block_n = 64, 32  # 64 rows at least: the least that Hopper's matrix instruction takes
-    total = Call(
+    return Call(
         name="sum of planes + expand",
         kernel=_sum_planes_kernel,
         grid=(cdiv(M, block_m) * cdiv(N, block_n), 1, 1),
-        args={
-            **expand_arguments(s, b, bias, dropout),
-            "planes_ptr": planes,
-            "out_ptr": out,
-            "M": M,
-            "N": N,
-            **strides(out, "om", "on"),
-        },
+        args={**expand, "planes_ptr": planes, "out_ptr": out, "M": M, "N": N, **strides(out, "om", "on")},
         constants={
-            "DTYPE": triton_dtype(x.dtype),
+            "DTYPE": triton_dtype(dtype),
             "SPLIT": split,
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
-            "BLOCK_R": rank_block(R, x.dtype),
+            "BLOCK_R": rank_block(R, dtype, narrow=narrow),
             "PRECISION": precision,
         },
         num_warps=4,
         num_stages=1,
-        bytes=nbytes(planes, s, b, bias, out),
+        options=options or {},
+        bytes=nbytes(planes, s, b, expand["bias_ptr"], out),
         flops=2 * M * N * R + split * M * N,
     )
-    return [base, total]
