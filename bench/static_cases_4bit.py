@@ -15,6 +15,8 @@ import torch
 from bench.cases import LLAMA_8B
 from peftkern.backend import DeviceInfo
 from peftkern.ops import _lora_linear_triton
+from peftkern.ops._common import is_plain
+from peftkern.ops._weight_calls import packed
 from peftkern.ops.plan import plan_lora_linear_quantized
 from peftkern.weights import NESTED_BLOCKSIZE, Weight4bit
 from peftkern_kernels.dequantize_4bit import dequantize_4bit_calls
@@ -67,7 +69,7 @@ class Dequantize4bit:
         """The one launch."""
         weight = weight_on_meta(self.N, self.K, blocksize=self.blocksize, nested=self.nested)
         out = torch.empty(self.N, self.K, dtype=self.dtype, device="meta")
-        return dequantize_4bit_calls(_lora_linear_triton.packed(weight), out, arch=arch)
+        return dequantize_4bit_calls(packed(weight), out, arch=arch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,25 +120,19 @@ class LoraLinear4bit:
     def launches(self, arch: int) -> list[Call]:
         """The kernel launches of forward and backward on an architecture; cuBLAS's are left out."""
         path = self.path if self.path != "auto" else self.plan(arch)
-        how, _, dense_path = path.partition(":")
-        if dense_path in ("torch", "torch_fp32"):
+        if is_plain(path):
             return []
         x = torch.empty(self.M, self.K, dtype=self.dtype, device="meta")
-        stored: Any = weight_on_meta(self.N, self.K, blocksize=self.blocksize, nested=self.nested, dtype=self.dtype)
-        calls: list[Any] = []
-        if how == "dequantize":  # once in forward and once in backward, by the same launch
-            dense = x.new_empty(self.N, self.K)
-            calls += dequantize_4bit_calls(_lora_linear_triton.packed(stored), dense, arch=arch)
-            stored, path = dense, dense_path
+        weight = weight_on_meta(self.N, self.K, blocksize=self.blocksize, nested=self.nested, dtype=self.dtype)
         adapter = torch.float32 if self.masters else self.dtype
         lora_A, lora_B = x.new_empty(self.R, self.K, dtype=adapter), x.new_empty(self.N, self.R, dtype=adapter)
         bias = x.new_empty(self.N) if self.bias else None
         dropout = Dropout(x.new_empty(1, dtype=torch.int64), 0.1) if self.dropout else None
-        y, s, forward = _lora_linear_triton.forward_calls(x, stored, lora_A, lora_B, 2.0, bias, dropout, path, arch)
+        y, s, forward = _lora_linear_triton.forward_calls(x, weight, lora_A, lora_B, 2.0, bias, dropout, path, arch)
         *_, backward = _lora_linear_triton.backward_calls(
-            torch.empty_like(y), x, stored, lora_A, lora_B, s, 2.0, dropout, path, arch, (True, True, True)
+            torch.empty_like(y), x, weight, lora_A, lora_B, s, 2.0, dropout, path, arch, (True, True, True)
         )
-        return [call for call in (*calls, *forward, *backward) if isinstance(call, Call)]
+        return [call for call in (*forward, *backward) if isinstance(call, Call)]
 
 
 Case4bit = Dequantize4bit | LoraLinear4bit

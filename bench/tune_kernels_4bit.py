@@ -15,7 +15,7 @@ from bench.tune_kernels import SCALING, SPLITS, Operands, Tunable, fits, held
 from bench.tune_kernels import Tile as AnyTile
 from peftkern import reference
 from peftkern.ops import quantize_4bit
-from peftkern.ops._lora_linear_triton import packed
+from peftkern.ops._weight_calls import packed
 from peftkern_kernels import dequantize_4bit as dequantize_kernel
 from peftkern_kernels import lora_decode_4bit as decode_kernel
 from peftkern_kernels.gemm_tables import Tile

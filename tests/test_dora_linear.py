@@ -289,7 +289,7 @@ def test_quantized_weights(quantize, dtype, buffer_rows, p, monkeypatch):
     With the weight whole, results have the bits of the dequantized weight's."""
     M, N, K, R = 9, 200, 64, 4
     if buffer_rows:
-        shared = importlib.import_module("peftkern.ops.lora_linear_quantized")
+        shared = importlib.import_module("peftkern.ops._dense_blocks")
         monkeypatch.setattr(shared, "BUFFER_BYTES", buffer_rows * K * dtype.itemsize)
     tensors, seed = make(M, N, K, R, dtype), torch.tensor([9])
     x, w, *rest = tensors

@@ -278,7 +278,7 @@ def test_quantized_weights(quantize, dtype, buffer_rows, is_feedforward, monkeyp
     With the weight whole, results have the bits of the dequantized weight's."""
     M, N, K = 9, 200, 64
     if buffer_rows:
-        shared = importlib.import_module("peftkern.ops.lora_linear_quantized")
+        shared = importlib.import_module("peftkern.ops._dense_blocks")
         monkeypatch.setattr(shared, "BUFFER_BYTES", buffer_rows * K * dtype.itemsize)
     tensors = make(M, N, K, is_feedforward, dtype)
     x, w, scale, bias = tensors

@@ -13,10 +13,11 @@ from peftkern import reference, use_backend
 from peftkern.backend import DeviceInfo
 from peftkern.ops import dequantize, lora_linear, quantize_4bit, quantize_8bit
 from peftkern.ops._lora_linear_torch import keep_mask
-from peftkern.ops.plan import plan_lora_linear_quantized
+from peftkern.ops.plan import Plan, plan_lora_linear_quantized
 from peftkern.weights import Weight4bit, Weight8bit
 
 MODULE = importlib.import_module("peftkern.ops.lora_linear_quantized")
+BLOCKS = importlib.import_module("peftkern.ops._dense_blocks")
 SCALING = 0.75
 FORMATS = {
     "nf4, nested": lambda w: quantize_4bit(w, "nf4", 64, True),
@@ -134,7 +135,7 @@ def test_backward_without_dx_never_decodes_the_weight(quantize, monkeypatch):
     tensors[0].requires_grad_(False)
     x, a, b, bias = tensors
     y = lora_linear(x, weight, a, b, SCALING, bias)
-    monkeypatch.setattr(MODULE, "_write_dense", None)
+    monkeypatch.setattr(BLOCKS, "_write_dense", None)
     y.backward(dy)
     want = run([tensors[0].detach(), *tensors[1:]], dequantize(weight, x.dtype), dy)
     assert torch.equal(a.grad, want[2])
@@ -145,15 +146,34 @@ def test_blocks_of_rows_that_share_a_buffer(dropout_p, quantize, monkeypatch):
     """Would catch a block used after the next has overwritten it, and blocks cut inside a group of scales."""
     tensors, weight, dy = make(quantize, 20, 512, 64, 6)
     seed = torch.tensor([2])
-    monkeypatch.setattr(MODULE, "BUFFER_BYTES", 200 * 64 * 4)
-    calls, write = [], MODULE._write_dense
-    monkeypatch.setattr(MODULE, "_write_dense", lambda *arguments: (calls.append(arguments), write(*arguments)))
+    monkeypatch.setattr(BLOCKS, "BUFFER_BYTES", 200 * 64 * 4)
+    calls, write = [], BLOCKS._write_dense
+    monkeypatch.setattr(BLOCKS, "_write_dense", lambda *arguments: (calls.append(arguments), write(*arguments)))
     outputs = run(tensors, weight, dy, dropout_p=dropout_p, seed=seed)
     assert len(calls) > 2
     keep = keep_mask(seed, 20, 64, dropout_p) if dropout_p else None
     results = truth_and_magnitude(tensors, weight, dy, keep, dropout_p)
     for out, truth, magnitude in zip(outputs, *results, strict=True):
         assert_rounded(out, truth, magnitude, terms=20 + 512 + 64 + 6, rounded=4)
+
+
+@pytest.mark.parametrize("path", ["triton", "cublas", "decode"])
+@pytest.mark.parametrize("format", ["nf4, nested", "int8"])
+def test_kernels_over_blocks_of_rows_match_fp64(format, path, monkeypatch, device):
+    """Would catch a block that misses its columns of y or dY, its rows of B, its bias, or its part of dX, and an S or a
+    mask of its own for each."""
+    M, N, K, R, p = (7 if path == "decode" else 40), 700, 64, 6, 0.3
+    quantize = FORMATS[format]
+    monkeypatch.setattr(BLOCKS, "BUFFER_BYTES", 300 * K * 2)
+    monkeypatch.setattr(MODULE, "plan_for", lambda *_: Plan(f"dequantize:{path}", "forced by a test"))
+    tensors, weight, dy = make(quantize, M, N, K, R, torch.bfloat16, torch.float32, device)
+    assert len(BLOCKS.blocks_of(weight, torch.bfloat16)) == 3
+    seed = torch.tensor([1234], device=device)
+    outputs = run(tensors, weight, dy, "triton", dropout_p=p, seed=seed)
+    results = truth_and_magnitude(tensors, weight, dy, reference.dropout_mask(seed, M, K, p), p)
+    for out, truth, magnitude, rounded in zip(outputs, *results, (4, 6, 3, 3, 0), strict=True):
+        factor = torch.finfo(torch.bfloat16).eps / torch.finfo(out.dtype).eps
+        assert_rounded(out, truth, magnitude, terms=M + N + K + R, rounded=rounded * factor)
 
 
 def test_operator_passes_opcheck(quantize):

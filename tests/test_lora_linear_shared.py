@@ -232,7 +232,7 @@ def test_quantized_weights(M, quantize, backend, device):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_large_quantized_weight_goes_by_blocks(backend, monkeypatch, device):
     """Would catch a block of rows that misses its columns of y, its rows of B, or its part of dX."""
-    monkeypatch.setattr(importlib.import_module("peftkern.ops.lora_linear_quantized"), "BUFFER_BYTES", 64 * 64 * 4)
+    monkeypatch.setattr(importlib.import_module("peftkern.ops._dense_blocks"), "BUFFER_BYTES", 64 * 64 * 4)
     projections = Projections(300, 64, [(160, 8), (80, 4)], device=device, quantize=nf4)
     with use_backend(backend):
         got = projections.run()

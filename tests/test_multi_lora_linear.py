@@ -189,7 +189,7 @@ def test_quantized_weights(quantize, blocks, monkeypatch):
 
     dense = dequantize(packed, torch.float32)
     if blocks > 1:
-        monkeypatch.setattr("peftkern.ops.lora_linear_quantized.BUFFER_BYTES", 64 * 4 * (96 // blocks))
+        monkeypatch.setattr("peftkern.ops._dense_blocks.BUFFER_BYTES", 64 * 4 * (96 // blocks))
     for t in (x, bias, *leaves(x, weight, bias, adapters)[3:]):
         t.requires_grad_()
     dy = torch.randn(24, 96)

@@ -156,7 +156,7 @@ def test_quantized_weights(quantize, blocks, monkeypatch):
         for N, own in zip((96, 48), MIXED, strict=False)
     ]
     if blocks > 1:
-        monkeypatch.setattr("peftkern.ops.lora_linear_quantized.BUFFER_BYTES", 64 * 4 * (96 // blocks))
+        monkeypatch.setattr("peftkern.ops._dense_blocks.BUFFER_BYTES", 64 * 4 * (96 // blocks))
     dys = [torch.randn(24, N) for N in (96, 48)]
     dense = [(dequantize(w, torch.float32), b, pool) for w, b, pool in held]
     got = gradients(lambda: together(x, held, ids), x, held, dys)

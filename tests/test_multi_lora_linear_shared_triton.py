@@ -103,7 +103,7 @@ def test_weights_that_are_written_out_one_after_another_match_fp64(
         for N, ranks in zip((96, 48)[:count], MIXED, strict=False)
     ]
     if blocks > 1:
-        monkeypatch.setattr("peftkern.ops.lora_linear_quantized.BUFFER_BYTES", 64 * 4 * (96 // blocks))
+        monkeypatch.setattr("peftkern.ops._dense_blocks.BUFFER_BYTES", 64 * 4 * (96 // blocks))
     dys, seed = [padded_randn(M, w.shape[0], pad=5, dtype=torch.float32) for w, *_ in held], torch.tensor([77])
     dense = [(dequantize(w, torch.float32), b, pool) for w, b, pool in held]
     plan = MODULE.shared_plan_for(x, *map(list, zip(*[(w, p, b) for w, b, p in held], strict=True)), "triton")

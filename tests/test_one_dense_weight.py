@@ -33,7 +33,7 @@ from peftkern.ops import plan as plans
 from peftkern.ops.linear_quantized import linear_quantized
 from peftkern.utils.live_bytes import LiveBytes
 
-MODULE = importlib.import_module("peftkern.ops.lora_linear_quantized")
+BLOCKS = importlib.import_module("peftkern.ops._dense_blocks")
 QUANTIZE = importlib.import_module("peftkern.ops.quantize")
 MULTI = [importlib.import_module(f"peftkern.ops.multi_lora_linear{name}") for name in ("", "_shared")]
 M, K, N, R, SCALING = 300, 64, 96, 8, 0.75  # so many rows that kernels do not decode within the product
@@ -52,9 +52,9 @@ class DenseWeights:
         self.made: list[weakref.ref] = []
         self.counts: list[int] = []
         # What every way to a dense weight ends in, that of `ops.dequantize` too.
-        ends = [(MODULE, "write_4bit"), (QUANTIZE, "write_4bit"), (_quantize_torch, "dequantize_8bit")]
+        ends = [(BLOCKS, "write_4bit"), (QUANTIZE, "write_4bit"), (_quantize_torch, "dequantize_8bit")]
         if importlib.util.find_spec("triton") is not None:
-            ends.append((importlib.import_module("peftkern.ops._lora_linear_triton"), "dequantize_4bit_calls"))
+            ends.append((importlib.import_module("peftkern.ops._weight_calls"), "dequantize_4bit_calls"))
         for module, name in ends:
             monkeypatch.setattr(module, name, functools.partial(self._counted, getattr(module, name)))
 
@@ -161,7 +161,7 @@ def run_and_count(route, format, backend, door, blocks, monkeypatch, device):
     """Forward and backward of a route, with one dense weight at a time and none between."""
     monkeypatch.setattr(plans, "JOINED_ELEMENTS", 0)
     if blocks > 1:
-        monkeypatch.setattr(MODULE, "BUFFER_BYTES", K * N * 4 // blocks)
+        monkeypatch.setattr(BLOCKS, "BUFFER_BYTES", K * N * 4 // blocks)
     dense = DenseWeights(monkeypatch, cycles=backend == "triton" and device == "cpu")
     quantize = FORMATS[format]
     x, other = (torch.randn(M, K, device=device).requires_grad_() for _ in range(2))

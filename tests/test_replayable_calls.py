@@ -6,13 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftkern.ops import quantize_4bit
+from peftkern.ops import _dense_blocks, quantize_4bit, quantize_8bit
 from peftkern.ops._projection_group import Group
 from peftkern.ops._rank_rows import columns_of_s, new_s
 
 pytest.importorskip("triton")
 from peftkern.ops import _lora_linear_shared_triton as shared
 from peftkern.ops import _lora_linear_triton as single
+from peftkern.ops._weight_calls import stored_of_all
 from peftkern_kernels import replay
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.launch import Call, recorded_scratch
@@ -41,8 +42,14 @@ def weight_for(path, N):
 
 
 def dense_places(calls):
-    """Where the launches that write a weight out put it."""
-    return {call.args["out_ptr"].data_ptr() for call in calls if call.name == "dequantize"}
+    """Where the calls that write a weight out put it, one after the other."""
+    writes = [call.args for call in calls if call.name in ("dequantize", "cast W")]
+    return [(args["out_ptr"] if isinstance(args, dict) else written(*args)).data_ptr() for args in writes]
+
+
+def written(*args):
+    """The result among a library call's arguments."""
+    return args[-1] if len(args) == 3 else args[0]  # of dequantize_8bit, of copy_
 
 
 def check(build, tensors):
@@ -50,7 +57,8 @@ def check(build, tensors):
     with recorded_scratch() as taken:
         calls = build()
     assert replay.record(calls, tensors, taken) is not None
-    return len(dense_places(calls)), sum(call.name == "dequantize" for call in calls)
+    places = dense_places(calls)
+    return len(set(places)), len(places)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -65,7 +73,7 @@ def test_a_layer(path, p, R, arch):
     drop = Dropout(torch.tensor([3]), p) if p else None
     seed = None if drop is None else drop.seed
     y, s = x.new_empty(M, N), new_s(x, M, R, path, arch)
-    held = single.weight_parts(weight)[1:]
+    held = stored_of_all([weight])[1]
     is_written = path.startswith("dequantize:")
 
     def forward():
@@ -83,6 +91,45 @@ def test_a_layer(path, p, R, arch):
         assert check(backward, [dy, x, *held, A, B, s, seed, *out]) == (writes, writes)
 
 
+FORMATS = {
+    "int8": quantize_8bit,
+    "nf4": lambda w: quantize_4bit(w, "nf4", 64, double_quant=False),
+    "float32": torch.Tensor.float,
+    "float32, transposed": lambda w: w.float().t().contiguous().t(),
+}
+
+
+@pytest.mark.parametrize("path", ["triton", "cublas"])
+@pytest.mark.parametrize(
+    "kind, blocks", [("int8", 1), ("int8", 3), ("nf4", 3), ("float32", 1), ("float32, transposed", 1)]
+)
+def test_weights_that_are_written_out_in_another_way(kind, blocks, path, monkeypatch):
+    """Would catch a copy of a weight that lies in nobody's memory, blocks that are not in one place, and rows of a bias
+    that two projections have in common."""
+    N, R = 96, 16
+    monkeypatch.setattr(_dense_blocks, "BUFFER_BYTES", N * K * 2 // blocks)
+    weights = tuple(FORMATS[kind](torch.randn(N, K, dtype=HALF)) for _ in range(2))
+    path = path if isinstance(weights[0], torch.Tensor) else f"dequantize:{path}"
+    As, Bs = [torch.randn(R, K) for _ in range(2)], [torch.randn(N, R) for _ in range(2)]
+    x, dys, held = (
+        torch.randn(M, K, dtype=HALF),
+        [torch.randn(M, N, dtype=HALF) for _ in range(2)],
+        stored_of_all(weights)[1],
+    )
+    group = Group(weights, (SCALING,) * 2, columns_of_s((R, R), HALF, path, 90), 0.0, path)
+    s, ys, biases = new_s(x, M, 2 * R, path, 90), [x.new_empty(M, N) for _ in range(2)], [torch.randn(N).to(HALF)] * 2
+    dx, da, dbs = torch.empty_like(x), torch.empty(2 * R, K), [torch.empty_like(B) for B in Bs]
+
+    def forward():
+        return shared.forward_calls(x, group, As, Bs, biases, None, 90, ys, s)
+
+    def backward():
+        return shared.backward_calls(dys, x, group, As, Bs, s, None, 90, (dx, da, dbs))
+
+    assert check(forward, [x, *held, *As, *Bs, *biases, *ys, s]) == (1, 2 * blocks)
+    assert check(backward, [*dys, x, *held, *As, *Bs, s, dx, da, *dbs]) == (1, 2 * blocks)
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("ranks", [(16, 16, 16), (4, 12, 3)])
 @pytest.mark.parametrize("p", [0.0, 0.1])
@@ -98,7 +145,7 @@ def test_layers_of_one_x(path, p, ranks, arch):
     seed = None if drop is None else drop.seed
     group = Group(weights, (SCALING,) * 3, columns_of_s(ranks, HALF, path, arch), p, path)
     s, ys = new_s(x, M, group.columns[-1].stop, path, arch), [x.new_empty(M, N) for N in OUTS]
-    _, held = shared._stored(weights)
+    _, held = stored_of_all(weights)
     written = 3 if path.startswith("dequantize:") else 0
 
     def forward():
@@ -141,7 +188,7 @@ def test_layers_that_have_tensors_in_common(path):
     As, Bs = [torch.randn(16, K) for _ in range(2)], [torch.randn(K, 16) for _ in range(2)]
     group = Group((weight,) * 2, (SCALING,) * 2, columns_of_s((16, 16), HALF, path, 90), 0.0, path)
     s, ys = new_s(x, M, group.columns[-1].stop, path, 90), [x.new_empty(M, K) for _ in range(2)]
-    _, held = shared._stored(group.weights)
+    _, held = stored_of_all(group.weights)
     written = 2 if path.startswith("dequantize:") else 0
 
     def forward():

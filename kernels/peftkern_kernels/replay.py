@@ -236,7 +236,8 @@ def _source_of(t: Any, sources: Sequence[torch.Tensor | None]) -> tuple[int, int
     """(number, byte offset) of the one source that `t` lies in; None if there is no telling."""
     storage, address = t.untyped_storage().data_ptr(), t.data_ptr()
     sharing = [(i, s) for i, s in enumerate(sources) if s is not None and s.untyped_storage().data_ptr() == storage]
-    if len(sharing) > 1:  # parameters cut from one flat storage, say: only their own beginnings tell them apart
+    if len({s.data_ptr() for _, s in sharing}) > 1:
+        # Parameters cut from one flat storage, say: only their own beginnings tell them apart.
         sharing = [(i, s) for i, s in sharing if s.data_ptr() == address]
     if not sharing:
         return None

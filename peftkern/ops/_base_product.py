@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from peftkern.ops._dense_blocks import dense_blocks
 from peftkern.ops._lora_linear_fp32 import _row_blocks
 from peftkern.ops._lora_linear_torch import dense_rows
-from peftkern.ops.lora_linear_quantized import _dense_blocks
 
 
 def base(x: torch.Tensor, weight: Any, bias: torch.Tensor | None, path: str) -> torch.Tensor:
@@ -22,7 +22,7 @@ def base(x: torch.Tensor, weight: Any, bias: torch.Tensor | None, path: str) -> 
     if isinstance(weight, torch.Tensor):
         return _product(x, weight if weight.dtype == x.dtype else weight.to(x.dtype), bias, path)
     y: Any = None
-    for part, dense in _dense_blocks(weight, x.dtype, path):
+    for part, dense in dense_blocks(weight, x.dtype, path):
         added = _product(x, dense, None if bias is None else bias[part], path)
         if dense.shape[0] == weight.shape[0]:
             return added
@@ -43,18 +43,12 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, p
     return y
 
 
-def add_base(y: torch.Tensor, x: torch.Tensor, weight: Any, path: str) -> None:
-    """x [M, K] -> x W^T of a quantized weight [N, K], added to y [M, N] in place."""
-    for part, dense in _dense_blocks(weight, x.dtype, path):
-        _add_product(y[:, part], x, dense.t(), path)
-
-
 def add_base_backward(dx: torch.Tensor | None, dy: torch.Tensor, weight: Any, path: str) -> torch.Tensor:
     """dY [M, N] -> dY W [M, K], added to dx in place if there is one."""
     if isinstance(weight, torch.Tensor):
         return _add_product(dx, dy, weight if weight.dtype == dy.dtype else weight.to(dy.dtype), path)
     total: Any = dx
-    for part, dense in _dense_blocks(weight, dy.dtype, path):
+    for part, dense in dense_blocks(weight, dy.dtype, path):
         total = _add_product(total, dy[:, part], dense, path)
     return total
 

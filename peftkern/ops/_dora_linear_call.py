@@ -19,12 +19,12 @@ import torch
 
 from peftkern.backend import device_info
 from peftkern.ops._common import PLAIN_PATHS
+from peftkern.ops._dense_blocks import dense_blocks
 from peftkern.ops._dora_linear_torch import combined, dropped, factors, mixed, row_norms, wide_dtype
 from peftkern.ops._ia3_linear_torch import column_sums, product, product_back, scaled
 from peftkern.ops._lora_linear_torch import keep_mask
 from peftkern.ops.lora_linear import _backward as lora_backward
 from peftkern.ops.lora_linear import _forward as lora_forward
-from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
 from peftkern.weights import Weight
 
 Needs = tuple[bool, bool, bool, bool, bool, bool]  # x, weight, lora_A, lora_B, magnitude, bias

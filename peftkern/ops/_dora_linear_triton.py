@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from peftkern.ops import _lora_linear_triton
-from peftkern.ops._lora_linear_triton import dropout, precision, weight_parts, write_base
+from peftkern.ops._lora_linear_triton import dropout, precision, write_base
 from peftkern.ops._rank_rows import new_s
+from peftkern.ops._weight_calls import stored
 from peftkern_kernels import replay
 from peftkern_kernels.dora_dropout import dropout_calls
 from peftkern_kernels.dora_norm import factor_calls, norm_calls
@@ -165,9 +166,9 @@ def forward(
         *results, calls = forward_calls(*tensors, scaling, drop, path, arch, keep_u)
         return results, calls
 
-    blocksize, *held = weight_parts(weight)
+    number, *held = stored(weight)
     seed, p = (None, 0.0) if drop is None else (drop.seed, drop.p)
-    key = ("dora_linear", scaling, p, path, keep_u, precision(), blocksize)
+    key = ("dora_linear", scaling, p, path, keep_u, precision(), number)
     others = () if norm is not None or norm_weight is weight else (norm_weight,)
     tensors = (x, *held, *others, lora_A, lora_B, magnitude, bias, norm, seed)
     y, s, u, c, inverse = replay.produce(key, tensors, build, x.device)
@@ -197,9 +198,9 @@ def backward(
         *results, calls = backward_calls(dy, *saved, scaling, drop, path, arch, needs, makes_g)
         return results, calls
 
-    blocksize, *held = weight_parts(weight)
+    number, *held = stored(weight)
     seed, p = (None, 0.0) if drop is None else (drop.seed, drop.p)
-    key = ("dora_linear backward", scaling, p, path, needs, makes_g, precision(), blocksize)
+    key = ("dora_linear backward", scaling, p, path, needs, makes_g, precision(), number)
     tensors = (dy, x, *held, lora_A, lora_B, s, u, c, seed)
     dx, da, db, dc, g = replay.produce(key, tensors, build, dy.device)
     return dx, da, db, dc, g

@@ -13,30 +13,24 @@ a GEMM with K split and the low-rank part of all, to which cuBLAS adds, reads ea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from peftkern.ops._common import rank_columns
-from peftkern.ops._lora_linear_torch import dense_rows
 from peftkern.ops._lora_linear_triton import (
     FUSED_4BIT_PATHS,
-    Calls,
     Kept,
-    add_base,
+    dx_calls,
     input_gradient_calls,
-    output_calls,
-    packed,
     precision,
+    product_calls,
     thin_calls,
-    weight_parts,
-    written_dense,
 )
 from peftkern.ops._projection_group import Group, dtype_of_all
 from peftkern.ops._rank_rows import Columns, joined_parts, new_s, scratch_s, whole_blocks
-from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
-from peftkern.ops.lora_linear_quantized import written_by_launch
+from peftkern.ops._weight_calls import Calls, packed, parts_of, room_for, stored_of_all
 from peftkern.ops.plan import DECODE_PATHS
 from peftkern_kernels import replay
 from peftkern_kernels.dropout import Dropout
@@ -61,35 +55,6 @@ def _numbers(group: Group) -> tuple[Any, ...]:
 
 def _seed(dropout: Dropout | None) -> torch.Tensor | None:
     return None if dropout is None else dropout.seed
-
-
-def _are_taken_whole(group: Group, dtype: torch.dtype) -> bool:
-    """Whether launches take all weights as they are stored: nothing is cast, nor written out block by block."""
-    for weight in group.weights:
-        if isinstance(weight, torch.Tensor):
-            if weight.dtype is not dtype:
-                return False
-        elif group.path.startswith("dequantize:") and not written_by_launch(weight, group.path, dtype):
-            return False
-    return True
-
-
-def _stored(weights: Sequence[Any]) -> tuple[list[int], list[torch.Tensor | None]]:
-    """The weights' blocksizes, and the tensors that hold them."""
-    blocksizes, tensors = [], []
-    for weight in weights:
-        blocksize, *held = weight_parts(weight)
-        blocksizes.append(blocksize)
-        tensors += held
-    return blocksizes, tensors
-
-
-def _room(group: Group, like: torch.Tensor) -> torch.Tensor | None:
-    """Memory between launches for the largest of the weights, written out dense: they take turns in it."""
-    if not group.path.startswith("dequantize:"):
-        return None
-    most = max(weight.shape[0] * weight.shape[1] for weight in group.weights)
-    return scratch(most, dtype=like.dtype, device=like.device)
 
 
 def _join(out: torch.Tensor, *parts: torch.Tensor) -> None:
@@ -131,39 +96,14 @@ def forward(
         return _decoded(x, group, lora_As, lora_Bs, biases, dropout, arch)
     s = new_s(x, x.shape[0], group.columns[-1].stop, group.path, arch)
     ys = [x.new_empty(x.shape[0], weight.shape[0]) for weight in group.weights]
-    seed = _seed(dropout)
-    if _are_taken_whole(group, x.dtype):
-        blocksizes, tensors = _stored(group.weights)
-        replay.run(
-            _key("lora_linear_shared", dropout, group.path, *_numbers(group), *blocksizes),
-            (x, *tensors, *lora_As, *lora_Bs, *biases, seed, *ys, s),
-            lambda: forward_calls(x, group, lora_As, lora_Bs, biases, dropout, arch, ys, s),
-            x.device,
-        )
-        return ys, s
+    numbers, tensors = stored_of_all(group.weights)
     replay.run(
-        _key("lora_linear_shared S", dropout, *_numbers(group)),
-        (x, *lora_As, s, seed),
-        lambda: shrinks(x, group, lora_As, s, dropout, arch),
+        _key("lora_linear_shared", dropout, group.path, *_numbers(group), *numbers),
+        (x, *tensors, *lora_As, *lora_Bs, *biases, _seed(dropout), *ys, s),
+        lambda: forward_calls(x, group, lora_As, lora_Bs, biases, dropout, arch, ys, s),
         x.device,
     )
-    each = zip(group.weights, group.paths, lora_Bs, biases, group.columns, ys, strict=True)
-    for weight, path, lora_B, bias, columns, y in each:
-        _write_output(x, weight, s[:, columns], lora_B, bias, y, path, arch)
     return ys, s
-
-
-def shrinks(
-    x: torch.Tensor,
-    group: Group,
-    lora_As: Sequence[torch.Tensor],
-    s: torch.Tensor,
-    dropout: Dropout | None,
-    arch: int,
-) -> Calls:
-    """Launches of `all_shrinks`, before which A of all projections is put together."""
-    lora_A, calls = joined(lora_As, group.columns)
-    return [*calls, *all_shrinks(x, group, lora_A, s, dropout, arch)]
 
 
 def forward_calls(
@@ -177,13 +117,14 @@ def forward_calls(
     ys: Sequence[torch.Tensor],
     s: torch.Tensor,
 ) -> Calls:
-    """The launches of `forward`, over weights that are taken whole."""
-    calls = shrinks(x, group, lora_As, s, dropout, arch)
-    room = _room(group, x)
+    """The launches of `forward`, but on the decode paths."""
+    lora_A, calls = joined(lora_As, group.columns)
+    calls += all_shrinks(x, group, lora_A, s, dropout, arch)
+    room = room_for(group.weights, group.path, x)
     each = zip(group.weights, group.paths, lora_Bs, biases, group.columns, ys, strict=True)
-    for stored, own_path, lora_B, bias, columns, y in each:
-        weight, path, first = written_dense(stored, own_path, x, arch, room)
-        calls += [*first, *output_calls(x, weight, s[:, columns], lora_B, y, bias, path, arch)]
+    for weight, path, lora_B, bias, columns, y in each:
+        parts = parts_of(weight, path, x, arch, room)
+        calls += product_calls(x, parts, s[:, columns], lora_B, y, bias, arch)
     return calls
 
 
@@ -197,14 +138,14 @@ def _decoded(
     arch: int,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """`forward` on the decode paths."""
-    # Of another dtype only under autocast, as in `_blocks`.
+    # Of another dtype only under autocast; cast again in backward, so that no copy is kept.
     weights = tuple(w.to(x.dtype) if isinstance(w, torch.Tensor) else w for w in group.weights)
     group = dataclasses.replace(group, weights=weights)
     s = x.new_empty(x.shape[0], group.columns[-1].stop)
     ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
-    blocksizes, tensors = _stored(weights)
+    numbers, tensors = stored_of_all(weights)
     replay.run(
-        _key("lora_linear_shared decode", dropout, group.path, *_numbers(group), *blocksizes),
+        _key("lora_linear_shared decode", dropout, group.path, *_numbers(group), *numbers),
         (x, *tensors, *lora_As, *lora_Bs, *biases, _seed(dropout), *ys, s),
         lambda: decoded_calls(x, group, lora_As, lora_Bs, biases, ys, s, dropout, arch),
         x.device,
@@ -233,54 +174,6 @@ def decoded_calls(
     return [*group_decode_4bit_calls(x, [packed(w) for w in group.weights], projections, **common)]
 
 
-def _blocks(weight: Any, dtype: torch.dtype, path: str) -> Iterator[tuple[slice, Any, str]]:
-    """(rows, these rows of the weight as kernels take them, path): on "dequantize:PATH" dense blocks, for PATH."""
-    how, _, dense_path = path.partition(":")
-    if how != "dequantize":
-        # Of another dtype only under autocast; cast again in backward, so that no copy is kept.
-        yield slice(0, weight.shape[0]), weight.to(dtype) if isinstance(weight, torch.Tensor) else weight, path
-        return
-    for part, dense in dense_blocks(weight, dtype, dense_path):
-        yield part, dense, dense_path
-
-
-def _write_output(
-    x: torch.Tensor,
-    weight: Any,
-    s: torch.Tensor,
-    lora_B: torch.Tensor,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    path: str,
-    arch: int,
-) -> None:
-    """`y = x W^T + bias + S B^T`, block by block. No loop of a caller's: its last dense weight would outlive the
-    iteration, and stand beside the next projection's."""
-    for part, rows, rows_path in _blocks(weight, x.dtype, path):
-        part_bias = None if bias is None else bias[part]
-        _run_output(x, rows, s, lora_B[part], y[:, part], part_bias, rows_path, arch)
-
-
-def _run_output(
-    x: torch.Tensor,
-    weight: Any,
-    s: torch.Tensor,
-    lora_B: torch.Tensor,
-    y: torch.Tensor,
-    bias: torch.Tensor | None,
-    path: str,
-    arch: int,
-) -> None:
-    """`y = x W^T + bias + S B^T`."""
-    blocksize, *held = weight_parts(weight)
-    replay.run(
-        _key("lora_linear_shared output", None, path, blocksize),
-        (x, *held, s, lora_B, bias, y),
-        lambda: output_calls(x, weight, s, lora_B, y, bias, path, arch),
-        x.device,
-    )
-
-
 def backward(
     dys: Sequence[torch.Tensor],
     x: Kept,
@@ -302,63 +195,14 @@ def backward(
     dx = dys[0].new_empty(M, K) if needs_x else None
     da = lora_As[0].new_empty(R, K, dtype=dtype_of_all(lora_As)) if needs_a else None
     gradients = (dx, da, dbs)
-    numbers = _numbers(group)
-    if not needs_x or _are_taken_whole(group, dys[0].dtype):
-        blocksizes, tensors = _stored(group.weights) if needs_x else ([], [])
-        replay.run(
-            _key("lora_linear_shared backward", dropout, group.path, *numbers, *blocksizes),
-            (*dys, x, *tensors, *lora_As, *lora_Bs, s, _seed(dropout), dx, da, *dbs),
-            lambda: backward_calls(dys, x, group, lora_As, lora_Bs, s, dropout, arch, gradients),
-            dys[0].device,
-        )
-        return gradients
-    ds = new_s(dys[0], M, R, group.path, arch)
+    numbers, tensors = stored_of_all(group.weights) if needs_x else ([], [])
     replay.run(
-        _key("lora_linear_shared dS, dA, dB", dropout, *numbers),
-        (*dys, x, *lora_Bs, s, ds, _seed(dropout), da, *dbs),
-        lambda: _factor_calls(dys, x, group, lora_As, lora_Bs, s, ds, (None, da, dbs), dropout, arch),
+        _key("lora_linear_shared backward", dropout, group.path, *_numbers(group), *numbers),
+        (*dys, x, *tensors, *lora_As, *lora_Bs, s, _seed(dropout), dx, da, *dbs),
+        lambda: backward_calls(dys, x, group, lora_As, lora_Bs, s, dropout, arch, gradients),
         dys[0].device,
     )
-    begun = False
-    for dy, weight, path in zip(dys, group.weights, group.paths, strict=True):
-        begun = _add_input_gradient(dx, begun, dy, weight, ds, lora_As, dropout, path, arch)
     return gradients
-
-
-def _factor_calls(
-    dys: Sequence[torch.Tensor],
-    x: Kept,
-    group: Group,
-    lora_As: Sequence[torch.Tensor],
-    lora_Bs: Sequence[torch.Tensor],
-    s: Kept,
-    ds: Kept,
-    gradients: Gradients,
-    dropout: Dropout | None,
-    arch: int,
-    between: Callable[[], Calls] = list,
-) -> Calls:
-    """Launches of each `dS = scaling * dY B` and `dB = dY^T S`, then those `between`, then of `dA = dS^T dropout(x)` of
-    all projections; those of them that there is a tensor for. Sums that are made in parts have one memory in turn."""
-    _, da, dbs = gradients
-    calls: Calls = []
-    turns = Turns()
-    common: dict[str, Any] = {"arch": arch, "precision": precision()}
-    parts = zip(dys, lora_Bs, dbs, group.scalings, group.columns, rank_columns(lora_As), strict=True)
-    for dy, lora_B, db, scaling, columns, place in parts:
-        own_s = None if db is None else s[:, columns]
-        done = False
-        with turns.turn():
-            if ds is not None:
-                thin, done = thin_calls(dy, lora_B, own_s, ds[:, place], db, scaling, arch)
-                calls += thin
-            if db is not None and not done:
-                calls += weight_gradient_calls(None, None, own_s, dy, None, db, **common)
-    calls += between()
-    if da is not None:
-        with turns.turn():
-            calls += weight_gradient_calls(ds, x, None, None, da, None, dropout=dropout, **common)
-    return calls
 
 
 def backward_calls(
@@ -372,16 +216,31 @@ def backward_calls(
     arch: int,
     gradients: Gradients,
 ) -> Calls:
-    """The launches of `backward`, over weights that are taken whole, into its results."""
+    """The launches of `backward`, into its results: each `dS = scaling * dY B` and `dB = dY^T S`, then dX, then
+    `dA = dS^T dropout(x)` of all projections. Sums that are made in parts have one memory in turn."""
     dx, da, dbs = gradients
-    M, R = dys[0].shape[0], sum(lora_A.shape[0] for lora_A in lora_As)
     ds: Kept = None
     if dx is not None or da is not None:
-        ds = scratch_s(dys[0], M, R, group.path, arch)
-    return _factor_calls(
-        dys, x, group, lora_As, lora_Bs, s, ds, gradients, dropout, arch,
-        lambda: [] if dx is None else _dx_calls(dys, group, lora_As, ds, dx, dropout, arch),
-    )  # fmt: skip
+        ds = scratch_s(dys[0], dys[0].shape[0], sum(lora_A.shape[0] for lora_A in lora_As), group.path, arch)
+    calls: Calls = []
+    turns = Turns()
+    common: dict[str, Any] = {"arch": arch, "precision": precision()}
+    each = zip(dys, lora_Bs, dbs, group.scalings, group.columns, rank_columns(lora_As), strict=True)
+    for dy, lora_B, db, scaling, columns, place in each:
+        own_s = None if db is None else s[:, columns]
+        done = False
+        with turns.turn():
+            if ds is not None:
+                thin, done = thin_calls(dy, lora_B, own_s, ds[:, place], db, scaling, arch)
+                calls += thin
+            if db is not None and not done:
+                calls += weight_gradient_calls(None, None, own_s, dy, None, db, **common)
+    if dx is not None:
+        calls += _dx_calls(dys, group, lora_As, ds, dx, dropout, arch)
+    if da is not None:
+        with turns.turn():
+            calls += weight_gradient_calls(ds, x, None, None, da, None, dropout=dropout, **common)
+    return calls
 
 
 def _dx_calls(
@@ -407,60 +266,7 @@ def _dx_calls(
                 calls.append(TorchCall("+ dX", torch.Tensor.add_, (dx, own), bytes=3 * nbytes(dx)))
         return calls
     lora_A, calls = joined(lora_As, places)
-    room = _room(group, dx)
-    for i, (dy, stored, own_path) in enumerate(zip(dys, group.weights, group.paths, strict=True)):
-        weight, path, first = written_dense(stored, own_path, dy, arch, room)
-        calls += first
-        if i == 0:
-            calls += input_gradient_calls(dy, weight, ds, lora_A, dx, dropout, path, arch)
-        else:
-            calls.append(add_base(dy, weight.t(), dx))
-    return calls
-
-
-def _add_input_gradient(
-    dx: Kept,
-    begun: bool,
-    dy: torch.Tensor,
-    weight: Any,
-    ds: torch.Tensor,
-    lora_As: Sequence[torch.Tensor],
-    dropout: Dropout | None,
-    path: str,
-    arch: int,
-) -> bool:
-    """dX with `dY W` of one projection added in place, block by block; if it is not `begun` yet, that and the low-rank
-    part of all projections. Whether it is begun now. A function of its own as `_write_output` is."""
-    for part, rows, rows_path in _blocks(weight, dy.dtype, path):
-        own_dy = dense_rows(dy[:, part])
-        if begun:
-            dx.addmm_(own_dy, rows)
-        else:
-            _run_input_gradient(own_dy, rows, ds, lora_As, dx, dropout, rows_path, arch)
-        begun = True
-    return begun
-
-
-def _run_input_gradient(
-    dy: torch.Tensor,
-    weight: Any,
-    ds: torch.Tensor,
-    lora_As: Sequence[torch.Tensor],
-    dx: torch.Tensor,
-    dropout: Dropout | None,
-    path: str,
-    arch: int,
-) -> None:
-    """`dX = dY W + keep / (1 - p) * (dS A)`, A of all projections."""
-
-    def build() -> Calls:
-        lora_A, calls = joined(lora_As, rank_columns(lora_As))
-        return [*calls, *input_gradient_calls(dy, weight, ds, lora_A, dx, dropout, path, arch)]
-
-    blocksize, *held = weight_parts(weight)
-    replay.run(
-        _key("lora_linear_shared dX", dropout, path, blocksize),
-        (dy, *held, *lora_As, ds, dx, _seed(dropout)),
-        build,
-        dy.device,
-    )
+    room = room_for(group.weights, group.path, dx)
+    each = zip(dys, group.weights, group.paths, strict=True)
+    products = [(dy, part) for dy, weight, path in each for part in parts_of(weight, path, dy, arch, room)]
+    return [*calls, *dx_calls(products, ds, lora_A, dx, dropout, arch)]

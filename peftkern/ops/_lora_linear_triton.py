@@ -4,24 +4,22 @@
 there: the static check compiles the list from meta tensors for every architecture, a benchmark adds up its bytes.
 `forward` and `backward`, which the operation calls, run the list, from a recording once a situation has been met.
 The weight is dense on the paths "triton", "cublas" and "decode", a `Weight4bit` on "fused_4bit" and "decode_4bit", and
-on "dequantize:PATH" a `Weight4bit` that the first launch writes out dense, into scratch memory, for those of PATH.
+on "dequantize:PATH" a quantized one that is written out for the launches of PATH (_weight_calls.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from peftkern.ops._lora_linear_torch import dense_rows
 from peftkern.ops._rank_rows import new_s, scratch_s
-from peftkern.weights import Weight4bit
+from peftkern.ops._weight_calls import Calls, Part, packed, parts_of, stored
 from peftkern_kernels import replay
-from peftkern_kernels.dequantize_4bit import dequantize_4bit_calls
 from peftkern_kernels.dropout import Dropout
-from peftkern_kernels.format_4bit import Packed4bit
-from peftkern_kernels.launch import Call, TorchCall, nbytes, scratch
+from peftkern_kernels.launch import TorchCall, nbytes
 from peftkern_kernels.lora_decode import decode_calls
 from peftkern_kernels.lora_decode_4bit import decode_4bit_calls
 from peftkern_kernels.lora_dy_pass import ONE_PASS_RANK, dy_pass_calls
@@ -32,7 +30,6 @@ from peftkern_kernels.lora_shrink import shrink_calls
 from peftkern_kernels.weight_gradient import weight_gradient_calls
 
 FUSED_4BIT_PATHS = ("fused_4bit", "decode_4bit")
-Calls = list[Call | TorchCall]
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]  # of x, lora_A, lora_B
 Kept = Any  # a tensor that forward kept, or None where no gradient asks for it
 
@@ -60,28 +57,6 @@ def write_base(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: t
     """`out = x weight^T + bias` by cuBLAS (in tests by oneDNN)."""
     moved, flops = nbytes(x, weight, bias, out), 2 * x.shape[0] * weight.numel()
     return TorchCall("base (cuBLAS)", _write, (out, bias, dense_rows(x), weight.t()), moved, flops)
-
-
-def packed(weight: Weight4bit) -> Packed4bit:
-    """A 4-bit weight as the kernels take it."""
-    N, K = weight.shape
-    held = {f.name: getattr(weight, f.name) for f in fields(Packed4bit) if f.name not in ("N", "K")}
-    return Packed4bit(N=N, K=K, **held)
-
-
-def written_dense(
-    weight: Any, path: str, like: torch.Tensor, arch: int, room: torch.Tensor | None = None
-) -> tuple[Any, str, Calls]:
-    """On "dequantize:PATH" the dense weight, PATH, and the launch that writes it; on any other path the weight and the
-    path themselves. It is written in the dtype of `like`, into `room` [elements] if there is one, else into scratch."""
-    how, _, dense_path = path.partition(":")
-    if how != "dequantize":
-        return weight, path, []
-    N, K = weight.shape
-    if room is None:
-        room = scratch(N * K, dtype=like.dtype, device=like.device)
-    dense = room[: N * K].view(N, K)
-    return dense, dense_path, [*dequantize_4bit_calls(packed(weight), dense, arch=arch)]
 
 
 def precision() -> str:
@@ -112,13 +87,6 @@ def _gradients(
     return dx, da, db
 
 
-def weight_parts(weight: Any) -> tuple[Any, ...]:
-    """(blocksize, tensors) of a 4-bit weight, (0, itself) of a dense one."""
-    if isinstance(weight, torch.Tensor):
-        return 0, weight
-    return weight.blocksize, *weight.tensors()
-
-
 def forward(
     x: torch.Tensor,
     weight: Any,
@@ -132,10 +100,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the launches of `forward_calls`; y [M, N] and S [M, R]."""
     out = _outputs(x, weight, lora_A, path, arch)
-    blocksize, *held = weight_parts(weight)
+    number, *held = stored(weight)
     seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
     replay.run(
-        ("lora_linear", scaling, p, path, precision(), blocksize),
+        ("lora_linear", scaling, p, path, precision(), number),
         (x, *held, lora_A, lora_B, bias, seed, *out),
         lambda: forward_calls(x, weight, lora_A, lora_B, scaling, bias, dropout, path, arch, out)[2],
         x.device,
@@ -158,10 +126,10 @@ def backward(
 ) -> Gradients:
     """Run the launches of `backward_calls`; dX [M, K], dA [R, K] and dB [N, R], None where not asked for."""
     out = _gradients(dy, weight, lora_A, lora_B, needs)
-    blocksize, *held = weight_parts(weight)
+    number, *held = stored(weight)
     seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
     replay.run(
-        ("lora_linear backward", scaling, p, path, precision(), blocksize),
+        ("lora_linear backward", scaling, p, path, precision(), number),
         (dy, x, *held, lora_A, lora_B, s, seed, *out),
         lambda: backward_calls(dy, x, weight, lora_A, lora_B, s, scaling, dropout, path, arch, needs, out)[3],
         dy.device,
@@ -185,16 +153,34 @@ def forward_calls(
     and the launches."""
     y, s = _outputs(x, weight, lora_A, path, arch) if out is None else out
     common: dict[str, Any] = {"arch": arch, "precision": precision()}
-    weight, path, calls = written_dense(weight, path, x, arch)
-    if path == "decode":
-        calls += decode_calls(x, weight, lora_A, lora_B, scaling, y, s, bias=bias, dropout=dropout, **common)
-        return y, s, calls
     if path == "decode_4bit":
         options = {"bias": bias, "dropout": dropout, **common}
         return y, s, [*decode_4bit_calls(x, packed(weight), lora_A, lora_B, scaling, y, s, **options)]
-    calls += [*shrink_calls(x, lora_A, s, scaling=scaling, dropout=dropout, **common)]
-    calls += output_calls(x, weight, s, lora_B, y, bias, path, arch)
+    parts = list(parts_of(weight, path, x, arch))
+    if len(parts) == 1 and parts[0].path == "decode":
+        options = {"bias": bias, "dropout": dropout, **common}
+        dense, calls = parts[0].weight, parts[0].calls
+        return y, s, [*calls, *decode_calls(x, dense, lora_A, lora_B, scaling, y, s, **options)]
+    calls = [*shrink_calls(x, lora_A, s, scaling=scaling, dropout=dropout, **common)]
+    calls += product_calls(x, parts, s, lora_B, y, bias, arch)
     return y, s, calls
+
+
+def product_calls(
+    x: torch.Tensor,
+    parts: Iterable[Part],
+    s: torch.Tensor,
+    lora_B: torch.Tensor,
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+    arch: int,
+) -> Calls:
+    """Launches of `y = x W^T + bias + S B^T`, S given, part after part of W."""
+    calls: Calls = []
+    for part in parts:
+        own = (s, part.of_rows(lora_B), part.of_columns(y), part.of_rows(bias))
+        calls += [*part.calls, *output_calls(x, part.weight, *own, part.path, arch)]
+    return calls
 
 
 def output_calls(
@@ -233,6 +219,29 @@ def input_gradient_calls(
     if path in FUSED_4BIT_PATHS:
         return [*base_4bit_transposed_plus_expand_calls(dy, packed(weight), ds, lora_A, dx, **common)]
     return [*base_plus_expand_calls(dy, weight.t(), ds, lora_A.t(), dx, **common)]
+
+
+def dx_calls(
+    products: Iterable[tuple[torch.Tensor, Part]],
+    ds: torch.Tensor,
+    lora_A: torch.Tensor,
+    dx: torch.Tensor,
+    dropout: Dropout | None,
+    arch: int,
+) -> Calls:
+    """Launches of `dX = dY W + keep / (1 - p) * (dS A)`, the sum of `dY W` over parts of W, and over weights, each with
+    the dY that it multiplies. The first writes dX with the low-rank part in it; cuBLAS adds the others."""
+    calls: Calls = []
+    begun = False
+    for dy, part in products:
+        own_dy = part.of_columns(dy)
+        calls += part.calls
+        if begun:
+            calls.append(add_base(own_dy, part.weight.t(), dx))
+        else:
+            calls += input_gradient_calls(own_dy, part.weight, ds, lora_A, dx, dropout, part.path, arch)
+        begun = True
+    return calls
 
 
 def thin_calls(
@@ -275,18 +284,18 @@ def backward_calls(
     if dx is not None or da is not None:
         ds = scratch_s(dy, dy.shape[0], lora_A.shape[0], path, arch)
     calls: Calls = []
-    if dx is not None:
-        weight, path, calls = written_dense(weight, path, dy, arch)
+    parts = [] if dx is None else list(parts_of(weight, path, dy, arch))
     db_done = False
-    if dx is not None and dropout is None and path == "decode":
+    if dx is not None and dropout is None and len(parts) == 1 and parts[0].path == "decode":
         # dX = dY W + (dY B) A has the form of a forward pass, with dS in S's place.
-        calls += decode_calls(dy, weight.t(), lora_B.t(), lora_A.t(), scaling, dx, ds, bias=None, **common)
+        factors = (lora_B.t(), lora_A.t(), scaling)
+        calls += [*parts[0].calls, *decode_calls(dy, parts[0].weight.t(), *factors, dx, ds, bias=None, **common)]
     else:
         if ds is not None:
             thin, db_done = thin_calls(dy, lora_B, s, ds, db, scaling, arch)
             calls += thin
         if dx is not None:
-            calls += input_gradient_calls(dy, weight, ds, lora_A, dx, dropout, path, arch)
+            calls += dx_calls([(dy, part) for part in parts], ds, lora_A, dx, dropout, arch)
     if da is not None or (db is not None and not db_done):
         left_b = None if db_done or db is None else s
         calls += weight_gradient_calls(

@@ -5,25 +5,22 @@ Written for projections that share x, its batch and its dropout mask; one layer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from peftkern.adapter_pool import LayerAdapters, Layout
 from peftkern.ops import _multi_lora_linear_torch as plain
-from peftkern.ops._base_product import add_base, add_base_backward, base
+from peftkern.ops._base_product import add_base_backward, base
 from peftkern.ops._common import is_plain, unflattened, without_autocast
 from peftkern.ops.adapter_route import AdapterBatch
-from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
-from peftkern.ops.lora_linear_quantized import fits_buffer
 from peftkern_kernels.adapters import Adapters
 
 WHOLE_POOL = -1  # as an owner's slot: the pools themselves ask for a gradient
 Owner = tuple[int, int, int]  # slot, first pool row, rank
 Optional = torch.Tensor | None
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -259,17 +256,9 @@ def _kernel_forward(
 
     first = calls[0]
     routing = first.batch.routing(rows.shape[0])
-
-    def launch(weights: Sequence[Any], path: str) -> tuple[list[torch.Tensor], list[Optional]]:
-        each = zip(weights, calls, biases, strict=True)
-        layers = [kernels.Layer(weight, call.kernel_adapters(), bias) for weight, call, bias in each]
-        return kernels.forward(rows, layers, routing, first.seed, first.dropout_p, path, keep_s=any(keeps))
-
-    def add(made: tuple[list[torch.Tensor], list[Optional]], dense_path: str) -> None:
-        for y, weight in zip(made[0], weights, strict=True):
-            add_base(y, rows, weight, dense_path)
-
-    ys, ss = _launched(launch, add, weights, rows.dtype, first.path)
+    each = zip(weights, calls, biases, strict=True)
+    layers = [kernels.Layer(weight, call.kernel_adapters(), bias) for weight, call, bias in each]
+    ys, ss = kernels.forward(rows, layers, routing, first.seed, first.dropout_p, first.path, keep_s=any(keeps))
     return ys, [s if keep else None for s, keep in zip(ss, keeps, strict=True)]
 
 
@@ -287,40 +276,9 @@ def _kernel_backward(
     first = calls[0]
     routing = first.batch.routing(grads[0].shape[0])
     needs = (needs_x, tuple((needs, needs) for needs in needs_adapters))
-
-    def launch(weights: Sequence[Any], path: str) -> tuple[Optional, list[kernels.Pair]]:
-        layers = [kernels.Layer(weight, call.kernel_adapters()) for weight, call in zip(weights, calls, strict=True)]
-        return kernels.backward(grads, rows, layers, ss, routing, first.seed, first.dropout_p, path, needs)
-
-    def add(made: tuple[Optional, list[kernels.Pair]], dense_path: str) -> None:
-        for grad, weight in zip(grads, weights, strict=True):
-            add_base_backward(made[0], grad, weight, dense_path)
-
-    dx, pools = _launched(launch, add if needs_x else None, weights, grads[0].dtype, first.path)
+    layers = [kernels.Layer(weight, call.kernel_adapters()) for weight, call in zip(weights, calls, strict=True)]
+    dx, pools = kernels.backward(grads, rows, layers, ss, routing, first.seed, first.dropout_p, first.path, needs)
     return dx, [_of_owners(call, *pair) for call, pair in zip(calls, pools, strict=True)]
-
-
-def _launched(
-    launch: Callable[[Sequence[Any], str], T],
-    add: Callable[[T, str], None] | None,
-    weights: Sequence[Any],
-    dtype: torch.dtype,
-    path: str,
-) -> T:
-    """`launch(weights, path)`; on "dequantize:PATH" with one weight at a time dense.
-
-    The weight of one projection, if it is written out whole, is a dense one on PATH. Of several, or in blocks, the
-    adapters' part comes first, and to that `add` adds each product while its weight is there; None for no products.
-    """
-    how, _, dense_path = path.partition(":")
-    if how != "dequantize" or add is None:
-        return launch(weights, path)
-    if len(weights) == 1 and fits_buffer(weights[0], dtype):
-        for _, dense in dense_blocks(weights[0], dtype, dense_path):
-            return launch([dense], dense_path)
-    made = launch(weights, path)
-    add(made, dense_path)
-    return made
 
 
 def _of_owners(call: Call, pool_a: Optional, pool_b: Optional) -> list[torch.Tensor]:

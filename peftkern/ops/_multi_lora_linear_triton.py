@@ -3,31 +3,23 @@
 As in _lora_linear_triton.py nothing runs here: outputs are allocated and returned with the `Call`s that fill them.
 Paths over a dense weight: "triton" (the expand is in the base GEMM's accumulator), "cublas" (the grouped expand writes
 first, cuBLAS adds the base in place), "decode" (at most 64 rows; up to 16 the base is our kernels' too). Over a
-`Weight4bit`: "fused_4bit", and "decode_4bit" (at most 16 rows). Over any quantized weight "dequantize:PATH": what
-"cublas" launches, but the base; whoever runs it adds x W^T to y, and dY W to dX, in place, with one weight at a time
-dense. Written for several projections of one x that share batch, mask and path; one layer is a group of one.
+`Weight4bit`: "fused_4bit", and "decode_4bit" (at most 16 rows). Over any quantized weight "dequantize:PATH": it is
+written out for the launches of PATH, one weight at a time (_weight_calls.py); what takes several at once, or would take
+a factor in blocks, gives way to "cublas". Written for several projections of one x that share batch, mask and path; one
+layer is a group of one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from peftkern.backend import device_info
-from peftkern.ops._lora_linear_triton import (
-    FUSED_4BIT_PATHS,
-    Calls,
-    Kept,
-    add_base,
-    dropout,
-    packed,
-    precision,
-    weight_parts,
-    write_base,
-)
+from peftkern.ops._lora_linear_triton import FUSED_4BIT_PATHS, Kept, add_base, dropout, precision, write_base
+from peftkern.ops._weight_calls import Calls, Part, packed, parts_of, room_for, stored_of_all
 from peftkern_kernels import replay
 from peftkern_kernels.adapters import Adapters
 from peftkern_kernels.dropout import Dropout
@@ -47,8 +39,6 @@ from peftkern_kernels.projections import columns
 from peftkern_kernels.routing import Routing
 
 __all__ = ["BASE_MAX_ROWS", "MAX_ROWS", "backward_calls", "forward_calls", "multi_calls"]
-
-WRITTEN_OUT = "dequantize:"  # what a path begins with whose weights are written out when these launches are over
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,31 +86,48 @@ def shared_forward_calls(
     M, ranks = x.shape[0], [layer.adapters.max_rank for layer in layers]
     ys = [x.new_empty(M, layer.weight.shape[0]) for layer in layers]
     common: dict[str, Any] = {"arch": arch, "precision": precision()}
+    parts = _parts(layers, path, x, arch)
+    calls: Calls = []
+    if path == "dequantize:decode" and len(layers) == len(parts[0]) == 1:
+        path, (part,) = "decode", parts[0]
+        calls, layers = part.calls, [replace(layers[0], weight=part.weight)]
     if path in ("decode", "decode_4bit") and dropout is None:
         s_out = x.new_empty(M, sum(ranks)) if keep_s else None
         beside = list(zip(layers, ys, columns(s_out, ranks), strict=True))
         if M <= BASE_MAX_ROWS:
             group = [Projection(each.adapters, y, None, each.bias, part) for each, y, part in beside]
             weights = [packed(each.weight) if path == "decode_4bit" else each.weight for each in layers]
-            return ys, s_out, [*group_linear_decode_calls(x, weights, group, routing, **common)]
-        calls: Calls = [write_base(x, each.weight, y) for each, y, _ in beside]
+            return ys, s_out, [*calls, *group_linear_decode_calls(x, weights, group, routing, **common)]
+        calls += [write_base(x, each.weight, y) for each, y, _ in beside]
         group = [Projection(each.adapters, y, y, each.bias, part) for each, y, part in beside]
         return ys, s_out, [*calls, *group_decode_calls(x, group, routing, **common)]
     s = x.new_empty(M, sum(ranks))
     calls = [*group_shrink_calls(x, [each.adapters for each in layers], routing, s, dropout=dropout, **common)]
-    for layer, y, part in zip(layers, ys, columns(s, ranks), strict=True):
-        weight, adapters, bias = layer.weight, layer.adapters, layer.bias
-        if path == "triton":
-            factor = MixedFactor(adapters, routing, "b")
-            calls += base_plus_expand_calls(x, weight, part, factor, y, bias=bias, **common)
-        elif path in FUSED_4BIT_PATHS:
-            factor = MixedFactor(adapters, routing, "b")
-            calls += base_4bit_plus_expand_calls(x, packed(weight), part, factor, y, bias=bias, **common)
+    for layer, own, y, own_s in zip(layers, parts, ys, columns(s, ranks), strict=True):
+        factor = MixedFactor(layer.adapters, routing, "b")
+        if _is_in_gemm(own):
+            calls += own[0].calls
+            if isinstance(own[0].weight, torch.Tensor):
+                calls += base_plus_expand_calls(x, own[0].weight, own_s, factor, y, bias=layer.bias, **common)
+            else:
+                weight = packed(own[0].weight)
+                calls += base_4bit_plus_expand_calls(x, weight, own_s, factor, y, bias=layer.bias, **common)
         elif M:
-            calls += multi_expand_calls(part, adapters, routing, y, bias=bias, **common)
-            if not path.startswith(WRITTEN_OUT):
-                calls.append(add_base(x, weight, y))
+            calls += multi_expand_calls(own_s, layer.adapters, routing, y, bias=layer.bias, **common)
+            for part in own:
+                calls += [*part.calls, add_base(x, part.weight, part.of_columns(y))]
     return ys, s, calls
+
+
+def _parts(layers: Sequence[Layer], path: str, like: torch.Tensor, arch: int) -> list[list[Part]]:
+    """The parts of each layer's weight, which take turns in one memory where they are written out."""
+    room = room_for([layer.weight for layer in layers], path, like)
+    return [list(parts_of(layer.weight, path, like, arch, room)) for layer in layers]
+
+
+def _is_in_gemm(parts: Sequence[Part]) -> bool:
+    """Whether a GEMM of ours takes the weight, whole, with the expand in its accumulator."""
+    return len(parts) == 1 and (parts[0].path == "triton" or parts[0].path in FUSED_4BIT_PATHS)
 
 
 def backward_calls(
@@ -213,50 +220,54 @@ def _dx_calls(
     path: str,
     common: dict[str, Any],
 ) -> Calls:
-    """Launches of dX = sum over the projections of dY W + keep / (1 - p) * (dS A); on "dequantize:PATH" no dY W."""
+    """Launches of dX = sum over the projections of dY W + keep / (1 - p) * (dS A)."""
     calls: Calls = []
     if dx.shape[0] == 0:
         return calls
     options: dict[str, Any] = {"dropout": dropout, **common}
-    others = list(zip(dys, layers, parts_ds, strict=True))
-    if path == "triton" or path in FUSED_4BIT_PATHS:
-        dy, layer, ds = others.pop(0)
-        calls += _base_and_expand(dy, layer, ds, routing, dx, options)
+    others = list(zip(dys, layers, _parts(layers, path, dx, common["arch"]), parts_ds, strict=True))
+    if _is_in_gemm(others[0][2]):
+        dy, layer, (part,), ds = others.pop(0)
+        calls += _base_and_expand(dy, layer.adapters, part, ds, routing, dx, options)
     if path in FUSED_4BIT_PATHS:  # that kernel only writes: a second buffer, added
-        for dy, layer, ds in others:
+        for dy, layer, (part,), ds in others:
             more = scratch(*dx.shape, dtype=dx.dtype, device=dx.device)
-            calls += _base_and_expand(dy, layer, ds, routing, more, options)
+            calls += _base_and_expand(dy, layer.adapters, part, ds, routing, more, options)
             calls.append(TorchCall("dX: sum", torch.Tensor.add_, (dx, more), nbytes(dx, dx, more)))
         return calls
     if others:
-        held = [layer.adapters for _, layer, _ in others]
+        held = [layer.adapters for _, layer, _, _ in others]
         accumulate = len(others) < len(dys)
-        parts = [ds for _, _, ds in others]
-        calls += group_expand_calls(parts, held, routing, dx, accumulate=accumulate, **options)
-        if not path.startswith(WRITTEN_OUT):
-            calls += [add_base(dy, layer.weight.t(), dx) for dy, layer, _ in others]
+        calls += group_expand_calls([ds for *_, ds in others], held, routing, dx, accumulate=accumulate, **options)
+        for dy, _, own, _ in others:
+            for part in own:
+                calls += [*part.calls, add_base(part.of_columns(dy), part.weight.t(), dx)]
     return calls
 
 
 def _base_and_expand(
-    dy: torch.Tensor, layer: Layer, ds: Kept, routing: Routing, dx: torch.Tensor, options: dict[str, Any]
+    dy: torch.Tensor,
+    adapters: Adapters,
+    part: Part,
+    ds: Kept,
+    routing: Routing,
+    dx: torch.Tensor,
+    options: dict[str, Any],
 ) -> Calls:
     """One projection's dX by a GEMM with the expand in its accumulator."""
-    factor = MixedFactor(layer.adapters, routing, "a")
-    if isinstance(layer.weight, torch.Tensor):
-        return [*base_plus_expand_calls(dy, layer.weight.t(), ds, factor, dx, **options)]
-    return [*base_4bit_transposed_plus_expand_calls(dy, packed(layer.weight), ds, factor, dx, **options)]
+    factor = MixedFactor(adapters, routing, "a")
+    if isinstance(part.weight, torch.Tensor):
+        return [*part.calls, *base_plus_expand_calls(dy, part.weight.t(), ds, factor, dx, **options)]
+    return [*base_4bit_transposed_plus_expand_calls(dy, packed(part.weight), ds, factor, dx, **options)]
 
 
-def _tensors(layers: Sequence[Layer], routing: Routing, path: str) -> tuple[Any, list[Any]]:
+def _tensors(layers: Sequence[Layer], routing: Routing) -> tuple[Any, list[Any]]:
     """What a recording of a path's launches must know of these: numbers, and tensors."""
-    numbers, tensors = [], []
+    numbers, tensors = stored_of_all([layer.weight for layer in layers])
     for layer in layers:
         adapters = layer.adapters
-        blocksize, *held = (0,) if path.startswith(WRITTEN_OUT) else weight_parts(layer.weight)
-        numbers.append((blocksize, adapters.max_rank, adapters.N))
-        tensors += [*held, adapters.pool_a, adapters.pool_b, adapters.row_offset, adapters.rank, adapters.scaling]
-        tensors.append(layer.bias)
+        numbers += [adapters.max_rank, adapters.N]
+        tensors += [adapters.pool_a, adapters.pool_b, adapters.row_offset, adapters.rank, adapters.scaling, layer.bias]
     return tuple(numbers), [*tensors, *routing.tensors]
 
 
@@ -271,7 +282,7 @@ def forward(
     keep_s: bool = True,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     """Run the launches of `shared_forward_calls`, from a recording once the situation has been met; y and S of each."""
-    arch, (numbers, tensors) = device_info(x.device).arch, _tensors(layers, routing, path)
+    arch, (numbers, tensors) = device_info(x.device).arch, _tensors(layers, routing)
     drop = dropout(seed, p)
 
     def build() -> Any:
@@ -296,7 +307,7 @@ def backward(
 ) -> tuple[torch.Tensor | None, list[Pair]]:
     """Run the launches of `shared_backward_calls`, likewise; the gradients of x and of each one's pools."""
     device = dys[0].device
-    arch, (numbers, tensors) = device_info(device).arch, _tensors(layers, routing, path)
+    arch, (numbers, tensors) = device_info(device).arch, _tensors(layers, routing)
     drop = dropout(seed, p)
 
     def build() -> Any:

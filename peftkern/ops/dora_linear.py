@@ -40,11 +40,11 @@ from peftkern.ops._common import (
     unflattened,
     without_autocast,
 )
+from peftkern.ops._dense_blocks import dense_blocks
 from peftkern.ops._dora_linear_call import Made, Needs, Numbers
 from peftkern.ops._dora_linear_torch import row_norms, wide_dtype
 from peftkern.ops._rank_rows import fake_s
 from peftkern.ops.ia3_linear import DENSE, _flatten, _sizes, _unflatten
-from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
 from peftkern.ops.lora_linear_quantized import check_quantized
 from peftkern.ops.plan import Plan, plan_dora_linear, plan_dora_norm
 from peftkern.weights import DENSE_DTYPES, Weight, Weight4bit, Weight8bit

@@ -36,7 +36,7 @@ from peftkern.ops._common import (
     unflattened,
     without_autocast,
 )
-from peftkern.ops.lora_linear_quantized import _dense_blocks as dense_blocks
+from peftkern.ops._dense_blocks import dense_blocks
 from peftkern.ops.lora_linear_quantized import flatten, unflatten
 from peftkern.ops.plan import Plan, plan_ia3_linear
 from peftkern.weights import DENSE_DTYPES, Weight, Weight4bit, Weight8bit

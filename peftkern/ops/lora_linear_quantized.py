@@ -5,20 +5,19 @@ as it is stored, and backward decodes it again. One operator serves all formats:
 of tensors and a list of numbers (`flatten`), from which it is put together again.
 
 Paths: "fused_4bit" and "decode_4bit" decode inside the kernel; "dequantize:PATH" writes the weight out dense into one
-buffer, and is the dense operation on PATH from there on: by launches that follow the one that writes it, or, where the
-weight takes the buffer in blocks, is of 8 bits or PATH is plain PyTorch, by that operation itself, block by block.
+buffer, in blocks where it is large, and is the dense operation on PATH from there on: kernels by a list of launches in
+which those that write it stand, plain PyTorch by that operation itself, block by block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from peftkern.backend import backend_in_force, device_info
 from peftkern.ops._common import (
-    PLAIN_PATHS,
     adapters_fit,
     apply_directly,
     ask,
@@ -35,18 +34,14 @@ from peftkern.ops._common import (
     unflattened,
     without_autocast,
 )
+from peftkern.ops._dense_blocks import Quantized, dense_blocks
 from peftkern.ops._rank_rows import fake_s
 from peftkern.ops.lora_linear import _backward as dense_backward
 from peftkern.ops.lora_linear import _forward as dense_forward
 from peftkern.ops.plan import Plan, plan_lora_linear_quantized
-from peftkern.ops.quantize import dequantize_8bit, write_4bit
-from peftkern.weights import DENSE_DTYPES, Weight4bit, Weight8bit, row_blocks
+from peftkern.weights import DENSE_DTYPES, Weight4bit, Weight8bit
 
-Quantized = Weight4bit | Weight8bit
 Needs = tuple[bool, bool, bool, bool]  # x, lora_A, lora_B, bias
-# A dequantized weight larger than this is made and used in blocks of rows that take turns in one buffer. The largest
-# linear layer of an 8B Llama takes 117 MB in 16 bits, that of a 70B one 470 MB.
-BUFFER_BYTES = 2**28
 
 
 def flatten(weight: Quantized) -> tuple[list[torch.Tensor], list[int]]:
@@ -124,41 +119,6 @@ def plan_for(x: torch.Tensor, weight: Quantized, rank: int, backend: str) -> Pla
     return ask(plan_lora_linear_quantized, *sizes, x.dtype, device_info(x.device), aligned, backend)
 
 
-def _dense_blocks(weight: Quantized, dtype: torch.dtype, dense_path: str) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows of W, the same rows dense); blocks take turns in one buffer, so each is used before the next is made."""
-    blocks = _blocks_of(weight, dtype)
-    buffer = torch.empty(blocks[0].stop, weight.shape[1], dtype=dtype, device=weight.device)
-    for rows in blocks:
-        out = buffer[: rows.stop - rows.start]
-        _write_dense(weight if len(blocks) == 1 else weight.rows(rows), dense_path, out)
-        yield rows, out
-
-
-def _blocks_of(weight: Quantized, dtype: torch.dtype) -> list[slice]:
-    return row_blocks(weight, BUFFER_BYTES // (weight.shape[1] * dtype.itemsize))
-
-
-def fits_buffer(weight: Quantized, dtype: torch.dtype) -> bool:
-    """Whether `_dense_blocks` writes the weight out whole."""
-    return len(_blocks_of(weight, dtype)) == 1
-
-
-def _write_dense(weight: Quantized, dense_path: str, out: torch.Tensor) -> None:
-    # By the path that forward took: the setting that chose it may not be seen by the thread that runs backward.
-    if isinstance(weight, Weight4bit):
-        write: Any = write_4bit
-        write(*weight.tensors(), weight.blocksize, "torch" if dense_path in PLAIN_PATHS else "triton", out)
-    else:
-        dequantize_8bit(weight, out=out)
-
-
-def written_by_launch(weight: Quantized, path: str, dtype: torch.dtype) -> bool:
-    """Whether the launches of `path` begin with one that writes the weight out, all of it."""
-    if is_plain(path) or not isinstance(weight, Weight4bit):
-        return False
-    return path.startswith("dequantize:") and fits_buffer(weight, dtype)
-
-
 @without_autocast
 def _forward(
     x: torch.Tensor,
@@ -172,12 +132,12 @@ def _forward(
     path: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """y [..., N], S [M, R], and a mask [M, K] on the plain path with dropout."""
-    how, _, dense_path = path.partition(":")
-    if how != "dequantize" or written_by_launch(weight, path, x.dtype):
+    if not is_plain(path):
         return _forward_by_launches(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
+    dense_path = path.partition(":")[2]
     y: Any = None
     s: Any = None
-    for rows, dense in _dense_blocks(weight, x.dtype, dense_path):
+    for rows, dense in dense_blocks(weight, x.dtype, dense_path):
         part_bias = None if bias is None else bias[rows]
         part, s, mask = dense_forward(x, dense, lora_A, lora_B[rows], part_bias, seed, scaling, dropout_p, dense_path)
         if dense.shape[0] == weight.shape[0]:
@@ -261,13 +221,13 @@ def _backward(
         dx, _, da, db, dbias = dense_backward(*saved)
         return dx, da, db, dbias
 
-    how, _, dense_path = path.partition(":")
-    if how != "dequantize" or written_by_launch(weight, path, dy.dtype):
+    if not is_plain(path):
         return _backward_by_launches(dy, x, weight, lora_A, lora_B, s, seed, *numbers, path, needs, bias_dtype)
+    dense_path = path.partition(":")[2]
     if not needs_x:  # no gradient here needs the weight: a stand-in of its shape will do
         return backward(dy, dy.new_empty(()).expand(weight.shape), lora_B, dense_path)
     sums: list[Any] = []
-    for rows, dense in _dense_blocks(weight, dy.dtype, dense_path):
+    for rows, dense in dense_blocks(weight, dy.dtype, dense_path):
         if dense.shape[0] == weight.shape[0]:
             return backward(dy, dense, lora_B, dense_path)
         dx, da, db, dbias = backward(dy[..., rows], dense, lora_B[rows], dense_path)
