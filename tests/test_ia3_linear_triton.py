@@ -13,7 +13,7 @@ import torch
 from ia3_data import ROUNDED, make, truth_and_magnitude
 from numerics import assert_rounded, padded_randn
 from peftkern import use_backend
-from peftkern.ops import dequantize, ia3_linear, multi_ia3_linear, quantize_4bit
+from peftkern.ops import dequantize, ia3_linear, multi_ia3_linear, quantize_4bit, quantize_8bit
 from peftkern.ops.plan import Plan
 
 MODULE = importlib.import_module("peftkern.ops.ia3_linear")
@@ -29,14 +29,15 @@ def path(request, monkeypatch):
 
 def run(tensors, dy, is_feedforward, ids=None):
     for t in tensors:
-        t.grad = None
+        if isinstance(t, torch.Tensor):
+            t.grad = None
     x, w, scale, bias = tensors
     if ids is None:
         y = ia3_linear(x, w, scale, bias, is_feedforward=is_feedforward)
     else:
         y = multi_ia3_linear(x, w, scale, ids, bias, is_feedforward=is_feedforward)
     y.backward(dy)
-    return [y.detach(), *(t.grad for t in tensors)]
+    return [y.detach(), *(getattr(t, "grad", None) for t in tensors)]
 
 
 @BOTH
@@ -100,6 +101,25 @@ def test_a_quantized_weight_has_the_bits_of_the_dense_one(is_feedforward, device
             y.backward(dy)
             results.append([y.detach(), x.grad, scale.grad, bias.grad])
     assert all(torch.equal(got, want) for got, want in zip(*results, strict=True))
+
+
+@BOTH
+@pytest.mark.parametrize("M, slots", [(9, 0), (80, 0), (9, 3)])
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_blocks_of_a_quantized_weight_match_fp64(format, M, slots, is_feedforward, path, monkeypatch, device):
+    """Would catch a block's columns of y, z or dY, its bias or its part of dX amiss, and l twice on a block."""
+    N, K = 70, 64
+    monkeypatch.setattr("peftkern.ops._dense_blocks.BUFFER_BYTES", 30 * K * 4)
+    monkeypatch.setattr(MODULE, "plan_for", lambda *_, **__: Plan(f"dequantize:{path}", "forced by a test"))
+    tensors = make(M, N, K, is_feedforward, slots=slots, device=device)
+    x, w, scale, bias = tensors
+    w = w.detach().contiguous()
+    stored = quantize_4bit(w, blocksize=32, double_quant=False) if format == "nf4" else quantize_8bit(w)
+    dy, ids = torch.randn(M, N, device=device), torch.randint(-1, 3, (M,), device=device) if slots else None
+    outputs = run([x, stored, scale, bias], dy, is_feedforward, ids)
+    truths = truth_and_magnitude([x, dequantize(stored), scale, bias], dy, is_feedforward, ids)
+    for i, rounded in ((0, 2), (1, 5), (3, 2), (4, 1)):  # dX, and dl by it, in three parts
+        assert_rounded(outputs[i], truths[0][i], truths[1][i], terms=M + N + K, rounded=rounded + 3 * (i == 3))
 
 
 def test_the_plan_takes_kernels_and_refuses_by_name(device):

@@ -24,12 +24,12 @@ from peftkern.backend import backend_in_force, device_info
 from peftkern.ops import _ia3_linear_torch
 from peftkern.ops._common import (
     FLOATS,
-    PLAIN_PATHS,
     apply_directly,
     ask,
     autocast_dtype,
     calls_are_changed,
     fake_gradients,
+    is_plain,
     needs_operator,
     refuse_double_backward,
     two_dtypes,
@@ -281,18 +281,15 @@ def _forward_rows(
     is_feedforward: bool,
     path: str,
     keep_z: bool,
-    spends_weight: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As `_forward` for x [M, K]; a quantized weight is made dense in blocks of its rows, which kernels may scale in
-    place (`spends_weight`): a second one would take as much memory again."""
-    if isinstance(weight, torch.Tensor):
-        weight = weight if weight.dtype is x.dtype else weight.to(x.dtype)
-        rest: Any = (x, weight, scale, bias, ids, is_feedforward, path, keep_z)
-        if path in PLAIN_PATHS:
-            return _ia3_linear_torch.forward(*rest)
+    """As `_forward` for x [M, K]; on plain paths a quantized weight is made dense in blocks of its rows."""
+    if not is_plain(path):
         from peftkern.ops import _ia3_linear_triton as kernels
 
-        return kernels.forward(*rest, spends_weight=spends_weight)
+        return kernels.forward(x, weight, scale, bias, ids, is_feedforward, path, keep_z)
+    if isinstance(weight, torch.Tensor):
+        weight = weight if weight.dtype is x.dtype else weight.to(x.dtype)
+        return _ia3_linear_torch.forward(x, weight, scale, bias, ids, is_feedforward, path, keep_z)
     dense_path = path.partition(":")[2]
     N = weight.shape[0]
     y: Any = None
@@ -300,7 +297,7 @@ def _forward_rows(
     for rows, dense in dense_blocks(weight, x.dtype, dense_path):
         l_rows = scale if is_feedforward else scale[..., rows]
         b_rows = None if bias is None else bias[rows]
-        part, part_z = _forward_rows(x, dense, l_rows, b_rows, ids, is_feedforward, dense_path, keep_z, True)
+        part, part_z = _forward_rows(x, dense, l_rows, b_rows, ids, is_feedforward, dense_path, keep_z)
         if dense.shape[0] == N:
             return part, part_z
         y = x.new_empty(x.shape[0], N) if y is None else y
@@ -351,16 +348,15 @@ def _backward_rows(
 ) -> tuple[Any, Any, Any, Any]:
     """As `_backward` for dy [M, N] and x [M, K]; the bias's gradient is wide."""
     needs_x, needs_w, needs_scale, needs_bias = needs
-    if isinstance(weight, torch.Tensor):
-        weight = weight if weight.dtype is dy.dtype else weight.to(dy.dtype)
-        wanted = (needs_x, needs_scale, needs_w or needs_bias)
-        rest: Any = (dy, x, weight, scale, z, ids, is_feedforward, path, wanted)
-        if path in PLAIN_PATHS:
-            dx, dscale, g = _ia3_linear_torch.backward(*rest)
+    on_kernels = not is_plain(path)
+    if on_kernels or isinstance(weight, torch.Tensor):
+        rest: Any = (scale, z, ids, is_feedforward, path, (needs_x, needs_scale, needs_w or needs_bias))
+        if isinstance(weight, torch.Tensor) and not on_kernels:
+            dx, dscale, g = _ia3_linear_torch.backward(dy, x, weight.to(dy.dtype), *rest)
         else:
             from peftkern.ops import _ia3_linear_triton as kernels
 
-            dx, dscale, g = kernels.backward(*rest)
+            dx, dscale, g = kernels.backward(dy, x, weight, *rest)
         dw = dbias = None
         if needs_w and x is not None and g is not None:
             dw = g.t() @ (_ia3_linear_torch.scaled(x, scale, ids) if is_feedforward else x)
