@@ -21,7 +21,7 @@ from peftkern.backend import device_info
 from peftkern.ops._multi_lora_linear_triton import multi_calls
 from peftkern.ops._route_triton import route
 from peftkern_kernels.launch import run_all
-from peftkern_kernels.multi_decode import BLOCK_ROWS
+from peftkern_kernels.multi_decode_finish import BLOCK_ROWS
 from peftkern_kernels.multi_tables import DecodeTile, multi_decode_tile
 from peftkern_kernels.reduction_tables import rank_block
 from peftkern_kernels.route_kernel import route_calls

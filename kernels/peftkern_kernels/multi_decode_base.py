@@ -17,8 +17,8 @@ from .adapters import Adapters
 from .format_4bit import Packed4bit
 from .launch import Call
 from .lora_decode import MAX_ROWS
-from .multi_decode import check_projections, expand_planes_call
 from .multi_decode_4bit import group_planes_4bit_call
+from .multi_decode_finish import check_projections, expand_planes_call
 from .multi_decode_planes import group_planes_call
 from .multi_group import Projection
 from .multi_tables import multi_decode_tile, pools_vectorize
