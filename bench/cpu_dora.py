@@ -10,17 +10,16 @@ bench/results/cpu-<processor>/dora.json.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import environment, records
+from bench import records
+from bench.cpu_program import begun, folder_of, in_fresh_process, steps_parser
 from bench.cpu_step import (
     MODES,
     SMOKE,
@@ -28,12 +27,11 @@ from bench.cpu_step import (
     Times,
     Trainee,
     Untrained,
-    in_fresh_process,
     measure_in_processes,
     pair_times,
     shares,
 )
-from bench.models import RANK, Size, adapt, llama
+from bench.models import Size, adapt, llama
 from bench.run import save
 
 
@@ -69,37 +67,14 @@ def print_row(row: dict[str, Any]) -> None:
     print(f"{'':6s}saved for backward: {saved}; time over LoRA's: {row['over_lora']['ratio']:.3f}", flush=True)
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=15, help="pairs of steps for each mode")
-    parser.add_argument("--seconds", type=float, default=60.0, help="most seconds of steps for each mode")
-    parser.add_argument("--processes", type=int, default=3, help="processes that share the pairs of a mode")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--smoke", action="store_true", help="a tiny model: does the program run?")
-    parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/cpu-<processor>)")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_arguments(sys.argv[1:] if argv is None else argv)
-    if options.smoke and options.out is None:
-        print("--smoke: nothing worth keeping is measured, so --out says where the result goes", file=sys.stderr)
+    parser = steps_parser(__doc__, pairs=15, seconds=60.0, processes=3, of="mode")
+    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if records.has_no_place(options):
         return 2
-    device = torch.device("cpu")
-    torch.set_num_threads(options.threads)  # which the environment records
     size = SMOKE if options.smoke else Size()
     pairs, processes = (2, 1) if options.smoke else (options.pairs, options.processes)
-    result: dict[str, Any] = {
-        "schema": records.SCHEMA,
-        "kind": "dora_step",
-        "environment": environment.describe(device),
-        "size": asdict(size),
-        "rank": RANK,
-        "processes": processes,
-        "rows": [],
-        "missing": [],
-    }
+    result = begun("dora_step", asdict(size), options.threads, processes=processes)
     split = shares(pairs, options.seconds, processes)
     for mode in modes()[:: 5 if options.smoke else 1]:
         row = measure_in_processes(size, mode, split, options.threads)
@@ -107,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         row["over_lora"] = in_fresh_process(over_lora, size, mode, pairs, options.seconds / 2, options.threads)
         result["rows"].append(row)
         print_row(row)
-    print(save(result, options.out or environment.results_folder(device), "dora.json"))
+    print(save(result, folder_of(options), "dora.json"))
     return 0
 
 

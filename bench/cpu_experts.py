@@ -12,19 +12,18 @@ The result goes to bench/results/cpu-<processor>/experts.json.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bench import environment, records
+from bench import records
+from bench.cpu_program import begun, folder_of, in_fresh_process, steps_parser
 from bench.cpu_step import (
     Mode,
     Share,
@@ -32,7 +31,6 @@ from bench.cpu_step import (
     Trainee,
     Untrained,
     check_pair,
-    in_fresh_process,
     pair_times,
     row_of,
     saved,
@@ -162,42 +160,19 @@ def print_row(row: dict[str, Any]) -> None:
     )
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=15, help="pairs of steps for each case")
-    parser.add_argument("--seconds", type=float, default=60.0, help="most seconds of steps for each case")
-    parser.add_argument("--processes", type=int, default=2, help="processes that share the pairs of a case")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--smoke", action="store_true", help="a tiny model: does the program run?")
-    parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/cpu-<processor>)")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_arguments(sys.argv[1:] if argv is None else argv)
-    if options.smoke and options.out is None:
-        print("--smoke: nothing worth keeping is measured, so --out says where the result goes", file=sys.stderr)
+    parser = steps_parser(__doc__, pairs=15, seconds=60.0, processes=2, of="case")
+    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if records.has_no_place(options):
         return 2
-    device = torch.device("cpu")
-    torch.set_num_threads(options.threads)  # which the environment records
     size = SMOKE if options.smoke else Size()
     split = shares(2, 1.0, 1) if options.smoke else shares(options.pairs, options.seconds, options.processes)
-    result: dict[str, Any] = {
-        "schema": records.SCHEMA,
-        "kind": "experts",
-        "environment": environment.describe(device),
-        "size": asdict(size),
-        "rank": RANK,
-        "processes": len(split),
-        "rows": [],
-        "missing": [],
-    }
+    result = begun("experts", asdict(size), options.threads, processes=len(split))
     for case in CASES[:2] if options.smoke else CASES:
         row = measure(size, case, split, options.threads)
         result["rows"].append(row)
         print_row(row)
-    print(save(result, options.out or environment.results_folder(device), "experts.json"))
+    print(save(result, folder_of(options), "experts.json"))
     return 0
 
 

@@ -13,7 +13,6 @@ fresh process. The result goes to bench/results/cpu-<processor>/mixed.json.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import statistics
@@ -22,15 +21,14 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bench import environment, records
+from bench import records
 from bench.check import WrongResultError, tolerance
-from bench.cpu_step import in_fresh_process
+from bench.cpu_program import begun, cpu_parser, folder_of, in_fresh_process
 from bench.models import ALPHA, RANK, Size, llama
 from bench.run import save
 
@@ -199,45 +197,25 @@ def print_row(row: dict[str, Any]) -> None:
     print(f"{row['case']:50s} {row['speedup']:6.2f} x ({spread}), target {target:.1f} {verdict}; {times}", flush=True)
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--pairs", type=int, default=41, help="pairs of forwards for each case (a third in training)")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--smoke", action="store_true", help="a tiny model: does the program run?")
-    parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/cpu-<processor>)")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_arguments(sys.argv[1:] if argv is None else argv)
-    if options.smoke and options.out is None:
-        print("--smoke: nothing worth keeping is measured, so --out says where the result goes", file=sys.stderr)
+    parser = cpu_parser(__doc__, pairs=41, what="forwards for each case (a third in training)")
+    parser.add_argument("--hidden", type=int, default=512)
+    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if records.has_no_place(options):
         return 2
-    device = torch.device("cpu")
-    torch.set_num_threads(options.threads)  # which the environment records
     hidden = options.hidden
     size = Size(hidden=hidden, intermediate=hidden * 43 // 16, heads=hidden // 64)
     if options.smoke:
         size = Size(hidden=64, intermediate=96, layers=1, heads=2, vocabulary=128)
-    result: dict[str, Any] = {
-        "schema": records.SCHEMA,
-        "kind": "mixed",
-        "environment": environment.describe(device),
-        "size": asdict(size) | {"batch": ADAPTERS, "tokens": None},
-        "adapters": ADAPTERS,
-        "rank": RANK,
-        "rows": [],
-        "missing": [],
-    }
+    batch_size = asdict(size) | {"batch": ADAPTERS, "tokens": None}
+    result = begun("mixed", batch_size, options.threads, adapters=ADAPTERS)
     for case in [Case(2, torch.float32), Case(2, torch.float32, True)] if options.smoke else CASES:
         pairs = 2 if options.smoke else options.pairs // 3 if case.training else options.pairs
         row = in_fresh_process(measure_case, size, case, pairs, options.threads)
         result["rows"].append(row)
         print_row(row)
     name = "mixed.json" if hidden == 512 else f"mixed_{hidden}.json"
-    print(save(result, options.out or environment.results_folder(device), name))
+    print(save(result, folder_of(options), name))
     return 0
 
 

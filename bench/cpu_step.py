@@ -16,25 +16,22 @@ products, which shows what fusing alone is worth. The result goes to bench/resul
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import importlib
-import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bench import environment, measure, records
+from bench import measure, records
 from bench.check import WrongResultError, tolerance
+from bench.cpu_program import begun, folder_of, in_fresh_process, steps_parser
 from bench.models import ALPHA, RANK, Size, adapt, adapted_layers, adapters_of, llama
 from bench.run import save
 from peftkern.backend import device_info
@@ -315,12 +312,6 @@ def measure_mode(size: Size, mode: Mode, pairs: int, seconds: float) -> dict[str
     return row_of(mode, [times], found)
 
 
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns in a new process, or the error that it raises there."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def measure_in_processes(size: Size, mode: Mode, split: list[Share], threads: int) -> dict[str, Any]:
     """Everything about one mode, each share in a process of its own, one after the other."""
     parts = [in_fresh_process(measure_share, size, mode, share, threads) for share in split]
@@ -425,46 +416,21 @@ def print_table(result: dict[str, Any]) -> None:
         )
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=21, help="pairs of steps for each mode")
-    parser.add_argument("--seconds", type=float, default=100.0, help="most seconds of steps for each mode")
-    parser.add_argument("--processes", type=int, default=3, help="processes that share the pairs of a mode")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--smoke", action="store_true", help="a tiny model: does the program run?")
-    parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/cpu-<processor>)")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_arguments(sys.argv[1:] if argv is None else argv)
-    if options.smoke and options.out is None:
-        print("--smoke: nothing worth keeping is measured, so --out says where the result goes", file=sys.stderr)
+    parser = steps_parser(__doc__, pairs=21, seconds=100.0, processes=3, of="mode")
+    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if records.has_no_place(options):
         return 2
-    device = torch.device("cpu")
-    torch.set_num_threads(options.threads)  # which the environment records
     size = SMOKE if options.smoke else Size()
     pairs, processes, rounds, reps = (2, 1, 2, 3) if options.smoke else (options.pairs, options.processes, 21, 200)
-    result: dict[str, Any] = {
-        "schema": records.SCHEMA,
-        "kind": "step",
-        "environment": environment.describe(device),
-        "size": asdict(size),
-        "rank": RANK,
-        "processes": processes,
-        "rows": [],
-        "calls": [],
-        "missing": [],
-    }
+    result = begun("step", asdict(size), options.threads, processes=processes)
     split = shares(pairs, options.seconds, processes)
     for mode in [MODES[0], MODES[-1]] if options.smoke else modes():
         print(mode.key, flush=True)
         result["rows"].append(measure_in_processes(size, mode, split, options.threads))
     result["calls"] = in_fresh_process(measure_calls, rounds, reps, options.threads)
     print_table(result)
-    folder = options.out or environment.results_folder(device)
-    print(save(result, folder, "step.json"))
+    print(save(result, folder_of(options), "step.json"))
     return 0
 
 

@@ -137,8 +137,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
-    if options.smoke and options.out is None:
-        print("--smoke: nothing worth keeping is measured, so --out says where the result goes", file=sys.stderr)
+    if records.has_no_place(options):
         return 2
     has_gpu = torch.cuda.is_available()
     torch.set_num_threads(1)

@@ -392,8 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not has_gpu and not options.smoke:
         print("this needs a GPU; --smoke --out DIR does not", file=sys.stderr)
         return 2
-    if options.out is None and (options.smoke or options.quick):
-        print("--smoke, --quick: nothing worth keeping is measured, so --out says where it goes", file=sys.stderr)
+    if records.has_no_place(options):
         return 2
     if not has_gpu:
         interpret_kernels("bench.many")

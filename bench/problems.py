@@ -116,8 +116,7 @@ def run_problems(
     if not has_gpu and not options.smoke:
         print("no GPU here: --smoke runs tiny problems on the CPU", file=sys.stderr)
         return 2
-    if (options.smoke or options.quick) and options.out is None:
-        print("--smoke, --quick: nothing worth keeping is measured, so --out says where it goes", file=sys.stderr)
+    if records.has_no_place(options):
         return 2
     if not has_gpu:
         interpret_kernels(f"bench.{kind}")

@@ -326,8 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not has_gpu and (options.vram or not options.smoke):
         print("no GPU here: a CPU runs --smoke alone, without --vram", file=sys.stderr)
         return 2
-    if (options.smoke or options.quick) and options.out is None:
-        print("--smoke, --quick: nothing worth keeping is measured, so --out says where it goes", file=sys.stderr)
+    if records.has_no_place(options):
         return 2
     result = run(options)
     device = torch.device("cuda" if has_gpu else "cpu")

@@ -255,8 +255,7 @@ def faults_of(result: dict[str, Any]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
     has_gpu = torch.cuda.is_available()
-    if options.out is None and (options.smoke or options.quick):
-        print("--smoke, --quick: nothing worth keeping is measured, so --out says where it goes", file=sys.stderr)
+    if records.has_no_place(options):
         return 2
     if options.out is None and not has_gpu and not environment.is_quiet():
         load = os.getloadavg()[0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -150,3 +151,11 @@ def find(folder: Path) -> list[Path]:
 def rows_of(result: dict[str, Any], **wanted: Any) -> Iterable[dict[str, Any]]:
     """Rows whose fields have the wanted values."""
     return [row for row in result["rows"] if all(row[k] == v for k, v in wanted.items())]
+
+
+def has_no_place(options: Any) -> bool:
+    """Whether a program was told --smoke or --quick without --out; if so, says that nothing is worth keeping then."""
+    if options.out is not None or not (options.smoke or getattr(options, "quick", False)):
+        return False
+    print("--smoke, --quick: nothing worth keeping is measured, so --out says where it goes", file=sys.stderr)
+    return True

@@ -264,8 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not has_gpu:
         interpret_kernels()
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
-    if (options.smoke or options.quick) and options.out is None:
-        print("--smoke, --quick: nothing worth keeping is measured, so --out says where it goes", file=sys.stderr)
+    if records.has_no_place(options):
         return 2
     path = (options.out or environment.results_folder(device)) / f"{options.name}.json"
     result = run(options, device, lambda result: save(result, path.parent, path.name))
