@@ -116,6 +116,8 @@ def _change_torch() -> None:
     cuda.get_device_properties = lambda *_: PROPERTIES
     cuda.is_current_stream_capturing = lambda: False
     cuda.current_stream = lambda *_: SimpleNamespace(cuda_stream=0)
+    within: Any = torch._C
+    within._cuda_getCurrentRawStream = lambda _: 0
 
 
 def _ignoring_device(function: Callable[..., Any]) -> Callable[..., Any]:

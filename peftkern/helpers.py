@@ -45,8 +45,8 @@ class DoraCaching:
     Each forward of a DoRA layer takes the norms of its adapted rows, a pass over the weight. In eval mode and without
     gradients (`torch.no_grad`, `inference_mode`) they are kept, [out_features] in float32 for a layer, and made anew
     when the weight, the adapter or its scaling was changed, but for writing to a parameter's `.data`. Under
-    torch.compile, on embeddings and on layers that `explain` calls unfused they are made at each forward. B A, which
-    PEFT keeps too, is never made.
+    torch.compile, in a CUDA graph, on embeddings and on layers that `explain` calls unfused they are made at each
+    forward. B A, which PEFT keeps too, is never made.
 
     It holds within the block, or from `DoraCaching()(enabled)` on, for the thread that calls it.
 

@@ -529,8 +529,9 @@ def test_kept_norms_are_those_of_the_layer_as_it_is(count_norms, kind):
     assert not keeps_norms.get()
 
 
-def test_norms_are_kept_only_where_nothing_learns(count_norms):
-    """Catches kept norms in training, with gradients, after the block, of inference tensors, and in copies."""
+def test_norms_are_kept_only_where_nothing_learns(count_norms, monkeypatch):
+    """Catches kept norms in training, with gradients, after the block, of inference tensors, in copies, and in a CUDA
+    graph, which makes them when it is replayed and not when it is captured."""
     layer = LoraLinear(IN, OUT, use_dora=True, init_lora_weights=False)
     x = torch.randn(3, IN)
     count_norms.clear()
@@ -547,6 +548,11 @@ def test_norms_are_kept_only_where_nothing_learns(count_norms):
         with torch.no_grad():
             copy.deepcopy(layer)(x)
         assert len(count_norms) == 2
+        with torch.no_grad(), monkeypatch.context() as captured:
+            captured.setattr(dora, "is_capturing", lambda _: True)
+            layer.set_scale("default", 2.0)
+            layer(x)
+            assert len(count_norms) == 2 and not dora.norms_are_kept(layer)
     finally:
         DoraCaching()(False)
     with torch.no_grad():

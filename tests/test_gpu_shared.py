@@ -100,13 +100,34 @@ def test_same_bits_and_replays(M):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("tokens", [512, 3])
-def test_cuda_graph_of_tied_layers(tokens):
-    """Would catch a host synchronisation, an allocation that capture forbids, or outputs left from before capture."""
+def tied_layers():
     layers = [LoraLinear(1024, N, r=16, lora_alpha=32, device="cuda", dtype=torch.bfloat16) for N in QKV]
     for layer in layers:
         torch.nn.init.normal_(layer.lora_B["default"].weight)
     share_input(*layers)
+    return layers
+
+
+def test_tied_layers_on_streams_of_their_own():
+    """Would catch an output that is read on a stream which does not wait for the one that it is computed on."""
+    layers, x = tied_layers(), torch.randn(512, 1024, device="cuda").bfloat16()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    with torch.no_grad():
+        want = layers[1](x)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(streams[0]):
+            torch.cuda._sleep(10**8)  # some 50 ms
+            layers[0](x)
+        with torch.cuda.stream(streams[1]):
+            got = layers[1](x).clone()
+        torch.cuda.synchronize()
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("tokens", [512, 3])
+def test_cuda_graph_of_tied_layers(tokens):
+    """Would catch a host synchronisation, an allocation that capture forbids, or outputs left from before capture."""
+    layers = tied_layers()
     x = torch.randn(tokens, 1024, device="cuda").bfloat16().requires_grad_()
     wanted = [x, *(layer.lora_A["default"].weight for layer in layers)]
 

@@ -322,3 +322,20 @@ def test_the_plan(changes, path):
         **({"T": 4096, "N": 768, "K": 2048, "dtype": torch.bfloat16, "device": HOPPER} | changes)
     )
     assert plan.path == path and plan.reason
+
+
+@pytest.mark.parametrize(
+    "x, weight, path",
+    [
+        (lambda t: t[: 6 * 16].view(6, 16), 0, "grouped_mm:torch"),
+        (lambda t: t[1 : 1 + 6 * 16].view(6, 16), 0, "torch"),
+        (lambda t: t[:16].expand(6, 16), 0, "torch"),
+        (lambda t: t[: 6 * 16].view(6, 16), 4, "torch"),
+    ],
+)
+def test_grouped_mm_is_given_what_it_takes_on_a_gpu(x, weight, path, monkeypatch):
+    """Would catch rows on rows, or an x or a stack that begins between two multiples of 16 bytes, which it refuses."""
+    monkeypatch.setattr(MODULE, "device_info", lambda _: WITHOUT)
+    memory = torch.empty(1000, dtype=torch.bfloat16, device="meta")
+    stack = memory[weight : weight + 3 * 8 * 16].view(3, 8, 16)
+    assert MODULE.plan_for(x(memory), stack, "auto").path == path

@@ -136,3 +136,23 @@ def test_a_captured_graph_makes_its_own_tables(monkeypatch):
     monkeypatch.undo()
     assert outside.routing(6) is kept and outside.places_of_rows(x) is places
     assert inside.routing(6) is not inside.routing(6)
+
+
+def test_each_stream_makes_its_own_tables(monkeypatch):
+    """Bug: tables that are read on a CUDA stream which does not wait for the one that they are made on."""
+    from peftkern.adapter_pool import Layout
+    from peftkern.ops import adapter_route
+
+    stream, x, layout = [1], torch.zeros(3, 2, 4), Layout([(0, 2), (2, 2)])
+    monkeypatch.setattr(adapter_route, "stream_of", lambda _: stream[0])
+    batch = adapter_route.AdapterBatch(torch.tensor([1, 0, 1]), 2)
+
+    def made():
+        return batch.routing(6), batch.places_of_rows(x), batch.in_order(6, layout)
+
+    first = made()
+    stream[0] = 2
+    other = made()
+    assert all(a is not b for a, b in zip(first, other, strict=True)) and torch.equal(first[0].perm, other[0].perm)
+    stream[0] = 1
+    assert all(a is b for a, b in zip(first, made(), strict=True))

@@ -230,6 +230,20 @@ def test_modes_in_between():
         assert b(x).dtype == torch.bfloat16
 
 
+def test_another_stream_in_between(monkeypatch):
+    """Would catch an output that is read on a CUDA stream which does not wait for the one that it is computed on, or in
+    a graph that was captured without it."""
+    a, b = layers(8, 12)
+    x, stream = torch.randn(7, 16), [1]
+    monkeypatch.setattr(MODULE, "stream_of", lambda _: stream[0])
+    a(x)
+    ((left, _),) = a._shared_input._left.outputs.values()
+    stream[0] = 2
+    assert b(x).grad_fn is not left.grad_fn
+    stream[0] = 1
+    assert b(x) is left
+
+
 def test_another_input_runs_alone_and_then_the_group_gives_up(shared):
     """Would catch work thrown away for ever where layers do not share their input, and explain not saying so."""
     a, b = layers(8, 12)

@@ -121,6 +121,14 @@ def calls_are_changed() -> bool:
     return torch._C._is_any_autocast_enabled() or _get_current_dispatch_mode() is not None
 
 
+def stream_of(t: torch.Tensor) -> int | None:
+    """The CUDA stream on which t's device computes now; None where there is none. What is kept from one call for
+    another holds on its own stream only: work on another does not wait for it."""
+    if not t.is_cuda or torch.compiler.is_compiling():
+        return None
+    return torch._C._cuda_getCurrentRawStream(t.device.index)  # torch.cuda.current_stream makes an object
+
+
 def apply_directly(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`function.apply(*arguments)`, without what torch does on the way for functorch's transforms (a few us).
 

@@ -229,7 +229,9 @@ def _backward(
     dtype, rows, wide = dy.dtype, _pieces(dy, groups), _wide(dy)
     dx = da = db = ds = None
     if needs_x and path == "grouped_mm:torch":
-        dx = grouped_mm(dy.contiguous(), weight.to(dtype), offs=offsets)  # a gradient may be an expanded one
+        # A gradient may be an expanded one, or part of another.
+        held = dy.contiguous() if dy.data_ptr() % 16 == 0 else dy.clone(memory_format=torch.contiguous_format)
+        dx = grouped_mm(held, weight.to(dtype), offs=offsets)
     elif needs_x:
         dx = dy.new_empty(dy.shape[0], weight.shape[2])
         for row, out, w in zip(rows, _pieces(dx, groups), _matrices(weight, groups, dtype), strict=True):

@@ -10,6 +10,7 @@ import torch
 from peftkern.adapter_pool import Layout
 from peftkern.backend import device_info
 from peftkern.ops._adapter_groups import Group, InOrder, in_order, make_groups
+from peftkern.ops._common import stream_of
 from peftkern_kernels.routing import Routing, build_routing, empty_routing
 
 
@@ -46,7 +47,7 @@ class AdapterBatch:
         self.present = None if host is None else tuple(sorted({i for i in host if 0 <= i < slots}))
         self._groups: dict[Any, list[Group]] = {}
         self._in_order: dict[Any, InOrder] = {}
-        self._routings: dict[int, Routing] = {}
+        self._routings: dict[tuple[int, int | None], Routing] = {}  # by rows, and stream
         self._places: torch.Tensor | None = None
         self._row_places: dict[Any, torch.Tensor] = {}
         self._captured = is_capturing(ids)
@@ -120,7 +121,7 @@ class AdapterBatch:
 
     def in_order(self, M: int, layout: Layout) -> InOrder:
         """`groups` for the rows put into their order, where that can be."""
-        key = (M, layout)
+        key = (M, layout, stream_of(self.ids))
         found = self._in_order.get(key)
         if found is None:
             found = self._in_order[key] = in_order(self.groups(M, layout), M)
@@ -144,7 +145,7 @@ class AdapterBatch:
 
     def places_of_rows(self, x: torch.Tensor) -> torch.Tensor:
         """`places` for each row of x [..., K], in x's shape but for the last axis, on x's device."""
-        key = (x.shape[:-1], x.device)
+        key = (x.shape[:-1], x.device, stream_of(x))
         passing = torch.compiler.is_compiling() or self._elsewhere()
         found = None if passing else self._row_places.get(key)
         if found is None:
@@ -172,9 +173,10 @@ class AdapterBatch:
         """The kernels' tables for M rows."""
         if self._elsewhere():
             return route(self.row_ids(M), self.slots)
-        found = self._routings.get(M)
+        key = (M, stream_of(self.ids))
+        found = self._routings.get(key)
         if found is None:
-            found = self._routings[M] = route(self.row_ids(M), self.slots)
+            found = self._routings[key] = route(self.row_ids(M), self.slots)
         return found
 
     def _elsewhere(self) -> bool:

@@ -24,6 +24,7 @@ from peftkern.ops._common import (
     kept_s,
     needs_operator,
     refuse_double_backward,
+    stream_of,
     taken_s,
 )
 from peftkern.ops._multi_lora_linear_call import WHOLE_POOL, Call, Owner, backward, forward
@@ -165,7 +166,7 @@ def _batch(ids: Any, bank: Any) -> AdapterBatch:
     if not isinstance(ids, Routing):
         return AdapterBatch(ids, slots)
     batch = AdapterBatch(ids.ids, slots)
-    batch._routings[ids.M] = ids
+    batch._routings[ids.M, stream_of(ids.ids)] = ids
     return batch
 
 

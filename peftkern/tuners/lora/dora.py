@@ -27,6 +27,7 @@ from torch import nn
 
 from peftkern.ops import dequantize, dora_linear, dora_norm
 from peftkern.ops._common import without_autocast
+from peftkern.ops.adapter_route import is_capturing
 from peftkern.ops.linear_quantized import linear_quantized
 from peftkern.tuners.fusing import compute_dtype, plain_weight, why_called_as_is, why_plain
 from peftkern.tuners.merging_quantized import quantized_base
@@ -170,7 +171,9 @@ def norms_are_kept(layer: Any) -> bool:
     """Whether a forward of `layer` now takes norms that are kept from one to the next."""
     if torch.compiler.is_compiling() or layer.training or torch.is_grad_enabled():
         return False
-    return keeps_norms.get()
+    # Norms that a CUDA graph makes are not there before its replays; those of before it would find freed, or as they
+    # once were.
+    return keeps_norms.get() and not is_capturing(layer.get_base_layer().weight)
 
 
 def row_scale(layer: Any, adapter: str) -> torch.Tensor:

@@ -21,7 +21,7 @@ from torch.nn.modules import module as torch_module
 
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear_shared, multi_lora_linear_shared
-from peftkern.ops._common import adapters_fit, autocast_dtype, calls_are_changed
+from peftkern.ops._common import adapters_fit, autocast_dtype, calls_are_changed, stream_of
 from peftkern.ops._lora_linear_traced import fitting_dtypes, traced_first, traced_next
 from peftkern.ops.lora_linear_shared import launched_apart, shared_plan_for
 from peftkern.ops.lora_linear_shared import run as lora_linear_shared_on
@@ -222,7 +222,7 @@ def _version(x: torch.Tensor) -> int | None:
 
 
 def _modes(x: torch.Tensor) -> tuple[Any, ...]:
-    return torch.is_grad_enabled(), autocast_dtype(x)
+    return torch.is_grad_enabled(), autocast_dtype(x), stream_of(x)
 
 
 def _key(operands: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
