@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ pytest.importorskip("triton")
 
 from adapter_batches import make_adapters, rows_of, wide  # noqa: E402
 from numerics import arch_of, assert_rounded  # noqa: E402
+from peftkern.ops import quantize_4bit  # noqa: E402
 from peftkern.ops._multi_lora_linear_triton import (  # noqa: E402
     Layer,
     _tensors,
@@ -229,12 +232,14 @@ PATHS = [("decode", 7), ("decode", 20), ("cublas", 70), ("triton", 70), ("dequan
 
 @pytest.mark.parametrize("path, M", PATHS)
 def test_every_address_lies_in_a_named_tensor_or_in_scratch(path, M, device):
-    """Bug: a copy made on the way to a launch, by which the whole list is built anew in every step; or a weight read
-    that is written out only later."""
+    """Bug: a copy made on the way to a launch, by which the whole list is built anew in every step; or a weight that is
+    written out to somewhere else."""
     x, dys, layers, routing = make(M, 40, torch.float32, device)
+    if path.startswith("dequantize:"):
+        layers = [replace(layer, weight=quantize_4bit(layer.weight.contiguous())) for layer in layers]
     dropout = Dropout(torch.tensor([5], device=device), 0.2) if M == 70 else None
     seed, arch = None if dropout is None else dropout.seed, arch_of(device)
-    _, tensors = _tensors(layers, routing, path)
+    _, tensors = _tensors(layers, routing)
     with recorded_scratch() as taken:
         ys, s, calls = shared_forward_calls(x, layers, routing, dropout, path, arch)
     assert accounted_for(calls, [x, *tensors, seed, *ys, s, *taken])

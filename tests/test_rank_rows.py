@@ -22,7 +22,7 @@ from peftkern import reference, use_backend
 from peftkern.ops import gated_lora_linear, lora_linear, lora_linear_shared, quantize_4bit
 from peftkern.ops import plan as plans
 from peftkern.ops._dora_linear_triton import forward_calls as dora_forward_calls
-from peftkern.ops._lora_linear_triton import backward_calls, forward_calls
+from peftkern.ops._lora_linear_triton import backward_calls, forward_calls, output_calls
 from peftkern.ops._projection_group import Group
 from peftkern.ops._rank_rows import columns_of_s, joined_parts, new_s, row_of_s, whole_blocks
 from peftkern.ops.plan import Plan
@@ -318,7 +318,7 @@ def test_hopper_takes_it_for_dora_and_for_projections_side_by_side():
     assert len(shared.all_shrinks(x, group, factor, s, None, 90)) == 1
     for part in columns:
         rows = x.new_empty(4096, part.stop - part.start)
-        assert PERSISTENT in kernels(shared.output_calls(x, w, s[:, part], rows, x, None, "triton", 90))
+        assert PERSISTENT in kernels(output_calls(x, w, s[:, part], rows, x, None, "triton", 90))
 
 
 def test_no_device_is_asked_where_it_does_not_matter(monkeypatch):
