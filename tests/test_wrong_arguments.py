@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from multi_data import layer
+from peftkern.adapter_loss import per_adapter_loss, per_slot_loss
 from peftkern.ops import (
     dequantize,
     dequantize_4bit,
@@ -125,3 +126,33 @@ def test_meta_tensors_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         y = lora_linear(x, w, a, b, 1.0)
     assert y.is_meta and y.shape == (5, N)
+
+
+LOGITS, TARGETS = torch.zeros(4, 6, 9), torch.zeros(4, 6, dtype=torch.int64)
+ROW_NAMES, SLOTS = ["a"] * 4, torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    "loss, changed, error, message",
+    [
+        (per_adapter_loss, {"labels": TARGETS[:, 1:]}, ValueError, "labels: expected shape"),
+        (per_adapter_loss, {"adapter_names": ["a"] * 3}, ValueError, "adapter_names: .*one for each of 4 rows"),
+        (per_adapter_loss, {"adapter_names": "abcd"}, TypeError, "adapter_names: expected a list of names"),
+        (per_adapter_loss, {"adapter_names": None}, TypeError, "adapter_names: expected a list of names"),
+        (per_adapter_loss, {"logits": None}, TypeError, "logits: expected a tensor"),
+        (per_slot_loss, {"logits": LOGITS.to(torch.complex64)}, TypeError, "logits: expected floats"),
+        (per_slot_loss, {"logits": LOGITS[..., :0]}, ValueError, "logits: expected shape"),
+        (per_slot_loss, {"labels": TARGETS.int()}, TypeError, "labels: expected int64"),
+        (per_slot_loss, {"labels": TARGETS.to("meta")}, ValueError, "labels: expected device"),
+        (per_slot_loss, {"adapter_ids": [0, 1, 2, 3]}, TypeError, "adapter_ids: expected a tensor"),
+        (per_slot_loss, {"adapter_ids": SLOTS.float()}, TypeError, "adapter_ids: expected integers"),
+        (per_slot_loss, {"adapter_ids": SLOTS.to("meta")}, ValueError, "adapter_ids: expected device"),
+        (per_slot_loss, {"slots": 1.5}, ValueError, "slots: expected"),
+        (per_slot_loss, {"ignore_index": None}, TypeError, "ignore_index: expected an int"),
+    ],
+)
+def test_a_loss_names_what_does_not_fit(loss, changed, error, message):
+    """Would catch an error from inside torch, complex logits whose imaginary part is dropped, or 1.5 slots."""
+    rows = {"adapter_names": ROW_NAMES} if loss is per_adapter_loss else {"adapter_ids": SLOTS, "slots": 4}
+    with pytest.raises(error, match=message):
+        loss(**{"logits": LOGITS, "labels": TARGETS, **rows, **changed})
