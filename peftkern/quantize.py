@@ -19,6 +19,7 @@ from peftkern.utils.adapter_error import shorten, shown
 from peftkern.utils.adapter_files import PathLike, all_finite
 from peftkern.utils.checkpoint_files import Checkpoint, read_model_config, replacing_checkpoint
 from peftkern.utils.linear_layers import is_conv1d, is_quantizable, rows_of
+from peftkern.utils.other import check_is_module
 from peftkern.utils.quantization_settings import (
     QuantizationSettings,
     check_patterns,
@@ -79,13 +80,15 @@ def quantize_model(
         `model`.
 
     Raises:
-        TypeError: `quantization_config` is no such thing.
+        TypeError: `quantization_config` is no such thing, or `model` no module.
         ValueError: A field of it is wrong, the model carries adapters or is quantized already, it has no layer to
             quantize, a layer has hooks (accelerate's, weight_norm's), a weight is on the meta device, empty or of
             another dtype than float32, float16 and bfloat16, its codes do not fit `bnb_4bit_quant_storage`, or it is
             not finite; only in the last case layers before it have been replaced.
     """
+    check_is_module("model", model)
     settings = QuantizationSettings.of(quantization_config)
+    device = None if device is None else torch.device(device)  # what is none fails here, before anything is changed
     if skip_modules is not None:
         skips = check_patterns("skip_modules", skip_modules)
     else:
@@ -301,6 +304,7 @@ def load_quantized(
     unknown = sorted(set(hub_kwargs) - set(_HUB_OPTIONS))
     if unknown:
         raise TypeError(f"load_quantized: unknown option {unknown[0]!r}; the Hub's are {', '.join(_HUB_OPTIONS)}")
+    hub_kwargs = {name: value for name, value in hub_kwargs.items() if value is not None}
     source = os.fspath(path_or_id)
     settings = _settings_of(source, hub_kwargs)
     checkpoint = Checkpoint(source, device, **hub_kwargs)

@@ -1,10 +1,12 @@
-"""What no operation can mean is refused by the argument's name: what trying everything for each argument found."""
+"""What no operation or function can mean is refused by the argument's name, before anything is changed: what trying
+everything for each argument found."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+import peftkern
 from multi_data import layer
 from peftkern.adapter_loss import per_adapter_loss, per_slot_loss
 from peftkern.ops import (
@@ -24,6 +26,8 @@ from peftkern.ops import (
     quantize_8bit,
 )
 from peftkern.ops.linear_quantized import linear_quantized
+from peftkern.optimizers import create_loraplus_optimizer
+from tiny_models import fingerprint, mlp
 
 N, K, R = 6, 8, 3
 torch.manual_seed(0)
@@ -156,3 +160,89 @@ def test_a_loss_names_what_does_not_fit(loss, changed, error, message):
     rows = {"adapter_names": ROW_NAMES} if loss is per_adapter_loss else {"adapter_ids": SLOTS, "slots": 4}
     with pytest.raises(error, match=message):
         loss(**{"logits": LOGITS, "labels": TARGETS, **rows, **changed})
+
+
+CONFIG = peftkern.LoraConfig(r=2, target_modules=["up"])
+
+
+def adapted():
+    return peftkern.get_peft_model(mlp(), peftkern.LoraConfig(r=2, target_modules=["up"]))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: peftkern.get_peft_model(model, CONFIG),
+        lambda model: peftkern.PeftModelForCausalLM(model, CONFIG),
+        lambda model: peftkern.PeftModel.from_pretrained(model, "no/folder/that/is/here"),
+        lambda model: peftkern.inject_adapter_in_model(CONFIG, model),
+        lambda model: peftkern.AdapterBank(model),
+        lambda model: peftkern.AdapterBank.from_pretrained(model, {"a": "no/folder/that/is/here"}),
+        lambda model: peftkern.quantize_model(model, {"load_in_4bit": True}),
+        lambda model: peftkern.prepare_model_for_kbit_training(model),
+        lambda model: peftkern.cast_mixed_precision_params(model, torch.bfloat16),
+        lambda model: create_loraplus_optimizer(model, torch.optim.SGD, lr=0.1, loraplus_lr_ratio=16),
+    ],
+)
+def test_a_name_where_a_model_belongs(call):
+    """Would catch "'str' object has no attribute '__dict__'", for the commonest of mistakes."""
+    with pytest.raises(TypeError, match="^model: expected a torch.nn.Module, got str"):
+        call("meta-llama/Llama-3.1-8B")
+
+
+@pytest.mark.parametrize("argument", ["lr", "loraplus_lr_ratio", "loraplus_lr_embedding", "loraplus_weight_decay"])
+def test_rates_of_loraplus_are_checked(argument):
+    """Would catch a rate that trains to NaN, or fails at the first step: torch checks those of no group."""
+    for value, error in ((float("nan"), ValueError), (-1e-3, ValueError), ("1e-3", TypeError), (None, TypeError)):
+        with pytest.raises(error, match=argument):
+            create_loraplus_optimizer(
+                adapted(), torch.optim.SGD, **{"lr": 0.1, "loraplus_lr_ratio": 2, argument: value}
+            )
+
+
+BANK = [
+    ("max_rank", lambda model: peftkern.AdapterBank(model, target_modules=["up"], max_rank=2**62), Exception),
+    ("dtype", lambda model: peftkern.AdapterBank(model, target_modules=["up"], dtype=torch.int64), TypeError),
+    ("device", lambda model: peftkern.quantize_model(model, {"load_in_4bit": True}, device=""), RuntimeError),
+]
+
+
+@pytest.mark.parametrize("argument, call, error", BANK, ids=[argument for argument, *_ in BANK])
+def test_a_model_is_as_it_was(argument, call, error):
+    """Would catch layers that stay wrapped, or quantized, where what follows fails: no memory for a bank's pools, a
+    dtype that no pool can have, a device that is none."""
+    model = mlp()
+    before = fingerprint(model)
+    with pytest.raises(error):
+        call(model)
+    assert fingerprint(model) == before
+
+
+def test_a_bank_is_as_it_was_where_trainable_is_no_bool():
+    """Would catch an adapter that is in the model but has no slot, so that its name is taken for ever."""
+    bank = peftkern.AdapterBank(mlp(), slots=2, target_modules=["up"])
+    bank.add("one")
+    for method, name in ((bank.add, "two"), (bank.replace, "one")):
+        with pytest.raises(TypeError, match="trainable: expected True or False, got 1"):
+            method(name, trainable=1)
+    assert list(bank.model.peft_config) == bank.names == ["one"]
+    assert bank.add("two", trainable=False) == 1
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta"])
+def test_a_device_that_is_none_is_not_blamed_on_the_file(device, tmp_path):
+    """Would catch "not a valid safetensors file" of a file that is valid."""
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    for call in (
+        lambda: peftkern.load_peft_weights(tmp_path, device=device),
+        lambda: model.load_adapter(tmp_path, "b", torch_device=device),
+    ):
+        with pytest.raises(ValueError, match="^device: expected"):
+            call()
+
+
+def test_a_dict_is_no_configuration_of_a_saved_adapter(tmp_path):
+    """Would catch "'dict' object has no attribute 'base_model_name_or_path'"."""
+    with pytest.raises(TypeError, match="config: expected a PeftConfig of peftkern's, got dict"):
+        peftkern.AutoPeftModel.from_pretrained(tmp_path, config={})
