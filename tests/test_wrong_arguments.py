@@ -3,6 +3,8 @@ everything for each argument found."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ from peftkern.ops import (
     lora_embedding,
     lora_linear,
     lora_linear_shared,
+    lora_mlp,
     multi_lora_linear,
     quantize_4bit,
     quantize_8bit,
@@ -87,6 +90,13 @@ WRONG = [
     (lambda: dequantize_4bit(quantize_4bit(W), out="W"), TypeError, "out"),
     (lambda: dequantize(W, out=[W]), TypeError, "out"),
     (lambda: linear_quantized(X, quantize_4bit(W), 1.0), TypeError, "bias"),
+    (lambda: gated_lora_linear(X, X, W, A, B, 1.0, activation=["silu"]), ValueError, "activation"),
+    (lambda: lora_mlp(None, *[(W, A, B, 1.0)] * 3, dropout_p=0.5, seed=torch.tensor([1])), TypeError, "lora_mlp: x"),
+    (lambda: quantize_4bit(W, blocksize=64.0), ValueError, "blocksize"),
+    (lambda: replace(quantize_4bit(W), absmax=None), TypeError, "absmax: expected a tensor"),
+    (lambda: replace(quantize_4bit(W), shape=None), TypeError, "shape: expected"),
+    (lambda: replace(quantize_8bit(W), data=[1]), TypeError, "data: expected a tensor"),
+    (lambda: dequantize(W, torch.int64), ValueError, "dtype: expected float32"),
 ]
 
 
@@ -96,6 +106,13 @@ def test_others_are_named(call, error, message):
     passes (a padding index of 1.5, a tensor of several numbers)."""
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_dense_weight_is_written_to_a_parameter():
+    """Would catch autograd's refusal to write to a leaf: only the 4-bit format was written to any `out`."""
+    for weight in (W, quantize_4bit(W), quantize_8bit(W)):
+        out = torch.nn.Parameter(torch.empty(N, K))
+        assert dequantize(weight, torch.float32, out) is out and torch.equal(out, dequantize(weight, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
