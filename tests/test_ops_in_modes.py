@@ -197,6 +197,14 @@ def test_a_dispatch_mode_around_the_whole_step_changes_nothing(operation):
 
 
 @each_operation
+def test_a_transform_of_torch_func_is_refused_in_words(operation):
+    """Would catch torch's advice to write another autograd function, where ours is what to call instead."""
+    t, pool = leaves(torch.float32)
+    with pytest.raises(RuntimeError, match="transforms of torch.func .* Call the layers"):
+        torch.func.grad(lambda x: OPERATIONS[operation](t | {"x": x}, pool).sum())(t["x"].detach())
+
+
+@each_operation
 def test_no_rows_through_the_operator(operation):
     """Would catch an operator that takes what was kept of no rows for what was not kept at all: no gradient in place of
     zeros, or an error in backward. torch.compile calls operators too."""
