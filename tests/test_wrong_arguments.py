@@ -259,6 +259,16 @@ def test_a_device_that_is_none_is_not_blamed_on_the_file(device, tmp_path):
             call()
 
 
+@pytest.mark.parametrize(
+    "argument, value",
+    [("model_class", "LlamaForCausalLM"), ("dtype", "auto"), ("dtype", torch.int64), ("device", "meta")],
+)
+def test_arguments_are_not_blamed_on_a_checkpoint(argument, value, tmp_path):
+    """Would catch "config.json: transformers cannot use it", of a file that nothing is wrong with."""
+    with pytest.raises((TypeError, ValueError), match=f"^{argument}: expected"):
+        peftkern.load_quantized(tmp_path, **{argument: value})
+
+
 def test_a_dict_is_no_configuration_of_a_saved_adapter(tmp_path):
     """Would catch "'dict' object has no attribute 'base_model_name_or_path'"."""
     with pytest.raises(TypeError, match="config: expected a PeftConfig of peftkern's, got dict"):

@@ -99,7 +99,7 @@ def read_weights(
     Warns:
         UserWarning: Tensors that hold NaN or Inf, by name.
     """
-    device = _readable_to(device)
+    device = readable_to(device)
     with reading(folder_or_hub_id, subfolder):
         path = _find(folder_or_hub_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), subfolder, hub_kwargs)
         if os.path.basename(path) == WEIGHTS_NAME:
@@ -118,7 +118,7 @@ def read_weights(
     return tensors
 
 
-def _readable_to(device: Any) -> torch.device:
+def readable_to(device: Any) -> torch.device:
     """`device`, if tensors can be read to it; safetensors would call the file invalid if not."""
     try:
         found = torch.device(device)
