@@ -17,6 +17,7 @@ from torch import nn
 
 from peftkern.config import PeftConfig
 from peftkern.mapping_func import get_peft_model
+from peftkern.ops._common import FLOATS
 from peftkern.peft_model_base import PeftModel
 from peftkern.tuners.lora import LoraConfig, LoraModel
 from peftkern.tuners.lora.config import highest_rank
@@ -29,7 +30,7 @@ from peftkern.utils.adapter_error import AdapterFileError, shorten, shown
 from peftkern.utils.adapter_files import PathLike, blamed_on_config, reading, write_adapter
 from peftkern.utils.adapter_keys import PREFIX
 from peftkern.utils.model_snapshot import restored_on_error
-from peftkern.utils.other import ModulesToSaveWrapper
+from peftkern.utils.other import ModulesToSaveWrapper, check_is_module
 from peftkern.utils.save_and_load import (
     check_lora_tensors,
     config_to_save,
@@ -100,6 +101,9 @@ class AdapterBank:
         for name, value in (("slots", slots), ("max_rank", max_rank)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+        check_is_module("model", model)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
+            raise TypeError(f"dtype: expected float32, float16, bfloat16, float64 or None, got {dtype!r}")
         if isinstance(model, PeftModel):
             if not isinstance(model.base_model, LoraModel):
                 raise TypeError(f"model: expected LoRA adapters, got {type(model.base_model).__name__}")
@@ -109,21 +113,20 @@ class AdapterBank:
             with_dora = [name for name, held in model.peft_config.items() if getattr(held, "use_dora", False)]
             if with_dora:
                 raise ValueError(f"model: {with_dora} have DoRA (use_dora=True), which cannot be mixed in a batch")
-            self.model = model
-        else:
-            self.model = _with_layers_alone(model, target_modules)
         self._dtype = dtype
-        tuner: Any = self.model.base_model
-        self._mixed = MixedAdapters(tuner.model, slots, max_rank, LoraLayer)
-        self._mixed.is_fixed = True  # graphs that were captured, and the bank's own methods, go by these pools
-        for layer in self._linear_layers():
-            here = next(iter(layer.lora_A.values()), None)
-            if here is None:
-                device, kind = layer._base_device_and_dtype()
-                wide = torch.float32 if kind is None or kind.itemsize < 4 else kind
-                self._mixed.make_pool(layer, dtype or wide, device or torch.device("cpu"))
-        self._tuner.__dict__["_mixed_adapters"] = self._mixed
-        self._seat()
+        with restored_on_error(model):  # pools may be more than the device has room for
+            self.model = model if isinstance(model, PeftModel) else _with_layers_alone(model, target_modules)
+            tuner: Any = self.model.base_model
+            self._mixed = MixedAdapters(tuner.model, slots, max_rank, LoraLayer)
+            self._mixed.is_fixed = True  # graphs that were captured, and the bank's own methods, go by these pools
+            for layer in self._linear_layers():
+                here = next(iter(layer.lora_A.values()), None)
+                if here is None:
+                    device, kind = layer._base_device_and_dtype()
+                    wide = torch.float32 if kind is None or kind.itemsize < 4 else kind
+                    self._mixed.make_pool(layer, dtype or wide, device or torch.device("cpu"))
+            self._tuner.__dict__["_mixed_adapters"] = self._mixed
+            self._seat()
 
     @classmethod
     def from_pretrained(
@@ -152,6 +155,8 @@ class AdapterBank:
             AdapterFileError: (a ValueError) a file is missing or damaged, or does not fit `model`; by name.
             ValueError: no adapters, or one that is no LoRA.
         """
+        check_is_module("model", model)
+        _check_trainable(trainable)
         if not isinstance(adapters, Mapping) or not adapters:
             got = repr(adapters) if adapters else "none"
             raise ValueError(f"adapters: expected a dict of names to folders, got {got}")
@@ -270,6 +275,7 @@ class AdapterBank:
             AdapterFileError, ValueError: the name is taken, or the adapter does not fit: a rank above `max_rank`, a
                 layer that the bank does not cover. The bank is then as it was.
         """
+        _check_trainable(trainable)
         if name in self.model.peft_config or name in (BASE, _INCOMING):
             raise ValueError(f"name: {name!r} is taken")
         if len(self) == self.slots:
@@ -320,6 +326,7 @@ class AdapterBank:
         Its slot stays the same, so ids and captured graphs do. Its parameters are other ones: an optimizer of the old
         ones has to be made anew.
         """
+        _check_trainable(trainable)
         slot, active, first = self._slot(name), list(self.model.active_adapters), self.model.active_adapter
         given, tensors, source = self._given(name, config, state_dict)
         with _blamed(config):  # all checks, while the old one is still there
@@ -495,6 +502,12 @@ def _refuse_parameters(name: str, config: LoraConfig) -> None:
             f"adapter {name!r}: target_parameters={shown(sorted(config.target_parameters), 300)}: an adapter on a "
             "parameter is part of a weight, which all rows share"
         )
+
+
+def _check_trainable(trainable: Any) -> None:
+    """Raises TypeError before anything is changed; torch would say so once the adapter is in its place."""
+    if not isinstance(trainable, bool):
+        raise TypeError(f"trainable: expected True or False, got {trainable!r}")
 
 
 def _blamed(config: PeftConfig | PathLike | None) -> contextlib.AbstractContextManager[None]:

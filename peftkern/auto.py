@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from peftkern.config import PeftConfig
+from peftkern.config import PeftConfig, check_is_config
 from peftkern.peft_model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftModel,
@@ -80,6 +80,8 @@ class AutoPeftModel:
 
         hub, _, options = PeftConfig._split_kwargs(kwargs)
         adapter_hub = hub | ({} if revision is None else {"revision": revision})
+        if config is not None:
+            check_is_config("config", config)
         saved = config if config is not None else load_config(pretrained_model_name_or_path, **adapter_hub)
         base = saved.base_model_name_or_path
         if base is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -67,6 +68,8 @@ class Settings:
         for name, known in (("quant", QUANTIZATIONS), ("optim", OPTIMIZERS), ("adapter_dtype", (*DTYPES,))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not isinstance(self.target, str | list | tuple | set):
+            raise ValueError(f"target: expected names of modules with commas, got {self.target!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.blocksize not in BLOCKSIZES:
@@ -208,13 +211,13 @@ def estimate_memory(model: Any, *, vram: float | None = None, **settings: Any) -
     """
     from peftkern.integrations import traced_model
 
-    if vram is not None and (isinstance(vram, bool) or not isinstance(vram, int | float) or not vram > 0):
+    if vram is not None and (isinstance(vram, bool) or not isinstance(vram, int | float) or not 0 < vram < math.inf):
         raise ValueError(f"vram: expected GiB above 0, or None, got {vram!r}")
     unknown = sorted(set(settings) - set(Settings.__dataclass_fields__))
     if unknown:
         raise TypeError(f"estimate_memory: unknown settings {', '.join(unknown)}")
     with traced_model.quiet_transformers():
-        config = traced_model.read_config(model) if isinstance(model, str) else model
+        config = traced_model.read_config(os.fspath(model)) if isinstance(model, str | os.PathLike) else model
         chosen = Settings(**(_said_by(config, settings) | settings))
         target: Any = [t.strip() for t in chosen.target.split(",")] if "," in chosen.target else chosen.target
         target = [target] if isinstance(target, str) and target != "all-linear" else target

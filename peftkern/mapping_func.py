@@ -9,6 +9,7 @@ from torch import nn
 from peftkern.config import PeftConfig, check_is_config
 from peftkern.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peftkern.tuners.tuner_layer import is_tuned
+from peftkern.utils.other import check_is_module
 
 
 def get_peft_model(
@@ -35,7 +36,7 @@ def get_peft_model(
         The class that `peft_config.task_type` names, or `PeftModel`.
 
     Raises:
-        TypeError: `peft_config` is no configuration of peftkern's.
+        TypeError: `peft_config` is no configuration of peftkern's, or `model` no module.
         ValueError: `model` is a `PeftModel` already (a second wrapping gives its adapters names that load nowhere), or
             carries an adapter of that name; or the configuration does not fit it.
 
@@ -45,6 +46,7 @@ def get_peft_model(
     if mixed:
         raise NotImplementedError("mixed: adapters of several methods on one model are not built")
     check_is_config("peft_config", peft_config)
+    check_is_module("model", model)
     if isinstance(model, PeftModel):
         raise ValueError(
             f"model: expected a base model, got a {type(model).__name__} with the adapters "

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from peftkern.layer_files import ADAPTER, load_adapter, save_adapter
+from peftkern.ops._common import FLOATS
 from peftkern.tuners.ia3 import IA3Config
 from peftkern.tuners.ia3.layer import Linear as IA3LinearLayer
 from peftkern.tuners.lora.config import LoraConfig
@@ -44,6 +45,16 @@ def _finish(layer: BaseTunerLayer, adapter_dtype: torch.dtype | None) -> None:
                 container[name] = nn.Parameter(held.detach().to(wanted))
     for name in getattr(layer, "lora_magnitude_vector", ()):
         add_magnitude(layer, name)  # anew, not rounded to the base's dtype
+
+
+def _check(adapter_dtype: Any, dtype: Any = None, **sizes: Any) -> None:
+    """Raises TypeError or ValueError for a size or dtype that no layer can have, before anything is made or frozen."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
+            raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
+    for name, value in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
+        if value is not None and not (isinstance(value, torch.dtype) and value in FLOATS):
+            raise TypeError(f"{name}: expected float32, float16, bfloat16, float64 or None, got {value!r}")
 
 
 def _check_linear(linear: Any) -> None:
@@ -109,6 +120,7 @@ class LoraLinear(Linear):
         quantization: str | None = None,
         use_dora: bool = False,
     ) -> None:
+        _check(adapter_dtype, dtype, in_features=in_features, out_features=out_features)
         config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha,
@@ -143,6 +155,7 @@ class LoraLinear(Linear):
         The other arguments are the class's.
         """
         _check_linear(linear)
+        _check(adapter_dtype)
         config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha,
@@ -183,6 +196,9 @@ class LoraEmbedding(Embedding):
         adapter_dtype: torch.dtype | None = None,
         use_dora: bool = False,
     ) -> None:
+        _check(adapter_dtype, dtype, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        if padding_idx is not None and padding_idx not in range(-num_embeddings, num_embeddings):
+            raise ValueError(f"padding_idx: expected None or an id of the {num_embeddings}, got {padding_idx!r}")
         config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha,
@@ -217,6 +233,7 @@ class LoraEmbedding(Embedding):
             raise TypeError(f"embedding: this {kind} has an adapter already; for a new one give its get_base_layer()")
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
+        _check(adapter_dtype)
         config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha,
@@ -257,6 +274,7 @@ class IA3Linear(IA3LinearLayer):
         adapter_dtype: torch.dtype | None = None,
         quantization: str | None = None,
     ) -> None:
+        _check(adapter_dtype, dtype, in_features=in_features, out_features=out_features)
         linear = _quantized(nn.Linear(in_features, out_features, bias, device, dtype), quantization)
         self._wrap(linear, is_feedforward, init_ia3_weights, adapter_dtype)
 
@@ -281,6 +299,7 @@ class IA3Linear(IA3LinearLayer):
         The other arguments are the class's.
         """
         _check_linear(linear)
+        _check(adapter_dtype)
         layer = cls.__new__(cls)
         layer._wrap(_quantized(linear, quantization), is_feedforward, init_ia3_weights, adapter_dtype)
         return layer

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from peftkern.ops._common import number
 from peftkern.tuners.lora import Embedding
+from peftkern.utils.other import check_is_module
 
 __all__ = ["create_loraplus_optimizer"]
 
@@ -41,7 +44,16 @@ def create_loraplus_optimizer(
 
     Returns:
         The optimizer. With 8 bits of bitsandbytes, the states of embeddings trained whole have 32, as they should.
+
+    Raises:
+        TypeError, ValueError: `model` is no module, or a rate is no number, negative or not finite; torch's optimizers
+            check those of no group.
     """
+    check_is_module("model", model)
+    rates = {"lr": lr, "loraplus_lr_ratio": loraplus_lr_ratio, "loraplus_lr_embedding": loraplus_lr_embedding}
+    for rate, value in (rates | {"loraplus_weight_decay": loraplus_weight_decay}).items():
+        if not 0 <= number(rate, value) < math.inf:
+            raise ValueError(f"{rate}: expected a finite number of at least 0, got {value!r}")
     a: list[nn.Parameter] = []
     b: list[nn.Parameter] = []
     embedding: list[nn.Parameter] = []

@@ -21,6 +21,7 @@ from peftkern.utils.adapter_error import shorten
 from peftkern.utils.adapter_files import PathLike, blamed_on_config, reading, weights_file, write_adapter
 from peftkern.utils.model_card import update_model_card
 from peftkern.utils.model_snapshot import restored_on_error
+from peftkern.utils.other import check_is_module
 from peftkern.utils.peft_types import PeftType
 from peftkern.utils.save_and_load import (
     config_to_save,
@@ -67,6 +68,8 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # not super(): next in line may be peft's class, which would set itself up
+        check_is_module("model", model)
+        check_is_config("peft_config", peft_config)
         _check_adapter_name(adapter_name)
         _warn_of_adapter_name(adapter_name, peft_config)
         self._add_heads(peft_config)
@@ -432,6 +435,7 @@ class PeftModel(nn.Module):
         from peftkern.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING  # the task classes inherit from this one
 
         hub, _, options = PeftConfig._split_kwargs(kwargs)
+        check_is_module("model", model)
         _check_adapter_name(adapter_name)
         blame: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if key_mapping is None:

@@ -16,9 +16,10 @@ from torch import nn
 
 from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.utils.adapter_error import shorten, shown
-from peftkern.utils.adapter_files import PathLike, all_finite
+from peftkern.utils.adapter_files import PathLike, all_finite, readable_to
 from peftkern.utils.checkpoint_files import Checkpoint, read_model_config, replacing_checkpoint
 from peftkern.utils.linear_layers import is_conv1d, is_quantizable, rows_of
+from peftkern.utils.other import check_is_module
 from peftkern.utils.quantization_settings import (
     QuantizationSettings,
     check_patterns,
@@ -79,13 +80,15 @@ def quantize_model(
         `model`.
 
     Raises:
-        TypeError: `quantization_config` is no such thing.
+        TypeError: `quantization_config` is no such thing, or `model` no module.
         ValueError: A field of it is wrong, the model carries adapters or is quantized already, it has no layer to
             quantize, a layer has hooks (accelerate's, weight_norm's), a weight is on the meta device, empty or of
             another dtype than float32, float16 and bfloat16, its codes do not fit `bnb_4bit_quant_storage`, or it is
             not finite; only in the last case layers before it have been replaced.
     """
+    check_is_module("model", model)
     settings = QuantizationSettings.of(quantization_config)
+    device = None if device is None else torch.device(device)  # what is none fails here, before anything is changed
     if skip_modules is not None:
         skips = check_patterns("skip_modules", skip_modules)
     else:
@@ -291,7 +294,8 @@ def load_quantized(
     Raises:
         QuantizedFileError: The checkpoint is dense or quantized by another method, a file of it is missing or damaged,
             or a tensor is missing, has the wrong shape or dtype, or does not fit the format; it names file and key.
-        TypeError: An option is unknown.
+        TypeError: An option is unknown, `model_class` is no class, or `dtype` none of floats.
+        ValueError: `device` is none that tensors can be read to.
 
     Warns:
         UserWarning: Tensors that the model has no place for; tensors that hold NaN or Inf; each by name.
@@ -301,6 +305,14 @@ def load_quantized(
     unknown = sorted(set(hub_kwargs) - set(_HUB_OPTIONS))
     if unknown:
         raise TypeError(f"load_quantized: unknown option {unknown[0]!r}; the Hub's are {', '.join(_HUB_OPTIONS)}")
+    hub_kwargs = {name: value for name, value in hub_kwargs.items() if value is not None}
+    # What is wrong with these is not to be blamed on the checkpoint's files.
+    if model_class is not None and not isinstance(model_class, type):
+        raise TypeError(f"model_class: expected a class of transformers, got {model_class!r}")
+    kind = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if kind is not None and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise TypeError(f"dtype: expected a dtype of floats or None, got {dtype!r}")
+    device = readable_to(device)
     source = os.fspath(path_or_id)
     settings = _settings_of(source, hub_kwargs)
     checkpoint = Checkpoint(source, device, **hub_kwargs)

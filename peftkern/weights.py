@@ -74,8 +74,11 @@ def _expect(name: str, t: torch.Tensor, dtype: torch.dtype, numel: int, meaning:
         )
 
 
-def _expect_sizes(shape: tuple[int, ...]) -> torch.Size:
-    sizes = torch.Size(shape)
+def _expect_sizes(shape: Any) -> torch.Size:
+    try:
+        sizes = torch.Size(shape)
+    except TypeError as error:
+        raise TypeError(f"shape: expected [out_features, in_features], got {shape!r}") from error
     if len(sizes) != 2 or min(sizes) < 1:
         raise ValueError(f"shape: expected [out_features, in_features], each at least 1, got {list(sizes)}")
     return sizes
@@ -120,15 +123,17 @@ class Weight4bit:
     offset: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", _expect_sizes(tuple(self.shape)))
+        object.__setattr__(self, "shape", _expect_sizes(self.shape))
         if self.quant_type not in QUANT_TYPES:
             raise ValueError(f"quant_type: expected one of {', '.join(QUANT_TYPES)}, got {self.quant_type!r}")
-        if self.blocksize not in BLOCKSIZES:
+        if not isinstance(self.blocksize, int) or self.blocksize not in BLOCKSIZES:
             raise ValueError(f"blocksize: expected one of {', '.join(map(str, BLOCKSIZES))}, got {self.blocksize!r}")
         if self.dtype not in DENSE_DTYPES:
             raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {self.dtype}")
         numel = math.prod(self.shape)
         blocks = -(-numel // self.blocksize)
+        if not isinstance(self.absmax, torch.Tensor):
+            raise TypeError(f"absmax: expected a tensor, got {type(self.absmax).__name__}")
         _expect("packed", self.packed, torch.uint8, -(-numel // 2), "two codes a byte")
         _expect("code", self.code, torch.float32, 16, "the value of each code")
         if self.nested:
@@ -227,8 +232,10 @@ class Weight8bit:
     def __post_init__(self) -> None:
         if self.dtype not in DENSE_DTYPES:
             raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {self.dtype}")
+        if not isinstance(self.data, torch.Tensor):
+            raise TypeError(f"data: expected a tensor, got {type(self.data).__name__}")
         _expect("data", self.data, torch.int8, self.data.numel(), "one code an element")
-        rows = _expect_sizes(tuple(self.data.shape))[0]
+        rows = _expect_sizes(self.data.shape)[0]
         _expect("scale", self.scale, torch.float32, rows, "one a row")
         _expect_one_device({"scale": self.scale}, self.data.device)
 

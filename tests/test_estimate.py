@@ -403,6 +403,7 @@ def test_the_command(tmp_path, capsys):
     assert "r 8 on all-linear, nf4 single-quantized, 1 x 256 tokens, paged" in shown
     assert "Fits in 1 GiB (1.1 GB)" in shown and "total" in shown
     assert main([str(tmp_path), "--vram", "0.5"]) == 1, "a folder will do; less than the context does not fit"
+    assert estimate_memory(tmp_path, seq=8).model == "LlamaForCausalLM", "a Path will do"
     assert "Over 0.5 GiB" in capsys.readouterr().out
     options = ["--no-checkpointing", "--no-chunked-loss", "--quant", "none", "--dtype", "fp32", "--target", "q_proj"]
     assert main([str(file), *options]) == 0
@@ -465,6 +466,8 @@ def test_what_cannot_be_read_is_named(tmp_path, capsys, monkeypatch):
         ({"optim": "sgd"}, "optim: expected"),
         ({"blocksize": 0}, "blocksize: expected one of 32, .*4096, got 0"),
         ({"vram": -1}, "vram: expected"),
+        ({"vram": float("inf")}, "vram: expected"),
+        ({"target": None}, "target: expected"),
         ({"target": "no_such_layer"}, "no_such_layer"),
     ):
         with pytest.raises(ValueError, match=words):

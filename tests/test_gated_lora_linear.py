@@ -243,7 +243,7 @@ def test_wrong_arguments_are_named():
         gated_lora_linear(good.gate, good.up[:5], *parts)
     with pytest.raises(TypeError, match=r"up: expected a tensor, got float"):
         gated_lora_linear(good.gate, 1.0, *parts)
-    with pytest.raises(TypeError, match="got x in torch.float32 and weight in torch.float16"):
+    with pytest.raises(TypeError, match="up: expected gate's dtype torch.float32, got torch.float16"):
         gated_lora_linear(good.gate, good.up.half(), *parts)
     with pytest.raises(ValueError, match="lora_A: expected shape"):
         gated_lora_linear(good.gate, good.up, good.weight, good.A[:, :5], good.B, 0.75)

@@ -433,6 +433,30 @@ def test_lora_linear_by_itself():
         layer(x.half())
 
 
+def test_sizes_and_dtypes_that_no_layer_has_are_refused_before_anything_is_frozen():
+    """Catches a base that is frozen by a call that fails, and an `adapter_dtype` that `.to()` takes for a device, or
+    that no operation can multiply."""
+    nn_, linear, embedding = peftkern.nn, nn.Linear(IN, OUT), nn.Embedding(VOCAB, OUT)
+    for wrong in ("cpu", torch.complex64, torch.int64, 3):
+        for call in (
+            lambda wrong=wrong: nn_.LoraLinear(IN, OUT, adapter_dtype=wrong),
+            lambda wrong=wrong: nn_.LoraLinear.from_linear(linear, adapter_dtype=wrong),
+            lambda wrong=wrong: nn_.LoraEmbedding.from_embedding(embedding, adapter_dtype=wrong),
+            lambda wrong=wrong: nn_.IA3Linear.from_linear(linear, adapter_dtype=wrong),
+            lambda wrong=wrong: nn_.IA3Linear(IN, OUT, dtype=wrong),
+            lambda wrong=wrong: nn_.LoraEmbedding(VOCAB, OUT, dtype=wrong),
+        ):
+            with pytest.raises(TypeError, match="dtype: expected float32"):
+                call()
+    assert all(p.requires_grad for p in (*linear.parameters(), *embedding.parameters()))
+    for sizes in ((-1, OUT), (IN, 0), (IN, 2.5), (None, OUT), (True, OUT)):
+        for layer in (nn_.LoraLinear, nn_.IA3Linear, nn_.LoraEmbedding):
+            with pytest.raises(ValueError, match="expected an int of at least 1"):
+                layer(*sizes)
+    with pytest.raises(ValueError, match="padding_idx"):
+        nn_.LoraEmbedding(VOCAB, OUT, padding_idx=VOCAB)
+
+
 def test_lora_embedding_by_itself():
     """Catches an embedding door that is another implementation, and a padding row that is trained."""
     base = nn.Embedding(VOCAB, OUT, padding_idx=3)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from multi_data import layer
 from peftkern import use_backend
 from peftkern.ops import (
+    dequantize,
     dora_linear,
     gated_lora_linear,
     grouped_linear,
@@ -24,6 +25,7 @@ from peftkern.ops import (
     multi_lora_linear,
     multi_lora_linear_shared,
     quantize_4bit,
+    quantize_8bit,
 )
 from peftkern.ops.linear_quantized import linear_quantized
 
@@ -160,6 +162,24 @@ def test_an_embedding_takes_factors_of_any_dtype_under_autocast():
     assert a.grad.dtype == b.grad.dtype == torch.bfloat16
 
 
+def test_another_default_device_changes_nothing():
+    """Would catch a tensor made where `torch.set_default_device` or a `with torch.device(...)` says, and not beside the
+    operands: a dropout mask, the order of a batch's rows, a buffer of dequantization; or the tables of the 4-bit
+    formats, which another device may round otherwise."""
+    t, pool = leaves(torch.float32)
+    rows, seed, w = ids(t["x"]), torch.tensor([3]), frozen(t)
+
+    def run():
+        y = lora_linear(t["x"], w, t["A"], t["B"], 0.7, dropout_p=0.5, seed=seed)
+        q = quantize_8bit(w.bfloat16())
+        return [y, multi_lora_linear(t["x"], w, pool, rows), *nf4(t).tensors(), dequantize(q, torch.bfloat16)]
+
+    want = run()
+    with torch.device("meta"):
+        got = run()
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
 @each_operation
 def test_a_dispatch_mode_around_the_whole_step_changes_nothing(operation):
     """Would catch results of an operator that lie in one memory: two adapters of one rank had their gradients out of
@@ -174,6 +194,14 @@ def test_a_dispatch_mode_around_the_whole_step_changes_nothing(operation):
             OPERATIONS[operation](t, pool).sum().backward()
         found.append(gradients(t, pool))
     assert_same(found[1], found[0], ulps=8)  # projections that share x may be added in another order
+
+
+@each_operation
+def test_a_transform_of_torch_func_is_refused_in_words(operation):
+    """Would catch torch's advice to write another autograd function, where ours is what to call instead."""
+    t, pool = leaves(torch.float32)
+    with pytest.raises(RuntimeError, match="transforms of torch.func .* Call the layers"):
+        torch.func.grad(lambda x: OPERATIONS[operation](t | {"x": x}, pool).sum())(t["x"].detach())
 
 
 @each_operation

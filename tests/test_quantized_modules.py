@@ -147,12 +147,28 @@ def test_wrong_arguments_are_refused_by_name():
             linear_quantized(x, w, bias)
 
 
-def test_no_double_backward():
-    """Catches gradients of gradients that would silently be zero."""
-    x = torch.randn(2, 64, requires_grad=True)
-    y = linear_quantized(x, quantized("nf4", 8, 64, torch.float32))
-    with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(y.sum(), x, create_graph=True)
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_gradients_of_gradients(kind):
+    """Catches gradients of gradients that are zero, or refused where `use_backend("unfused")` is to make them: layers
+    over a quantized base call this under it."""
+    x, bias = torch.randn(2, 64), torch.randn(8)
+
+    def curvature(layer):
+        leaf = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(layer(leaf).pow(3).sum(), leaf, create_graph=True)
+        return torch.autograd.grad(dx.pow(2).sum(), leaf)[0]
+
+    weight = quantized(kind, 8, 64, torch.float32)
+    want = curvature(lambda x: torch.nn.functional.linear(x, dequantize(weight), bias))
+    torch.testing.assert_close(curvature(lambda x: linear_quantized(x, weight, bias)), want)
+    layer = nn_layers.LoraLinear(64, 8, r=2, init_lora_weights=False, quantization=kind)
+    with pytest.raises(RuntimeError, match="lora_linear: double backward"):
+        curvature(layer)
+    dense = nn_layers.LoraLinear.from_linear(nn.Linear(64, 8), r=2)
+    dense.base_layer.weight.data = dequantize(layer.base_layer.quantized_weight(), torch.float32)
+    dense.base_layer.bias, dense.lora_A, dense.lora_B = layer.base_layer.bias, layer.lora_A, layer.lora_B
+    with use_backend("unfused"):
+        torch.testing.assert_close(curvature(layer), curvature(dense))
 
 
 # --- the layers ------------------------------------------------------------------------------------------------------

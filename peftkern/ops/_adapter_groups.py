@@ -144,9 +144,9 @@ def _group(slots: list[int], rows: list[int], each: int, layout: Layout, device:
     if rows == list(range(rows[0], rows[0] + len(rows))):
         where = slice(rows[0] * each, (rows[-1] + 1) * each)
     else:
-        where = torch.tensor(rows, dtype=torch.int64)
+        where = torch.tensor(rows, dtype=torch.int64, device="cpu")
         if each > 1:
-            where = (where[:, None] * each + torch.arange(each)).flatten()
+            where = (where[:, None] * each + torch.arange(each, device="cpu")).flatten()
         where = where.to(device)
     firsts = [layout.places[slot][0] for slot in slots]
     rank = layout.places[slots[0]][1]

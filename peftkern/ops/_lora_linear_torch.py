@@ -48,8 +48,8 @@ def keep_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:
     bits, lane = (16, torch.int16) if p >= 1 / 64 else (32, torch.int32)
     count = -(-M * K * bits // 64)
     if seed.device.type == "cpu":
-        generator = torch.Generator().manual_seed(int(seed))
-        words = torch.empty(count, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(int(seed))
+        words = torch.empty(count, dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)
     else:
         words = _hashed_words(seed, count)
     half = 2 ** (bits - 1)

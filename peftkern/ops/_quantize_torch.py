@@ -38,7 +38,7 @@ _FP4 = tuple(sign * m / 12.0 + 0.0 for sign in (1.0, -1.0) for m in _FP4_MAGNITU
 
 def code_4bit(quant_type: str) -> torch.Tensor:
     """float32 [16] on the CPU: the value of each code of "nf4" or "fp4"."""
-    return torch.tensor(_NF4 if quant_type == "nf4" else _FP4, dtype=torch.float32)
+    return torch.tensor(_NF4 if quant_type == "nf4" else _FP4, dtype=torch.float32, device="cpu")
 
 
 def code_8bit() -> torch.Tensor:
@@ -47,9 +47,9 @@ def code_8bit() -> torch.Tensor:
     Seven decades below 1, the e-th (from 10^-6) split into 2^e equal parts whose midpoints are values, of both signs;
     and 0 and 1.
     """
-    values = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
     for e in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**e + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1.0, 2**e + 1, dtype=torch.float32, device="cpu")
         midpoints = 10.0 ** (e - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += [midpoints, -midpoints]
     return torch.cat(values).sort().values
@@ -240,7 +240,9 @@ def dequantize_8bit(data: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) 
         torch.mul(data, step, out=out)
         return
     rows = max(1, CPU_CHUNK // data.shape[1])
-    buffer: Any = None if out.dtype == torch.float32 else torch.empty(rows, data.shape[1], dtype=torch.float32)
+    buffer: Any = None
+    if out.dtype != torch.float32:
+        buffer = torch.empty(rows, data.shape[1], dtype=torch.float32, device=out.device)
     for start in range(0, data.shape[0], rows):
         target = out[start : start + rows]
         values = target if buffer is None else buffer[: target.shape[0]]

@@ -26,7 +26,6 @@ from peftkern.ops._common import (
     number,
     refuse_double_backward,
     taken_s,
-    two_dtypes,
     without_autocast,
 )
 from peftkern.ops._gated_activation import ACTIVATIONS, gated, gated_again, gated_gradients
@@ -116,13 +115,13 @@ def plan_for(gate: torch.Tensor, weight: Weight, rank: int, backend: str) -> Pla
 
 
 def _check(gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"gated_lora_linear: activation: expected one of {list(ACTIVATIONS)}, got {activation!r}")
     for name, t in (("gate", gate), ("up", up)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"gated_lora_linear: {name}: expected a tensor, got {type(t).__name__}")
     if up.dtype != gate.dtype:
-        raise two_dtypes("gated_lora_linear", gate, up)
+        raise TypeError(f"gated_lora_linear: up: expected gate's dtype {gate.dtype}, got {up.dtype}")
     if up.shape != gate.shape or up.device != gate.device:
         raise ValueError(
             f"gated_lora_linear: up: expected {list(gate.shape)} on {gate.device} as gate, got {list(up.shape)} on "

@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import linear, pad
 
 from peftkern.backend import device_info
-from peftkern.ops._common import FLOATS, autocast_dtype, needs_operator, number, refuse_double_backward
+from peftkern.ops._common import FLOATS, apply_directly, autocast_dtype, needs_operator, number, refuse_double_backward
 
 # Of float32 logits in a block; their 16-bit form adds half. Each block reads the weight (1 GB for a 128k vocabulary),
 # and with fewer than about 200 rows its products take less time than that.
@@ -107,7 +107,7 @@ def linear_cross_entropy(
     if needs_operator(hidden, weight, labels):
         total = _operator(*arguments, needs)[0]
     elif any(needs):
-        total = _LinearCrossEntropy.apply(*arguments)
+        total = apply_directly(_LinearCrossEntropy, *arguments)
     else:
         total = _forward(*arguments, (False, False, False))[0]
     if reduction == "sum":

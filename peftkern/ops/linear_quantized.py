@@ -14,7 +14,14 @@ import torch
 from torch.nn.functional import linear
 
 from peftkern.backend import backend_in_force, device_info
-from peftkern.ops._common import autocast_dtype, needs_operator, refuse_double_backward, unflattened, without_autocast
+from peftkern.ops._common import (
+    apply_directly,
+    autocast_dtype,
+    needs_operator,
+    refuse_double_backward,
+    unflattened,
+    without_autocast,
+)
 from peftkern.ops.lora_linear_quantized import flatten, plan_for, unflatten
 from peftkern.ops.quantize import dequantize
 from peftkern.weights import DENSE_DTYPES, Weight4bit, Weight8bit
@@ -25,8 +32,9 @@ Quantized = Weight4bit | Weight8bit
 def linear_quantized(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`y = x dequantize(W)^T + bias`, W decoded to x's dtype.
 
-    Gradients flow to x and bias, the weight is frozen. Under autocast, x and bias are cast to its dtype. Double
-    backward is not supported.
+    Gradients flow to x and bias, the weight is frozen. Under autocast, x and bias are cast to its dtype. Backward is
+    plain PyTorch, which can be differentiated again, as `use_backend("unfused")` over a quantized base does; not where
+    something looks at operators.
 
     Args:
         x: [..., in_features], float32, float16 or bfloat16.
@@ -50,7 +58,7 @@ def linear_quantized(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | No
     if needs_operator(x, *tensors):
         return _operator(x, *flatten(weight), bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _LinearQuantized.apply(x, bias, weight)
+        return apply_directly(_LinearQuantized, x, bias, weight)
     return _product(x, weight, bias)
 
 
@@ -113,7 +121,6 @@ class _LinearQuantized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        refuse_double_backward("linear_quantized")
         return (*_backward(dy, ctx.weight, *ctx.needs_input_grad[:2]), None)
 
 

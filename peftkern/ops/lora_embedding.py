@@ -14,6 +14,7 @@ from peftkern.backend import backend_in_force, device_info
 from peftkern.ops._common import (
     FLOATS,
     adapters_for,
+    apply_directly,
     ask,
     autocast_dtype,
     kept_s,
@@ -79,7 +80,7 @@ def lora_embedding(
     if needs_operator(input, weight, lora_A, lora_B):
         return _operator(*arguments)[0]
     if torch.is_grad_enabled() and (weight.requires_grad or lora_A.requires_grad or lora_B.requires_grad):
-        return _LoraEmbedding.apply(*arguments)
+        return apply_directly(_LoraEmbedding, *arguments)
     return _forward(*arguments)[0]
 
 

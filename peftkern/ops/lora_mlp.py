@@ -56,6 +56,8 @@ def lora_mlp(
         if not isinstance(projection, tuple) or len(projection) not in (4, 5):
             kind = type(projection).__name__
             raise TypeError(f"lora_mlp: {name}: expected a Projection, or a tuple of its fields, got {kind}")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"lora_mlp: x: expected a tensor, got {type(x).__name__}")
     gate, up, down = Projection(*gate), Projection(*up), Projection(*down)
     p = dropout_in_force(dropout_p, training)
     seed_down = None

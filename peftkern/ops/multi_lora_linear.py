@@ -16,6 +16,7 @@ from peftkern.backend import backend_in_force, device_info
 from peftkern.ops._common import (
     _PLAIN_TYPES,
     FLOATS,
+    apply_directly,
     autocast_dtype,
     check_adapters,
     dropout_in_force,
@@ -105,7 +106,7 @@ def multi_lora_linear(
     if torch.is_grad_enabled():
         wanted = [x, *params, *(tensors if dense else []), *([] if bias is None else [bias])]
         if any(t.requires_grad for t in wanted):
-            return _MultiLoraLinear.apply(x, weight if dense else None, bias, call, *params)
+            return apply_directly(_MultiLoraLinear, x, weight if dense else None, bias, call, *params)
     return forward(x, bias, call, keep=False)[0]
 
 

@@ -14,6 +14,7 @@ import torch
 from peftkern.adapter_pool import LayerAdapters
 from peftkern.backend import backend_in_force
 from peftkern.ops._common import (
+    apply_directly,
     ask,
     autocast_dtype,
     dropout_in_force,
@@ -111,7 +112,7 @@ def multi_lora_linear_shared(
         calls.append(Call(weight, pool, batch, seed, p, plan.path, owners))
         params += learning
     if torch.is_grad_enabled() and (x.requires_grad or params):
-        results: tuple[torch.Tensor, ...] = _MultiLoraLinearShared.apply(x, biases, calls, *params)
+        results: tuple[torch.Tensor, ...] = apply_directly(_MultiLoraLinearShared, x, biases, calls, *params)
         return results
     return tuple(forward_shared(x, biases, calls, [False] * len(calls))[0])
 

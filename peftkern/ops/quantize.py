@@ -11,7 +11,7 @@ import torch
 
 from peftkern.backend import backend_in_force, device_info
 from peftkern.ops import _quantize_torch
-from peftkern.ops._common import ask, needs_operator
+from peftkern.ops._common import FLOATS, ask, needs_operator
 from peftkern.ops.plan import plan_dequantize
 from peftkern.weights import BLOCKSIZES, DENSE_DTYPES, QUANT_TYPES, Weight, Weight4bit, Weight8bit
 
@@ -51,7 +51,7 @@ def quantize_4bit(
     _check_matrix(w)
     if quant_type not in QUANT_TYPES:
         raise ValueError(f"quant_type: expected one of {', '.join(QUANT_TYPES)}, got {quant_type!r}")
-    if blocksize not in BLOCKSIZES:
+    if not isinstance(blocksize, int) or blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize: expected one of {', '.join(map(str, BLOCKSIZES))}, got {blocksize!r}")
     packed, absmax = _quantize_torch.quantize_4bit(w, quant_type, blocksize)
     _refuse_nonfinite(w, absmax)
@@ -131,9 +131,12 @@ def dequantize(weight: Weight, dtype: torch.dtype | None = None, out: torch.Tens
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"weight: expected a tensor, Weight4bit or Weight8bit, got {type(weight).__name__}")
     if out is None:
+        if dtype is not None and dtype not in FLOATS:
+            raise ValueError(f"dtype: expected float32, float16, bfloat16 or float64, got {dtype}")
         return weight if dtype is None else weight.to(dtype)
     _result_dtype(weight, dtype, out, weight.dtype)
-    return out.copy_(weight.detach())
+    with torch.no_grad():
+        return out.copy_(weight)
 
 
 def dequantize_4bit(q: Weight4bit, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -203,7 +206,8 @@ def dequantize_8bit(q: Weight8bit, dtype: torch.dtype | None = None, out: torch.
         return out
     if out is None:
         out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    _quantize_torch.dequantize_8bit(q.data, q.scale, out)
+    with torch.no_grad():  # `out` may be a parameter
+        _quantize_torch.dequantize_8bit(q.data, q.scale, out)
     return out
 
 

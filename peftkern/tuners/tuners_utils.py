@@ -33,6 +33,7 @@ from peftkern.utils.other import (
     ModulesToSaveWrapper,
     _get_submodules,
     _set_adapter,
+    check_is_module,
     check_modules_to_save,
     embeddings_of,
     wrap_modules_to_save,
@@ -78,6 +79,7 @@ class BaseTuner(nn.Module, ABC):
                 f"peft_config must be a peftkern configuration, or a dict with one under {adapter_name!r}, "
                 f"got {type(peft_config).__name__}"
             )
+        check_is_module("model", model)
         held = getattr(model, "peft_config", None)
         if held:
             warnings.warn(f"the model has adapters already ({sorted(held)}): {adapter_name!r} joins them", stacklevel=3)

@@ -94,10 +94,12 @@ def read_weights(
 
     Raises:
         AdapterFileError: The file is missing, empty, cut, of another format, or malformed.
+        ValueError: `device` is none that tensors can be read to.
 
     Warns:
         UserWarning: Tensors that hold NaN or Inf, by name.
     """
+    device = readable_to(device)
     with reading(folder_or_hub_id, subfolder):
         path = _find(folder_or_hub_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), subfolder, hub_kwargs)
         if os.path.basename(path) == WEIGHTS_NAME:
@@ -114,6 +116,18 @@ def read_weights(
     if bad:
         warnings.warn(f"{path}: NaN or Inf in {shorten(bad)}.", stacklevel=2)
     return tensors
+
+
+def readable_to(device: Any) -> torch.device:
+    """`device`, if tensors can be read to it; safetensors would call the file invalid if not."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"device: expected a device that is here, got {device!r}: {cut(str(error))}") from error
+    if found.type == "meta":
+        raise ValueError("device: expected one with memory, got meta")
+    return found
 
 
 def weights_file(folder_or_hub_id: PathLike, subfolder: str | None = None, **hub_kwargs: Any) -> str:

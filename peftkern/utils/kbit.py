@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkern.utils.other import check_is_module
 from peftkern.utils.quantization_settings import output_embeddings
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit, weight_of
 
@@ -47,6 +48,7 @@ def prepare_model_for_kbit_training(
     Warns:
         UserWarning: What was saved by not widening, and how to have it otherwise.
     """
+    check_is_module("model", model)
     kept = set() if upcast_embeddings else {id(p) for m in _embeddings(model) for p in m.parameters(recurse=False)}
     quantized = {id(m.weight) for m in model.modules() if _holds_quantized(m)}
     method = str(getattr(getattr(model, "quantization_method", None), "value", None) or "")
@@ -89,6 +91,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """
     if dtype not in _HALVES:
         raise ValueError(f"dtype: expected torch.float16 or torch.bfloat16, got {dtype!r}")
+    check_is_module("model", model)
     quantized = {id(m.weight) for m in model.modules() if _holds_quantized(m)}
     for parameter in model.parameters():
         if parameter.is_floating_point() and id(parameter) not in quantized and not _is_4bit(parameter):

@@ -28,6 +28,12 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def check_is_module(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is a module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: expected a torch.nn.Module, got {type(value).__name__}")
+
+
 def infer_device() -> str:
     """The type of the accelerator that is here (the first of cuda, mps, mlu, xpu and npu that is), else "cpu"."""
     for kind, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)):

@@ -121,7 +121,7 @@ def write_quantized(
         ValueError: `quant_storage` does not divide the packed bytes.
     """
     if isinstance(weight, Weight8bit):
-        layout = torch.tensor(_ROWS, dtype=torch.uint8)
+        layout = torch.tensor(_ROWS, dtype=torch.uint8, device="cpu")
         return {prefix + "weight": weight.data, prefix + "SCB": weight.scale, prefix + "weight_format": layout}
     parts = {
         prefix + "weight": stored_as(weight.packed, quant_storage),

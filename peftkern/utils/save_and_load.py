@@ -332,8 +332,9 @@ def load_peft_weights(
 
     Raises:
         AdapterFileError: As `read_weights`, or two names became one by `key_mapping`.
+        ValueError: As `read_weights`.
     """
-    tensors = read_weights(model_id, device=device or "cpu", **hf_hub_download_kwargs)
+    tensors = read_weights(model_id, device="cpu" if device is None else device, **hf_hub_download_kwargs)
     if not key_mapping:
         return tensors
     mapped: dict[str, torch.Tensor] = {}
