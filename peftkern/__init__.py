@@ -1,7 +1,7 @@
 """peftkern: fine-tune large models with adapters at the price of running them frozen.
 
 `import peftkern as peft` serves code written for Hugging Face PEFT; `peftkern.ops` holds the operations,
-`peftkern.nn` the layers for a loop of your own. Importing the package imports torch and nothing heavier.
+`peftkern.nn` the layers for a loop of your own. Importing the package imports nothing else: a name brings its module.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from peftkern.backend import use_backend
-
 if TYPE_CHECKING:
     from peftkern import nn, ops
     from peftkern.adapter_bank import AdapterBank, BankFullError, UnknownAdapterError
     from peftkern.adapter_loss import per_adapter_loss, per_slot_loss
     from peftkern.auto import AutoPeftModel, AutoPeftModelForCausalLM
+    from peftkern.backend import use_backend
     from peftkern.config import PeftConfig
     from peftkern.estimate import estimate_memory
     from peftkern.explain import explain
@@ -43,6 +42,7 @@ _TASKS += ["ForQuestionAnswering", "ForFeatureExtraction"]
 # Where each public name lives; a module is imported when one of its names is first used.
 _HOMES = {
     "peftkern.adapter_bank": ["AdapterBank", "BankFullError", "UnknownAdapterError"],
+    "peftkern.backend": ["use_backend"],
     "peftkern.explain": ["explain"],
     "peftkern.adapter_loss": ["per_adapter_loss", "per_slot_loss"],
     "peftkern.estimate": ["estimate_memory"],
@@ -82,7 +82,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 _SUBMODULES = {"nn", "ops", "auto", "config", "helpers", "mapping", "mapping_func", "optimizers", "peft_model"}
 _SUBMODULES |= {"tuners", "utils"}
 
-__all__ = ["__version__", "nn", "ops", "use_backend", *_HOME_OF]
+__all__ = ["__version__", "nn", "ops", *_HOME_OF]
 
 
 def __getattr__(name: str) -> Any:

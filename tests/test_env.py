@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -190,3 +191,13 @@ runpy.run_path("peftkern/env.py", run_name="__main__")
     done = subprocess.run([sys.executable, "-P", "-c", hidden], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "fault: torch is not installed\n  -> pip install 'torch>=2.11'" in done.stdout
+
+
+def test_it_runs_as_a_module_where_torch_is_broken(tmp_path):
+    """Catches a traceback in place of the remedy, for `import peftkern` brought torch along."""
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch_cpu.so: cannot open shared object file')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "peftkern.env"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "fails to import: OSError: libtorch_cpu.so" in done.stdout and "--force-reinstall" in done.stdout
