@@ -156,24 +156,29 @@ class BaseTunerLayer:
             device = torch.device(where)
         return device, dtype if dtype.is_floating_point else None
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Moves an adapter to the base weight's device and dtype; one on the meta device waits there for its values."""
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None, keep_dtype: bool = False
+    ) -> None:
+        """Moves an adapter to the base weight's device and, unless `keep_dtype`, dtype.
+
+        One on the meta device waits there for its values, which will be of the dtype that it has.
+        """
         base_device, dtype = self._base_device_and_dtype()
         device = device if device is not None else base_device
         if device is None:
             return
+        dtype = None if keep_dtype else dtype
         for container in self._containers():
             if adapter_name not in container:
                 continue
             layer = container[adapter_name]
             tensors = [layer] if isinstance(layer, torch.Tensor) else list(layer.parameters())
-            if any(t.device.type == "meta" for t in tensors):
-                continue
+            where = None if any(t.device.type == "meta" for t in tensors) else device
             if isinstance(layer, torch.Tensor):
-                moved = layer.detach().to(device=device, dtype=dtype)
+                moved = layer.detach().to(device=where, dtype=dtype)
                 container[adapter_name] = nn.Parameter(moved, requires_grad=layer.requires_grad)
             else:
-                layer.to(device=device, dtype=dtype)
+                layer.to(device=where, dtype=dtype)
 
 
 def is_tuned(module: Any) -> TypeGuard[BaseTunerLayer]:
