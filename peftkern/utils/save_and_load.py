@@ -287,6 +287,7 @@ def set_peft_model_state_dict(
         for module in model.modules():
             if is_tuned(module):
                 module._move_adapter_to_device_of_base_layer(adapter_name, keep_dtype=True)
+                module._fill_adapter(adapter_name, _config_of(model, adapter_name))
         tensors = {key: value for key, value in tensors.items() if key not in taken}
     model.load_state_dict(tensors, strict=False)
     _warn_of_overflow(model, plan, source)
