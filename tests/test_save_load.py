@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -339,7 +340,7 @@ def test_low_cpu_mem_usage_leaves_frozen_what_is_frozen(tmp_path, method):
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_low_cpu_mem_usage_gives_the_same(tmp_path, low_cpu_mem_usage):
-    """Would catch: parameters left on the meta device."""
+    """Would catch: parameters left on the meta device, also those of an adapter that was made there."""
     model = adapted("causal", peftkern)
     save(model, tmp_path)
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=True)
@@ -348,6 +349,12 @@ def test_low_cpu_mem_usage_gives_the_same(tmp_path, low_cpu_mem_usage):
     torch.testing.assert_close(output(loaded.eval()), output(model))
     result = loaded.load_adapter(tmp_path, "second", low_cpu_mem_usage=low_cpu_mem_usage)
     assert result.missing_keys == [] and not any(p.is_meta for p in loaded.parameters())
+    held = dict(loaded.named_parameters())
+    if low_cpu_mem_usage:
+        loaded = get_peft_model(tiny_llama(), copy.deepcopy(model.peft_config["default"]), low_cpu_mem_usage=True)
+    loaded.load_adapter(tmp_path, "default", low_cpu_mem_usage=True)
+    assert low_cpu_mem_usage or all(p is held[name] for name, p in loaded.named_parameters())
+    torch.testing.assert_close(output(loaded), output(model))
 
 
 @pytest.mark.parametrize("autocast", [True, False])
