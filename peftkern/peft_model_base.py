@@ -503,8 +503,7 @@ class PeftModel(nn.Module):
                     self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
                 if is_trainable:
                     self.set_requires_grad(adapter_name)
-            empty = low_cpu_mem_usage and not known
-            result = self._load_tensors(tensors, adapter_name, model_id, hub, options, empty)
+            result = self._load_tensors(tensors, adapter_name, model_id, hub, options, low_cpu_mem_usage)
             self.base_model._cast_adapter_dtype(
                 adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
             )

@@ -26,7 +26,7 @@ from peftkern.utils.adapter_files import (
     read_config,
     read_weights,
 )
-from tiny_models import fingerprint, mlp
+from tiny_models import fingerprint, ids, mlp
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 A_UP = "base_model.model.up.lora_A.weight"
@@ -387,10 +387,16 @@ def test_unknown_keys_are_warned_about_and_cannot_reach_the_base(saved):
 
 
 def test_whole_layers_may_be_absent_with_a_warning(saved):
-    """PEFT saves and loads parts of an adapter; the absent layers are named."""
+    """PEFT saves and loads parts of an adapter; the absent layers are named. Would catch: with low_cpu_mem_usage they
+    stay on the meta device, and the model computes with what happens to be in memory."""
     edit_weights(saved, lambda t: (t.pop(A_UP), t.pop(B_UP)))
-    with pytest.warns(UserWarning, match="Found missing adapter keys.*up.lora_A.default.weight"):
-        PeftModel.from_pretrained(mlp(), saved)
+    loaded = []
+    for options in ({}, {"low_cpu_mem_usage": True}):
+        with pytest.warns(UserWarning, match="Found missing adapter keys.*up.lora_A.default.weight"):
+            loaded.append(PeftModel.from_pretrained(mlp().bfloat16(), saved, **options))
+    kinds = [{n: (p.dtype, p.device, p.requires_grad) for n, p in model.named_parameters()} for model in loaded]
+    assert kinds[0] == kinds[1]
+    assert torch.equal(loaded[0](ids()), loaded[1](ids()))
 
 
 def test_a_whole_layer_with_a_bias_may_be_absent():

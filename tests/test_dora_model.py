@@ -251,12 +251,16 @@ def test_files_with_and_without_dora_are_not_taken_for_each_other(tmp_path):
 
 
 def test_layers_that_a_file_leaves_out_are_warned_about(tmp_path):
-    """Catches a part of an adapter that is refused for the magnitudes of the layers that it lacks."""
+    """Catches a part of an adapter that is refused for the magnitudes of the layers that it lacks, or whose layers have
+    no values where low_cpu_mem_usage left them to the file."""
     adapted("bias", peftkern).save_pretrained(tmp_path)
     tensors = {name: value for name, value in load_file(tmp_path / WEIGHTS).items() if ".down." not in name}
     save_file(tensors, tmp_path / WEIGHTS)
-    with pytest.warns(UserWarning, match="down"):
-        PeftModel.from_pretrained(mlp(), tmp_path)
+    loaded = []
+    for low in (False, True):
+        with pytest.warns(UserWarning, match="down"):
+            loaded.append(PeftModel.from_pretrained(mlp(), tmp_path, low_cpu_mem_usage=low))
+    torch.testing.assert_close(output(loaded[1]), output(loaded[0]))
 
 
 def test_nan_in_a_magnitude_is_warned_about(tmp_path):

@@ -527,12 +527,17 @@ def test_copies_and_pickles():
 
 
 def test_low_cpu_mem_usage_leaves_values_to_the_file():
-    """Catches values drawn for nothing, and an adapter that cannot take the file's."""
+    """Catches values drawn for nothing, an adapter that cannot take the file's, and one that takes part before it has
+    any, in forward or a merge: torch multiplies by whatever is in memory."""
     state = torch.get_rng_state()
     made = LoraModel(mlp(), LoraConfig(target_modules=["up", "emb"]), "default", low_cpu_mem_usage=True)
     assert torch.equal(state, torch.get_rng_state())
     adapter = {n: p for n, p in made.named_parameters() if "lora_" in n}
     assert len(adapter) == 4 and all(p.is_meta for p in adapter.values())
+    empty = LoraModel(mlp(), LoraConfig(target_modules=["up"]), "default", low_cpu_mem_usage=True)
+    for use in (lambda: empty(ids()), lambda: empty(ids(), adapter_names=["default"] * 2), empty.merge_adapter):
+        with pytest.raises(ValueError, match="'default'.* is on the meta device"):
+            use()
     made.load_state_dict({n: torch.ones(p.shape) for n, p in adapter.items()}, strict=False, assign=True)
     assert made.model.up.explain_row().fused and made(ids()).isfinite().all()
 

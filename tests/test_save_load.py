@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -339,7 +340,7 @@ def test_low_cpu_mem_usage_leaves_frozen_what_is_frozen(tmp_path, method):
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_low_cpu_mem_usage_gives_the_same(tmp_path, low_cpu_mem_usage):
-    """Would catch: parameters left on the meta device."""
+    """Would catch: parameters left on the meta device, also those of an adapter that was made there."""
     model = adapted("causal", peftkern)
     save(model, tmp_path)
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=True)
@@ -348,19 +349,40 @@ def test_low_cpu_mem_usage_gives_the_same(tmp_path, low_cpu_mem_usage):
     torch.testing.assert_close(output(loaded.eval()), output(model))
     result = loaded.load_adapter(tmp_path, "second", low_cpu_mem_usage=low_cpu_mem_usage)
     assert result.missing_keys == [] and not any(p.is_meta for p in loaded.parameters())
+    held = dict(loaded.named_parameters())
+    if low_cpu_mem_usage:
+        loaded = get_peft_model(tiny_llama(), copy.deepcopy(model.peft_config["default"]), low_cpu_mem_usage=True)
+    loaded.load_adapter(tmp_path, "default", low_cpu_mem_usage=True)
+    assert low_cpu_mem_usage or all(p is held[name] for name, p in loaded.named_parameters())
+    torch.testing.assert_close(output(loaded), output(model))
 
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_dtype_of_a_loaded_adapter(tmp_path, autocast):
-    """Would catch: a bfloat16 model that trains bfloat16 adapters, or fp32 ones that nobody asked for."""
-    config = LoraConfig(target_modules=["q_proj"])
+    """Would catch: a bfloat16 model that trains bfloat16 adapters, or fp32 ones that nobody asked for; and that
+    low_cpu_mem_usage changes dtypes, rounds fp32 values on their way, or unties embeddings that are in the file."""
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])
     model = get_peft_model(tiny_llama().bfloat16(), config, autocast_adapter_dtype=autocast)
     dtype = torch.float32 if autocast else torch.bfloat16
     weight = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
     assert model.get_parameter(weight).dtype == dtype
-    save(model, tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_llama().bfloat16(), tmp_path, autocast_adapter_dtype=autocast)
+    model.base_model.model.model.norm.modules_to_save.default.float()  # as of a base model in float32
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    base = tiny_llama(tie_word_embeddings=True).bfloat16()
+    loaded = PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=autocast)
     assert loaded.get_parameter(weight).dtype == dtype
+    for method in ("from_pretrained", "load_adapter"):
+        base = tiny_llama(tie_word_embeddings=True).bfloat16()
+        options = {"autocast_adapter_dtype": autocast, "low_cpu_mem_usage": True}
+        if method == "from_pretrained":
+            low, name = PeftModel.from_pretrained(base, tmp_path, **options), "default"
+        else:
+            low, name = get_peft_model(base, LoraConfig(target_modules=["v_proj"])), "second"
+            low.load_adapter(tmp_path, name, **options)
+        states = [peftkern.get_peft_model_state_dict(m, adapter_name=n) for m, n in ((loaded, "default"), (low, name))]
+        assert list(states[0]) == list(states[1])
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+        assert base.lm_head.weight is base.model.embed_tokens.weight
 
 
 def test_arguments_of_a_base_model_are_taken_with_a_warning(tmp_path):

@@ -394,6 +394,12 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "'last.weight', of a module that target_modules names too",
     ),
+    # It was made, and each forward failed at the weight, which such a layer only shows.
+    "a layer twice by all-linear": (
+        dict(target_parameters=["last.weight"], target_modules="all-linear"),
+        ValueError,
+        "'last.weight', of a module that target_modules names too",
+    ),
     "trained whole": (
         dict(target_parameters=["odd.matrix"], modules_to_save=["odd"]),
         ValueError,

@@ -156,24 +156,52 @@ class BaseTunerLayer:
             device = torch.device(where)
         return device, dtype if dtype.is_floating_point else None
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Moves an adapter to the base weight's device and dtype; one on the meta device waits there for its values."""
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None, keep_dtype: bool = False
+    ) -> None:
+        """Moves an adapter to the base weight's device and, unless `keep_dtype`, dtype.
+
+        One on the meta device waits there for its values, which will be of the dtype that it has.
+        """
         base_device, dtype = self._base_device_and_dtype()
         device = device if device is not None else base_device
         if device is None:
             return
+        dtype = None if keep_dtype else dtype
         for container in self._containers():
             if adapter_name not in container:
                 continue
             layer = container[adapter_name]
-            tensors = [layer] if isinstance(layer, torch.Tensor) else list(layer.parameters())
-            if any(t.device.type == "meta" for t in tensors):
-                continue
+            where = None if any(p.is_meta for p in parameters_of(layer)) else device
             if isinstance(layer, torch.Tensor):
-                moved = layer.detach().to(device=device, dtype=dtype)
+                moved = layer.detach().to(device=where, dtype=dtype)
                 container[adapter_name] = nn.Parameter(moved, requires_grad=layer.requires_grad)
             else:
-                layer.to(device=device, dtype=dtype)
+                layer.to(device=where, dtype=dtype)
+
+    def _fill_adapter(self, adapter_name: str, config: Any) -> None:
+        """Gives what an adapter still has on the meta device, as no file had it, the values of a new adapter; nothing
+        else is changed."""
+        old = [(c, c[adapter_name]) for c in self._containers() if adapter_name in c]
+        if not any(p.is_meta for _, held in old for p in parameters_of(held)):
+            return
+        flags = [(p, p.requires_grad) for c in self._containers() for p in c.parameters()]
+        self._make_anew(adapter_name, config)
+        for container, before in old:
+            for p, q in zip(parameters_of(before), parameters_of(container[adapter_name]), strict=True):
+                q.data = q.data.to(p.dtype) if p.is_meta else p.data
+                q.requires_grad = p.requires_grad
+        for p, requires_grad in flags:
+            p.requires_grad = requires_grad
+
+    def _make_anew(self, adapter_name: str, config: Any) -> None:
+        """`update_layer` of an adapter that is here, with what it was made with."""
+        raise NotImplementedError(type(self).__name__)
+
+
+def parameters_of(held: Any) -> list[torch.Tensor]:
+    """The parameters of what a container has for an adapter: a module, or a parameter itself."""
+    return [held] if isinstance(held, torch.Tensor) else list(held.parameters())
 
 
 def is_tuned(module: Any) -> TypeGuard[BaseTunerLayer]:

@@ -147,6 +147,13 @@ class BaseTuner(nn.Module, ABC):
         names = [parameter.key for parameter in parameters]
         keys = match_targets(model, config, self.target_module_mapping, self.prefix, state_dict, names)
         self.settle_config(config)
+        # Known only now where target_modules is "all-linear" or the architecture's default.
+        twice = [name for name in names if name.rpartition(".")[0] in keys]
+        if twice:
+            raise ValueError(
+                f"target_parameters names {twice[0]!r}, of a module that target_modules names too: it can be adapted "
+                "in one way (target_modules=[] names no module)"
+            )
         for key in keys:
             if getattr(model.get_submodule(key), "stands_alone", False):
                 raise ValueError(

@@ -260,7 +260,8 @@ def set_peft_model_state_dict(
         peft_model_state_dict: As `get_peft_model_state_dict` returns it.
         adapter_name: Where to; need not be the name under which it was saved.
         ignore_mismatched_sizes: Leave tensors of another shape out, with a warning.
-        low_cpu_mem_usage: The adapter's parameters are on the meta device: take the given tensors in their place.
+        low_cpu_mem_usage: Parameters of the adapter are on the meta device: take the given tensors in their place, in
+            the dtypes that those have.
         source: The file's name, for messages.
 
     Returns:
@@ -276,11 +277,19 @@ def set_peft_model_state_dict(
     plan = plan_load(
         model, peft_model_state_dict, adapter_name, source=source, ignore_mismatched_sizes=ignore_mismatched_sizes
     )
-    model.load_state_dict(plan.tensors, strict=False, assign=low_cpu_mem_usage)
+    tensors = plan.tensors
     if low_cpu_mem_usage:
+        # In the dtypes that were settled when they were made. What has values (copies of modules, biases, embeddings,
+        # which may be tied) is written to as ever.
+        empty = {key: held for key, held in model.state_dict().items() if held.is_meta and key in tensors}
+        taken = {key: tensors[key].to(held.dtype) for key, held in empty.items()}
+        model.load_state_dict(taken, strict=False, assign=True)
         for module in model.modules():
             if is_tuned(module):
-                module._move_adapter_to_device_of_base_layer(adapter_name)
+                module._move_adapter_to_device_of_base_layer(adapter_name, keep_dtype=True)
+                module._fill_adapter(adapter_name, _config_of(model, adapter_name))
+        tensors = {key: value for key, value in tensors.items() if key not in taken}
+    model.load_state_dict(tensors, strict=False)
     _warn_of_overflow(model, plan, source)
     return _IncompatibleKeys(plan.missing, plan.unexpected)
 

@@ -84,6 +84,9 @@ class IA3Layer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _make_anew(self, adapter_name: str, config: IA3Config) -> None:
+        self.update_layer(adapter_name, config)
+
     def _vector_shape(self) -> tuple[int, ...]:
         """The shape of an adapter's parameter, as PEFT stores it."""
         return (1, self.in_features) if self.is_feedforward else (self.out_features, 1)

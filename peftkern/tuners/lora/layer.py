@@ -9,6 +9,7 @@ has beside A and B is in peftkern/tuners/lora/dora.py.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from typing import Any
@@ -127,6 +128,11 @@ class LoraLayer(BaseTunerLayer):
         elif adapter_name in self.lora_magnitude_vector:
             del self.lora_magnitude_vector[adapter_name]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _make_anew(self, adapter_name: str, config: LoraConfig) -> None:
+        if config.init_lora_weights == "loftq":  # the base weight is quantized already
+            config = dataclasses.replace(config, init_lora_weights=True, loftq_config={})
+        self.update_layer(adapter_name, self.r[adapter_name], self.lora_alpha[adapter_name], config)
 
     def _check_adapter(self, config: LoraConfig) -> None:
         """Raises for a configuration that this kind of layer cannot follow."""
@@ -511,6 +517,12 @@ class Linear(LoraLayer, nn.Module):
         return total.to(y.dtype)
 
     def _part(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """What an adapter adds, by calling its modules; in its own dtype."""
+        """What an adapter adds, by calling its modules; in its own dtype.
+
+        Raises:
+            ValueError: It is on the meta device, and x is not: torch would multiply by whatever is in memory.
+        """
         A: Any = self.lora_A[name]
+        if A.weight.is_meta and not x.is_meta and not hasattr(A, "_hf_hook"):
+            raise ValueError(f"adapter {name!r} is on the meta device (low_cpu_mem_usage): load its values first")
         return self.lora_B[name](A(self.lora_dropout[name](x.to(A.weight.dtype)))) * self.scaling[name]

@@ -19,7 +19,7 @@ from peftkern.tuners.merging_quantized import (
     merged_sum,
     unmerge_quantized,
 )
-from peftkern.tuners.tuner_layer import check_adapters_to_merge, check_mergeable_base
+from peftkern.tuners.tuner_layer import check_adapters_to_merge, check_mergeable_base, parameters_of
 from peftkern.utils.quantized_modules import weight_of
 
 if TYPE_CHECKING:
@@ -49,11 +49,13 @@ def check_mergeable(layer: LoraLayer, adapter_names: list[str]) -> None:
 
     Raises:
         TypeError, ValueError: See `check_mergeable_base`.
-        ValueError: There is no bias to merge a `lora_bias` into.
+        ValueError: There is no bias to merge a `lora_bias` into, or an adapter is on the meta device.
     """
     base = layer.get_base_layer()
     check_mergeable_base(layer)
     for name in adapter_names:
+        if any(p.is_meta for c in layer._containers() if name in c for p in parameters_of(c[name])):
+            raise ValueError(f"cannot merge adapter {name!r}, which is on the meta device: load its values first")
         if layer.lora_bias.get(name) and getattr(base, "bias", None) is None:
             raise ValueError(f"cannot merge adapter {name!r} with lora_bias=True: the base layer has no bias")
 
