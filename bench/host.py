@@ -28,6 +28,7 @@ from bench.run import save
 
 HIDDEN, RANK = 4096, 16
 ROUND = 40  # calls between two looks at the clock: fewer launches than a GPU's queue holds
+IA3 = "an IA3 layer (output scaled)"
 PROJECTIONS = (4096, 1024, 1024)  # q, k and v of an 8B Llama
 
 
@@ -49,6 +50,7 @@ class Case:
 CASES = [
     *(Case("a layer", M, bits) for bits in (16, 4) for M in (1, 512, 2048)),
     Case("a layer", 2048, 16, dropout=0.1),
+    *(Case(IA3, 2048, bits) for bits in (16, 4)),
     *(Case("q, k and v", 2048, bits, PROJECTIONS) for bits in (16, 4)),
 ]
 SMOKE = [Case("a layer", 1, 16)]
@@ -56,18 +58,18 @@ SMOKE = [Case("a layer", 1, 16)]
 
 def layers_of(case: Case) -> list[nn.Module]:
     """The case's layers, on the CPU, with bf16 adapters."""
-    from peftkern.nn import LoraLinear
+    from peftkern.nn import IA3Linear, LoraLinear
 
-    options: dict[str, Any] = {"r": RANK, "lora_alpha": RANK, "lora_dropout": case.dropout}
-    if case.bits == 4:
-        options["quantization"] = "nf4"
+    quantization = {16: None, 4: "nf4"}[case.bits]
     made: list[nn.Module] = []
     for out in case.outs:
-        layer = LoraLinear.from_linear(nn.Linear(HIDDEN, out, bias=False, dtype=torch.bfloat16), **options)
-        for name, p in layer.named_parameters():
-            if "lora_" in name:
-                p.data = p.data.bfloat16()
-        made.append(layer)
+        linear = nn.Linear(HIDDEN, out, bias=False, dtype=torch.bfloat16)
+        options: dict[str, Any] = {"adapter_dtype": torch.bfloat16, "quantization": quantization}
+        if case.name == IA3:
+            made.append(IA3Linear.from_linear(linear, **options))
+        else:
+            options |= {"r": RANK, "lora_alpha": RANK, "lora_dropout": case.dropout}
+            made.append(LoraLinear.from_linear(linear, **options))
     return made
 
 
