@@ -30,9 +30,9 @@ def _lora_dy_pass_kernel(
     dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr,  # [M, N] [N, R] [M, R] -> fp32 [column blocks, M, R], [row shares, N, R]
     M, N, R, stride_dym, stride_dyn, stride_bn, stride_br, stride_sm, stride_sr, m_chunk,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_N: tl.constexpr,
-    LOAD_TWICE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    LOAD_TWICE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr, WAIT_FIRST: tl.constexpr = False,
 ):  # fmt: skip
-    begin(OVERLAP)
+    begin(OVERLAP, WAIT_FIRST=WAIT_FIRST)
     blocks_r = tl.cdiv(R, BLOCK_R)
     block_n = (tl.program_id(0) // blocks_r).to(tl.int64)
     block_r = (tl.program_id(0) % blocks_r).to(tl.int64)
@@ -93,6 +93,7 @@ def dy_pass_calls(
     precision: str = "ieee",
     tile: Tile | None = None,
     shares: int | None = None,
+    beside: bool = False,
 ) -> list[Call]:
     """Launches of `ds_out = scaling * dy b` and `db_out = dy^T s`: the pass and one reduction. Any strides.
 
@@ -105,6 +106,7 @@ def dy_pass_calls(
         scaling: applied to dS in fp32 before rounding.
         arch, precision: as in `lora_shrink.shrink_calls`.
         tile, shares: override the table; `shares` is the number of parts that the rows are cut into.
+        beside: for a GEMM behind it that waits late (overlap.py).
 
     Raises:
         ValueError: shapes that do not agree.
@@ -154,6 +156,7 @@ def dy_pass_calls(
             "LOAD_TWICE": arch in (80, 86, 89, 120),
             "PRECISION": precision,
             "OVERLAP": overlaps(arch),
+            "WAIT_FIRST": beside,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -27,7 +27,7 @@ from .lora_linear_persistent import MOST_MASKED_RANK, persistent_calls
 from .lora_linear_split import split_calls
 from .lora_linear_tma import tma_calls
 from .multi_tile import MixedFactor
-from .reduction_tables import by_elements, vectorizes
+from .reduction_tables import by_elements, fits_beside, vectorizes
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -141,6 +141,17 @@ def tile_of(
     return tile
 
 
+def waits_late(
+    x: torch.Tensor, weight: torch.Tensor, s: torch.Tensor, b: torch.Tensor, out: torch.Tensor, arch: int
+) -> bool:
+    """Whether `base_plus_expand_calls` makes a GEMM of these operands that is worth a late wait, for a shrink of x.
+
+    Not of fp32 masters: beside the GEMM the cast of `b` and the shrink's loads of fp32 take longer than they save.
+    """
+    fits = b.dtype == x.dtype and fits_beside(x, s.shape[1], arch)
+    return fits and tile_of(x, weight, s, b, out, None, arch).persistent
+
+
 def base_plus_expand_calls(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -152,6 +163,7 @@ def base_plus_expand_calls(
     dropout: Dropout | None = None,
     arch: int,
     precision: str = "ieee",
+    late: bool = False,
 ) -> list[Call]:
     """Launches that write `out[M, N] = x[M, K] weight[N, K]^T + bias[N] + keep / (1 - p) * (s[M, R] b[N, R]^T)`.
 
@@ -162,13 +174,14 @@ def base_plus_expand_calls(
         out: written in its own dtype; any strides.
         bias: [N]. dropout: mask by (row, column) of `out`. arch: see `gemm_tables`.
         precision: `input_precision` of fp32 dots.
+        late: a persistent GEMM may wait late for what stands before it (`persistent_calls`).
     """
     if out.shape[0] == 0:
         return []
     tile = tile_of(x, weight, s, b, out, dropout, arch)
     options: dict[str, Any] = {"bias": bias, "precision": precision, "tile": tile}
     if tile.persistent and not isinstance(b, MixedFactor):
-        calls = persistent_calls(x, weight, s, b, out, dropout=dropout, arch=arch, **options)
+        calls = persistent_calls(x, weight, s, b, out, dropout=dropout, arch=arch, late=late, **options)
     else:
         build = split_calls if tile.split_k > 1 else tma_calls if tile.tma else pointer_calls
         calls = build(x, weight, s, b, out, dropout=dropout, **options)

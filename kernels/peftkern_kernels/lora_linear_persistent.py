@@ -29,7 +29,7 @@ from .launch import Call, cdiv, nbytes, strides
 from .lora_expand import triton_dtype
 from .lora_factor import as_weight
 from .lora_linear_tma import descriptor, weight_descriptor
-from .overlap import begin, overlap_options, overlaps
+from .overlap import begin, overlap_options, overlaps, wait_late
 
 MOST_MASKED_RANK = 16
 
@@ -96,17 +96,18 @@ def _masked_start(
     return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (BLOCK_M, BLOCK_N))
 
 
-@triton.jit(do_not_specialize=["M", "R", "threshold"])
+@triton.jit(do_not_specialize=["M", "R", "threshold", "wait_step"])
 def _lora_linear_persistent_kernel(
     x_desc, w_desc, s_desc, b_desc,  # [M, K], [N, K] or [K, N], [M, R], [N, R] or [R, N]: descriptors
     out_desc, scaled_desc, bias_ptr, c_ptr,  # [M, N], [M, N]: descriptors; [N] [N]
     s_ptr, b_ptr, seed_ptr,  # [M, R] [N, R] [1] with dropout, in place of their descriptors; else None
-    M, N, K, R, stride_bias, stride_sm, stride_sr, stride_bn, stride_br, threshold, keep_scale,
+    M, N, K, R, stride_bias, stride_sm, stride_sr, stride_bn, stride_br, threshold, keep_scale, wait_step,
     DTYPE: tl.constexpr, WEIGHT_IS_KN: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    begin(OVERLAP, LET_NEXT=False)
+    if wait_step is None:
+        begin(OVERLAP, LET_NEXT=False)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     base_steps = tl.cdiv(K, BLOCK_K)
     steps = base_steps
@@ -123,7 +124,10 @@ def _lora_linear_persistent_kernel(
             s_ptr, b_ptr, seed_ptr, tl.program_id(0), M, N, R, stride_sm, stride_sr, stride_bn, stride_br, threshold,
             keep_scale, DTYPE, BLOCK_M, BLOCK_N, BLOCK_R, GROUP_M, PRECISION,
         )  # fmt: skip
-    for _ in range(0, tl.cdiv(tiles - tl.program_id(0), PROGRAMS) * steps):
+    for turn in range(0, tl.cdiv(tiles - tl.program_id(0), PROGRAMS) * steps):
+        if wait_step is not None:  # noqa: SIM102 - a static test of its own
+            if turn == wait_step:
+                wait_late(OVERLAP)
         # Apart from the rest of a tile's work, so that loads of later steps, and of the next tile, are issued early.
         step = tl.where(step == steps - 1, 0, step + 1)
         if step == 0:
@@ -170,6 +174,16 @@ def multiprocessors(device: torch.device, arch: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def late_step(base_steps: int, num_stages: int) -> int | None:
+    """At the end of which step of its first tile a program waits that waits late; None if that cannot be.
+
+    A step's loads are issued num_stages - 1 steps ahead, before that step's end. So at the end of step `base_steps -
+    num_stages` x's and W's last loads are under way, and the next to be issued is S's; one step is kept to spare.
+    """
+    step = base_steps - num_stages - 1
+    return step if step >= 0 else None
+
+
 def persistent_calls(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -184,11 +198,16 @@ def persistent_calls(
     arch: int,
     c: torch.Tensor | None = None,
     scaled: torch.Tensor | None = None,
+    late: bool = False,
 ) -> list[Call]:
     """The launch of persistent programs, for a given tile; arguments as in `lora_linear.base_plus_expand_calls`, with
     dropout for up to `MOST_MASKED_RANK` ranks. With c [N] contiguous fp32, `out` (which may then be None) is without
     the bias and `scaled = c * out + bias`. Before it, a small one that casts or turns `b` if the GEMM cannot read it as
     it is.
+
+    late: programs wait for the launches before when their first tile's base is done, as overlap.py says. What stands
+    before it in the list must write neither x nor the weight, and begin with a launch that waits first
+    (`shrink_calls(beside=True)`). With dropout tiles begin with S, and programs wait before all else.
 
     x, weight or weight.t(), s, out and scaled must have 16-byte aligned rows (`launch.is_aligned`), and all but weight
     x's dtype.
@@ -203,6 +222,7 @@ def persistent_calls(
         low_rank["b_desc"] = descriptor(thin.t() if weight_is_kn else thin, *thin_block)
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     processors = multiprocessors(x.device, arch)
+    wait_step = late_step(cdiv(K, tile.block_k), tile.num_stages) if late and dropout is None else None
     return [
         *casts,
         Call(
@@ -227,6 +247,7 @@ def persistent_calls(
                 **strides(None if dropout is None else b, "bn", "br"),
                 "threshold": 0 if dropout is None else dropout.threshold,
                 "keep_scale": 1.0 if dropout is None else dropout.keep_scale,
+                "wait_step": wait_step,
             },
             constants={
                 "DTYPE": triton_dtype(x.dtype),

@@ -18,7 +18,7 @@ from .dropout import Dropout, drop_tile
 from .launch import Call, cdiv, compile_options, nbytes, scratch, strides
 from .overlap import begin, overlap_options, overlaps
 from .reduce import PlaneSum, reduce_calls
-from .reduction_tables import Tile, best_splits, by_elements, shrink_tile, vectorizes
+from .reduction_tables import Tile, best_splits, by_elements, shrink_beside_tile, shrink_tile, vectorizes
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -28,8 +28,9 @@ def _lora_shrink_kernel(
     k_chunk, scale, threshold,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    WAIT_FIRST: tl.constexpr = False,
 ):  # fmt: skip
-    begin(OVERLAP)
+    begin(OVERLAP, WAIT_FIRST=WAIT_FIRST)
     # Blocks of R are neighbours in launch order, so that only the first of them reads x from device memory.
     blocks_r = tl.cdiv(R, BLOCK_R)
     block_m = tl.program_id(0) // blocks_r
@@ -84,6 +85,7 @@ def shrink_calls(
     precision: str = "ieee",
     tile: Tile | None = None,
     splits: int | None = None,
+    beside: bool = False,
 ) -> list[Call]:
     """Launches of `out = scaling * (keep * x / (1 - p)) a^T`: one, or two where K is split.
 
@@ -96,6 +98,8 @@ def shrink_calls(
         arch: architecture number (`reduction_tables.PROCESSORS`).
         precision: "ieee" or "tf32", of fp32 products.
         tile, splits: override the table (tuning and tests).
+        beside: for a GEMM behind it that waits late (overlap.py), where `reduction_tables.shrink_beside_tile` has a
+            tile: few programs, so that most multiprocessors are the GEMM's.
 
     Raises:
         ValueError: shapes that do not agree.
@@ -105,6 +109,8 @@ def shrink_calls(
         raise ValueError(f"a, out: expected [R, {K}] and [{M}, R], got {tuple(a.shape)} and {tuple(out.shape)}")
     if out.numel() == 0:
         return []
+    if beside:
+        tile, splits = shrink_beside_tile(R), 1
     if tile is None:
         kind = {"aligned": vectorizes(x), "dropout": dropout is not None, "scattered": by_elements(a)}
         tile = shrink_tile(arch=arch, dtype=x.dtype, M=M, R=R, **kind)
@@ -153,6 +159,7 @@ def shrink_calls(
             "DROPOUT": 0 if dropout is None else dropout.kind,
             "PRECISION": precision,
             "OVERLAP": overlaps(arch),
+            "WAIT_FIRST": beside,
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -139,6 +139,24 @@ def shrink_tile(
     return Tile(rows, 64, rank_block(R, 128), 8 if rows == 128 or (rows == 64 and crowded) else 4, 4 if roomy else 3)
 
 
+# Rows from which a shrink beside a GEMM is faster than before it; what fewer take was not measured.
+BESIDE_ROWS = 4096
+BESIDE = "bench/results/nvidia-h200/overlap.json"
+
+
+def fits_beside(rows: torch.Tensor, R: int, arch: int) -> bool:
+    """Whether a shrink of these rows [M, K] to R ranks runs beside a persistent GEMM of the same rows."""
+    if arch != 90 or rows.dtype.itemsize != 2 or not vectorizes(rows):
+        return False
+    return rows.shape[0] >= BESIDE_ROWS and R % 16 == 0 and 0 < R <= 64
+
+
+def shrink_beside_tile(R: int) -> Tile:
+    """Tile of a shrink that runs beside a persistent GEMM: 256 rows a program, so that 32 of Hopper's multiprocessors
+    read 8192 rows while the others are at the products already. Ranks between 16 and 64: predicted."""
+    return Tile(256, 128, 16, 8, 3, BESIDE) if R == 16 else Tile(256, 64, 64, 8, 5, BESIDE)
+
+
 def weight_gradient_tile(
     *, arch: int, dtype: torch.dtype, M: int, R: int, aligned: bool, dropout: bool, scattered: bool = False
 ) -> Tile:

@@ -9,7 +9,7 @@ on "dequantize:PATH" a quantized one that is written out for the launches of PAT
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from peftkern_kernels.lora_decode import decode_calls
 from peftkern_kernels.lora_decode_4bit import decode_4bit_calls
 from peftkern_kernels.lora_dy_pass import ONE_PASS_RANK, dy_pass_calls
 from peftkern_kernels.lora_expand import expand_calls
-from peftkern_kernels.lora_linear import base_plus_expand_calls
+from peftkern_kernels.lora_linear import base_plus_expand_calls, waits_late
 from peftkern_kernels.lora_linear_4bit import base_4bit_plus_expand_calls, base_4bit_transposed_plus_expand_calls
 from peftkern_kernels.lora_shrink import shrink_calls
 from peftkern_kernels.weight_gradient import weight_gradient_calls
@@ -161,9 +161,27 @@ def forward_calls(
         options = {"bias": bias, "dropout": dropout, **common}
         dense, calls = parts[0].weight, parts[0].calls
         return y, s, [*calls, *decode_calls(x, dense, lora_A, lora_B, scaling, y, s, **options)]
-    calls = [*shrink_calls(x, lora_A, s, scaling=scaling, dropout=dropout, **common)]
-    calls += product_calls(x, parts, s, lora_B, y, bias, arch)
+    late = dropout is None and _waits_late(x, parts, s, lora_B, y, arch)
+    calls = [*shrink_calls(x, lora_A, s, scaling=scaling, dropout=dropout, beside=late, **common)]
+    calls += product_calls(x, parts, s, lora_B, y, bias, arch, late=late)
     return y, s, calls
+
+
+def _waits_late(
+    x: torch.Tensor,
+    parts: Sequence[Part],
+    s: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.Tensor,
+    arch: int,
+    turn: bool = False,
+) -> bool:
+    """Whether the product may run beside the launches that make `s`, and is the faster for it: over a weight that none
+    writes in between. `turn`: it multiplies by W, not by its transpose."""
+    if len(parts) != 1 or parts[0].calls or parts[0].path != "triton":
+        return False
+    weight = parts[0].weight
+    return waits_late(x, weight.t() if turn else weight, s, b, out, arch)
 
 
 def product_calls(
@@ -174,12 +192,14 @@ def product_calls(
     y: torch.Tensor,
     bias: torch.Tensor | None,
     arch: int,
+    *,
+    late: bool = False,
 ) -> Calls:
-    """Launches of `y = x W^T + bias + S B^T`, S given, part after part of W."""
+    """Launches of `y = x W^T + bias + S B^T`, S given, part after part of W. `late`: see `base_plus_expand_calls`."""
     calls: Calls = []
     for part in parts:
         own = (s, part.of_rows(lora_B), part.of_columns(y), part.of_rows(bias))
-        calls += [*part.calls, *output_calls(x, part.weight, *own, part.path, arch)]
+        calls += [*part.calls, *output_calls(x, part.weight, *own, part.path, arch, late=late)]
     return calls
 
 
@@ -192,14 +212,16 @@ def output_calls(
     bias: torch.Tensor | None,
     path: str,
     arch: int,
+    *,
+    late: bool = False,
 ) -> Calls:
-    """Launches of `y = x W^T + bias + S B^T`, S given."""
+    """Launches of `y = x W^T + bias + S B^T`, S given. `late`: see `base_plus_expand_calls`."""
     common: dict[str, Any] = {"bias": bias, "arch": arch, "precision": precision()}
     if path == "cublas":
         return [*expand_calls(s, lora_B, y, **common), add_base(x, weight, y)]
     if path in FUSED_4BIT_PATHS:
         return [*base_4bit_plus_expand_calls(x, packed(weight), s, lora_B, y, **common)]
-    return [*base_plus_expand_calls(x, weight, s, lora_B, y, **common)]
+    return [*base_plus_expand_calls(x, weight, s, lora_B, y, late=late, **common)]
 
 
 def input_gradient_calls(
@@ -211,14 +233,16 @@ def input_gradient_calls(
     dropout: Dropout | None,
     path: str,
     arch: int,
+    *,
+    late: bool = False,
 ) -> Calls:
-    """Launches of `dX = dY W + keep / (1 - p) * (dS A)`, dS given."""
+    """Launches of `dX = dY W + keep / (1 - p) * (dS A)`, dS given. `late`: see `base_plus_expand_calls`."""
     common: dict[str, Any] = {"dropout": dropout, "arch": arch, "precision": precision()}
     if path == "cublas":
         return [*expand_calls(ds, lora_A.t(), dx, **common), add_base(dy, weight.t(), dx)]
     if path in FUSED_4BIT_PATHS:
         return [*base_4bit_transposed_plus_expand_calls(dy, packed(weight), ds, lora_A, dx, **common)]
-    return [*base_plus_expand_calls(dy, weight.t(), ds, lora_A.t(), dx, **common)]
+    return [*base_plus_expand_calls(dy, weight.t(), ds, lora_A.t(), dx, late=late, **common)]
 
 
 def dx_calls(
@@ -228,9 +252,12 @@ def dx_calls(
     dx: torch.Tensor,
     dropout: Dropout | None,
     arch: int,
+    *,
+    late: bool = False,
 ) -> Calls:
     """Launches of `dX = dY W + keep / (1 - p) * (dS A)`, the sum of `dY W` over parts of W, and over weights, each with
-    the dY that it multiplies. The first writes dX with the low-rank part in it; cuBLAS adds the others."""
+    the dY that it multiplies. The first writes dX with the low-rank part in it; cuBLAS adds the others. `late`: see
+    `base_plus_expand_calls`."""
     calls: Calls = []
     begun = False
     for dy, part in products:
@@ -239,7 +266,7 @@ def dx_calls(
         if begun:
             calls.append(add_base(own_dy, part.weight.t(), dx))
         else:
-            calls += input_gradient_calls(own_dy, part.weight, ds, lora_A, dx, dropout, part.path, arch)
+            calls += input_gradient_calls(own_dy, part.weight, ds, lora_A, dx, dropout, part.path, arch, late=late)
         begun = True
     return calls
 
@@ -252,9 +279,12 @@ def thin_calls(
     db: torch.Tensor | None,
     scaling: float,
     arch: int,
+    *,
+    beside: bool = False,
 ) -> tuple[Calls, bool]:
-    """Launches of `dS = scaling * dY B`, and whether they write `dB = dY^T S` too, from the same pass over dY."""
-    common: dict[str, Any] = {"scaling": scaling, "arch": arch, "precision": precision()}
+    """Launches of `dS = scaling * dY B`, and whether they write `dB = dY^T S` too, from the same pass over dY.
+    `beside`: see `shrink_calls`."""
+    common: dict[str, Any] = {"scaling": scaling, "arch": arch, "precision": precision(), "beside": beside}
     if db is not None and lora_B.shape[1] <= ONE_PASS_RANK:
         return [*dy_pass_calls(dy, lora_B, s, ds, db, **common)], True
     return [*shrink_calls(dy, lora_B.t(), ds, **common)], False
@@ -291,11 +321,14 @@ def backward_calls(
         factors = (lora_B.t(), lora_A.t(), scaling)
         calls += [*parts[0].calls, *decode_calls(dy, parts[0].weight.t(), *factors, dx, ds, bias=None, **common)]
     else:
+        late = False
+        if dx is not None and dropout is None:
+            late = _waits_late(dy, parts, ds, lora_A.t(), dx, arch, turn=True)
         if ds is not None:
-            thin, db_done = thin_calls(dy, lora_B, s, ds, db, scaling, arch)
+            thin, db_done = thin_calls(dy, lora_B, s, ds, db, scaling, arch, beside=late)
             calls += thin
         if dx is not None:
-            calls += dx_calls([(dy, part) for part in parts], ds, lora_A, dx, dropout, arch)
+            calls += dx_calls([(dy, part) for part in parts], ds, lora_A, dx, dropout, arch, late=late)
     if da is not None or (db is not None and not db_done):
         left_b = None if db_done or db is None else s
         calls += weight_gradient_calls(
