@@ -91,6 +91,7 @@ def test_a_weight_that_is_written_out_in_between_is_waited_for():
         {"p": 0.1},
         {"masters": True},
         {"M": 2048},
+        {"M": 40000},
         {"R": 8},
         {"R": 24},
         {"R": 128},

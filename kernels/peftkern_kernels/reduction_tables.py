@@ -139,8 +139,9 @@ def shrink_tile(
     return Tile(rows, 64, rank_block(R, 128), 8 if rows == 128 or (rows == 64 and crowded) else 4, 4 if roomy else 3)
 
 
-# Rows from which a shrink beside a GEMM is faster than before it; what fewer take was not measured.
-BESIDE_ROWS = 4096
+# Rows of which a shrink beside a GEMM is faster than before it: what fewer take was not measured, and the programs of
+# more would not all be placed at once, so that the GEMM could not begin.
+BESIDE_ROWS = range(4096, 32768 + 1)
 BESIDE = "bench/results/nvidia-h200/overlap.json"
 
 
@@ -148,7 +149,7 @@ def fits_beside(rows: torch.Tensor, R: int, arch: int) -> bool:
     """Whether a shrink of these rows [M, K] to R ranks runs beside a persistent GEMM of the same rows."""
     if arch != 90 or rows.dtype.itemsize != 2 or not vectorizes(rows):
         return False
-    return rows.shape[0] >= BESIDE_ROWS and R % 16 == 0 and 0 < R <= 64
+    return rows.shape[0] in BESIDE_ROWS and R % 16 == 0 and 0 < R <= 64
 
 
 def shrink_beside_tile(R: int) -> Tile:
