@@ -21,19 +21,18 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def cpu_parser(doc: str | None, *, pairs: int, what: str, smoke: str = "a tiny model") -> argparse.ArgumentParser:
+def cpu_parser(doc: str | None, *, pairs: int, what: str) -> argparse.ArgumentParser:
     """The command line of such a program.
 
     Args:
         doc: its docstring, of which the first line is shown.
         pairs: how many, unless one says.
         what: that pairs are of.
-        smoke: what --smoke runs.
     """
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--pairs", type=int, default=pairs, help=f"pairs of {what}")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--smoke", action="store_true", help=f"{smoke}: does the program run?")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model: does the program run?")
     parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/cpu-<processor>)")
     return parser
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from peftkern.config import PeftConfig
 from peftkern.mapping_func import get_peft_model
-from peftkern.ops._common import FLOATS
+from peftkern.ops._common import check_float_dtype
 from peftkern.peft_model_base import PeftModel
 from peftkern.tuners.lora import LoraConfig, LoraModel
 from peftkern.tuners.lora.config import highest_rank
@@ -102,8 +102,7 @@ class AdapterBank:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
         check_is_module("model", model)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
-            raise TypeError(f"dtype: expected float32, float16, bfloat16, float64 or None, got {dtype!r}")
+        check_float_dtype("dtype", dtype)
         if isinstance(model, PeftModel):
             if not isinstance(model.base_model, LoraModel):
                 raise TypeError(f"model: expected LoRA adapters, got {type(model.base_model).__name__}")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from peftkern.layer_files import ADAPTER, load_adapter, save_adapter
-from peftkern.ops._common import FLOATS
+from peftkern.ops._common import check_float_dtype
 from peftkern.tuners.ia3 import IA3Config
 from peftkern.tuners.ia3.layer import Linear as IA3LinearLayer
 from peftkern.tuners.lora.config import LoraConfig
@@ -52,9 +52,8 @@ def _check(adapter_dtype: Any, dtype: Any = None, **sizes: Any) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
             raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
-    for name, value in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
-        if value is not None and not (isinstance(value, torch.dtype) and value in FLOATS):
-            raise TypeError(f"{name}: expected float32, float16, bfloat16, float64 or None, got {value!r}")
+    check_float_dtype("dtype", dtype)
+    check_float_dtype("adapter_dtype", adapter_dtype)
 
 
 def _check_linear(linear: Any) -> None:

@@ -34,7 +34,6 @@ def test_same_bits_while_the_input_is_written_just_before_and_just_behind(M, N, 
     A, B = (torch.randn(R, K, device=device) / K**0.5).to(dtype), (torch.randn(N, R, device=device) / R**0.5).to(dtype)
     y, s, forward = forward_calls(x, w, A, B, 2.0, None, None, "triton", arch)
     dx, da, db, backward = backward_calls(dy, x, w, A, B, s, 2.0, None, "triton", arch, (True, True, True))
-    apart = []
     for calls in (forward, backward):
         for call in calls:
             call.run()

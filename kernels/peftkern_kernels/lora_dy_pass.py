@@ -30,7 +30,7 @@ def _lora_dy_pass_kernel(
     dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr,  # [M, N] [N, R] [M, R] -> fp32 [column blocks, M, R], [row shares, N, R]
     M, N, R, stride_dym, stride_dyn, stride_bn, stride_br, stride_sm, stride_sr, m_chunk,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, EVEN_N: tl.constexpr,
-    LOAD_TWICE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr, WAIT_FIRST: tl.constexpr = False,
+    LOAD_TWICE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr, WAIT_FIRST: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP, WAIT_FIRST=WAIT_FIRST)
     blocks_r = tl.cdiv(R, BLOCK_R)

@@ -28,7 +28,7 @@ def _lora_shrink_kernel(
     k_chunk, scale, threshold,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
-    WAIT_FIRST: tl.constexpr = False,
+    WAIT_FIRST: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP, WAIT_FIRST=WAIT_FIRST)
     # Blocks of R are neighbours in launch order, so that only the first of them reads x from device memory.
@@ -109,9 +109,9 @@ def shrink_calls(
         raise ValueError(f"a, out: expected [R, {K}] and [{M}, R], got {tuple(a.shape)} and {tuple(out.shape)}")
     if out.numel() == 0:
         return []
-    if beside:
+    if tile is None and beside:
         tile, splits = shrink_beside_tile(R), 1
-    if tile is None:
+    elif tile is None:
         kind = {"aligned": vectorizes(x), "dropout": dropout is not None, "scattered": by_elements(a)}
         tile = shrink_tile(arch=arch, dtype=x.dtype, M=M, R=R, **kind)
     blocks_m, blocks_r, steps = cdiv(M, tile.block_m), cdiv(R, tile.block_r), cdiv(K, tile.block_c)

@@ -114,6 +114,12 @@ def needs_operator(*tensors: torch.Tensor) -> bool:
     return not kinds.issubset(_PLAIN_TYPES)
 
 
+def check_float_dtype(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is one of `FLOATS`, or None."""
+    if value is not None and not (isinstance(value, torch.dtype) and value in FLOATS):
+        raise TypeError(f"{name}: expected float32, float16, bfloat16, float64 or None, got {value!r}")
+
+
 def calls_are_changed() -> bool:
     """Whether a compiler, autocast or a dispatch mode changes what a call does here."""
     if torch.compiler.is_compiling():

@@ -13,7 +13,7 @@ import torch
 
 from peftkern.backend import device_info
 from peftkern.ops._lora_linear_triton import add_base, precision, write_base
-from peftkern.ops._weight_calls import Calls, Part, parts_of, stored
+from peftkern.ops._weight_calls import Calls, Part, is_whole_on, parts_of, stored
 from peftkern_kernels import replay
 from peftkern_kernels.ia3_gemm import ia3_gemm_calls
 from peftkern_kernels.ia3_scale import scale_calls
@@ -45,16 +45,11 @@ def forward_calls(
         scaled = scratch(*x.shape, dtype=x.dtype, device=x.device)
         return y, None, [*scale_calls(x, scale, scaled, ids=ids, arch=arch), *_products(scaled, parts, y, bias)]
     z = x.new_empty(M, N) if keep_z else None
-    if is_in_gemm(parts) and ids is None:
+    if is_whole_on(parts, "triton") and ids is None:
         options: dict[str, Any] = {"bias": bias, "z": z, "arch": arch, "precision": precision()}
         return y, z, [*parts[0].calls, *ia3_gemm_calls(x, parts[0].weight, scale, y, **options)]
     product = y if z is None else z
     return y, z, [*_products(x, parts, product, bias), *scale_calls(product, scale, y, ids=ids, arch=arch)]
-
-
-def is_in_gemm(parts: Sequence[Part]) -> bool:
-    """Whether a GEMM of ours takes the weight, whole, with l in its epilogue."""
-    return len(parts) == 1 and parts[0].path == "triton"
 
 
 def _products(x: torch.Tensor, parts: Sequence[Part], out: torch.Tensor, bias: torch.Tensor | None) -> Calls:
@@ -126,7 +121,7 @@ def backward_calls(
     g = dy if needs_g else None
     if not needs_weight:
         return None, None, g, []
-    if is_in_gemm(parts) and ids is None and dscale is not None:
+    if is_whole_on(parts, "triton") and ids is None and dscale is not None:
         dx = dy.new_empty(M, K) if needs_x else None
         options: dict[str, Any] = {"x": x, "sums": dscale, "arch": arch, "precision": precision()}
         return dx, dscale, g, [*parts[0].calls, *ia3_gemm_calls(dy, parts[0].weight.t(), scale, dx, **options)]

@@ -16,7 +16,7 @@ import torch
 
 from peftkern.ops._lora_linear_torch import dense_rows
 from peftkern.ops._rank_rows import new_s, scratch_s
-from peftkern.ops._weight_calls import Calls, Part, packed, parts_of, stored
+from peftkern.ops._weight_calls import Calls, Part, is_whole_on, packed, parts_of, stored
 from peftkern_kernels import replay
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.launch import TorchCall, nbytes
@@ -157,7 +157,7 @@ def forward_calls(
         options = {"bias": bias, "dropout": dropout, **common}
         return y, s, [*decode_4bit_calls(x, packed(weight), lora_A, lora_B, scaling, y, s, **options)]
     parts = list(parts_of(weight, path, x, arch))
-    if len(parts) == 1 and parts[0].path == "decode":
+    if is_whole_on(parts, "decode"):
         options = {"bias": bias, "dropout": dropout, **common}
         dense, calls = parts[0].weight, parts[0].calls
         return y, s, [*calls, *decode_calls(x, dense, lora_A, lora_B, scaling, y, s, **options)]
@@ -178,7 +178,7 @@ def _waits_late(
 ) -> bool:
     """Whether the product may run beside the launches that make `s`, and is the faster for it: over a weight that none
     writes in between. `turn`: it multiplies by W, not by its transpose."""
-    if len(parts) != 1 or parts[0].calls or parts[0].path != "triton":
+    if not is_whole_on(parts, "triton") or parts[0].calls:
         return False
     weight = parts[0].weight
     return waits_late(x, weight.t() if turn else weight, s, b, out, arch)
@@ -316,7 +316,7 @@ def backward_calls(
     calls: Calls = []
     parts = [] if dx is None else list(parts_of(weight, path, dy, arch))
     db_done = False
-    if dx is not None and dropout is None and len(parts) == 1 and parts[0].path == "decode":
+    if dx is not None and dropout is None and is_whole_on(parts, "decode"):
         # dX = dY W + (dY B) A has the form of a forward pass, with dS in S's place.
         factors = (lora_B.t(), lora_A.t(), scaling)
         calls += [*parts[0].calls, *decode_calls(dy, parts[0].weight.t(), *factors, dx, ds, bias=None, **common)]

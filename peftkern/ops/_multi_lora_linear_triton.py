@@ -12,14 +12,15 @@ layer is a group of one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from peftkern.backend import device_info
 from peftkern.ops._lora_linear_triton import FUSED_4BIT_PATHS, Kept, add_base, dropout, precision, write_base
-from peftkern.ops._weight_calls import Calls, Part, packed, parts_of, room_for, stored_of_all
+from peftkern.ops._weight_calls import Calls, Part, is_whole_on, packed, parts_of, room_for, stored_of_all
+from peftkern.ops.plan import DECODE_PATHS
 from peftkern_kernels import replay
 from peftkern_kernels.adapters import Adapters
 from peftkern_kernels.dropout import Dropout
@@ -39,6 +40,8 @@ from peftkern_kernels.projections import columns
 from peftkern_kernels.routing import Routing
 
 __all__ = ["BASE_MAX_ROWS", "MAX_ROWS", "backward_calls", "forward_calls", "multi_calls"]
+
+IN_GEMM = ("triton", *FUSED_4BIT_PATHS)  # paths whose GEMM has the expand in its accumulator
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,25 +90,23 @@ def shared_forward_calls(
     ys = [x.new_empty(M, layer.weight.shape[0]) for layer in layers]
     common: dict[str, Any] = {"arch": arch, "precision": precision()}
     parts = _parts(layers, path, x, arch)
-    calls: Calls = []
-    if path == "dequantize:decode" and len(layers) == len(parts[0]) == 1:
-        path, (part,) = "decode", parts[0]
-        calls, layers = part.calls, [replace(layers[0], weight=part.weight)]
-    if path in ("decode", "decode_4bit") and dropout is None:
+    if dropout is None and _are_decoded(parts):
         s_out = x.new_empty(M, sum(ranks)) if keep_s else None
+        weights = [own[0].weight for own in parts]
+        calls: Calls = [call for own in parts for call in own[0].calls]
         beside = list(zip(layers, ys, columns(s_out, ranks), strict=True))
         if M <= BASE_MAX_ROWS:
             group = [Projection(each.adapters, y, None, each.bias, part) for each, y, part in beside]
-            weights = [packed(each.weight) if path == "decode_4bit" else each.weight for each in layers]
-            return ys, s_out, [*calls, *group_linear_decode_calls(x, weights, group, routing, **common)]
-        calls += [write_base(x, each.weight, y) for each, y, _ in beside]
+            taken = [weight if isinstance(weight, torch.Tensor) else packed(weight) for weight in weights]
+            return ys, s_out, [*calls, *group_linear_decode_calls(x, taken, group, routing, **common)]
+        calls += [write_base(x, weight, y) for weight, y in zip(weights, ys, strict=True)]
         group = [Projection(each.adapters, y, y, each.bias, part) for each, y, part in beside]
         return ys, s_out, [*calls, *group_decode_calls(x, group, routing, **common)]
     s = x.new_empty(M, sum(ranks))
     calls = [*group_shrink_calls(x, [each.adapters for each in layers], routing, s, dropout=dropout, **common)]
     for layer, own, y, own_s in zip(layers, parts, ys, columns(s, ranks), strict=True):
         factor = MixedFactor(layer.adapters, routing, "b")
-        if _is_in_gemm(own):
+        if is_whole_on(own, *IN_GEMM):
             calls += own[0].calls
             if isinstance(own[0].weight, torch.Tensor):
                 calls += base_plus_expand_calls(x, own[0].weight, own_s, factor, y, bias=layer.bias, **common)
@@ -119,15 +120,18 @@ def shared_forward_calls(
     return ys, s, calls
 
 
+def _are_decoded(parts: Sequence[Sequence[Part]]) -> bool:
+    """Whether the decode paths' launches, which take all weights at once, may: of those that are written out only one
+    is there at a time."""
+    if not all(is_whole_on(own, *DECODE_PATHS) for own in parts):
+        return False
+    return len(parts) == 1 or not any(own[0].calls for own in parts)
+
+
 def _parts(layers: Sequence[Layer], path: str, like: torch.Tensor, arch: int) -> list[list[Part]]:
     """The parts of each layer's weight, which take turns in one memory where they are written out."""
     room = room_for([layer.weight for layer in layers], path, like)
     return [list(parts_of(layer.weight, path, like, arch, room)) for layer in layers]
-
-
-def _is_in_gemm(parts: Sequence[Part]) -> bool:
-    """Whether a GEMM of ours takes the weight, whole, with the expand in its accumulator."""
-    return len(parts) == 1 and (parts[0].path == "triton" or parts[0].path in FUSED_4BIT_PATHS)
 
 
 def backward_calls(
@@ -226,7 +230,7 @@ def _dx_calls(
         return calls
     options: dict[str, Any] = {"dropout": dropout, **common}
     others = list(zip(dys, layers, _parts(layers, path, dx, common["arch"]), parts_ds, strict=True))
-    if _is_in_gemm(others[0][2]):
+    if is_whole_on(others[0][2], *IN_GEMM):
         dy, layer, (part,), ds = others.pop(0)
         calls += _base_and_expand(dy, layer.adapters, part, ds, routing, dx, options)
     if path in FUSED_4BIT_PATHS:  # that kernel only writes: a second buffer, added

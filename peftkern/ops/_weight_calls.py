@@ -54,6 +54,11 @@ class Part:
         return self.rows.start == 0 and self.rows.stop == N
 
 
+def is_whole_on(parts: Sequence[Part], *paths: str) -> bool:
+    """Whether the launches of one of these paths take the weight whole."""
+    return len(parts) == 1 and parts[0].path in paths
+
+
 def packed(weight: Weight4bit) -> Packed4bit:
     """A 4-bit weight as the kernels take it."""
     N, K = weight.shape

@@ -22,11 +22,10 @@ from peftkern.ops._common import (
     unflattened,
     without_autocast,
 )
+from peftkern.ops._dense_blocks import Quantized
 from peftkern.ops.lora_linear_quantized import flatten, plan_for, unflatten
 from peftkern.ops.quantize import dequantize
-from peftkern.weights import DENSE_DTYPES, Weight4bit, Weight8bit
-
-Quantized = Weight4bit | Weight8bit
+from peftkern.weights import DENSE_DTYPES, Weight4bit
 
 
 def linear_quantized(x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None = None) -> torch.Tensor:
