@@ -75,7 +75,7 @@ def forced(feedforward: bool, path: str) -> Function:
 
     def function(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         rest = (weight, feedforward, path, feedforward, not feedforward)
-        return _IA3Linear.apply(x, weight, scale, None, None, rest)
+        return _IA3Linear.apply(x, weight, scale, None, None, rest, None)
 
     return function
 

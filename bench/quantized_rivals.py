@@ -109,7 +109,7 @@ def forced_path(weight: Weight4bit, path: str) -> LoraFunction:
         x: torch.Tensor, dense: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float, p: float
     ) -> torch.Tensor:
         seed = draw_seed(x.device) if p else None
-        return _LoraLinearQuantized.apply(x, A, B, None, seed, (weight, scaling, p, path))
+        return _LoraLinearQuantized.apply(x, A, B, None, seed, (weight, scaling, p, path), None)
 
     return function
 

@@ -61,7 +61,7 @@ def forced_path(path: str) -> LoraFunction:
         x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float, p: float
     ) -> torch.Tensor:
         seed = draw_seed(x.device) if p else None
-        return _LoraLinear.apply(x, weight, A, B, None, seed, scaling, p, path)
+        return _LoraLinear.apply(x, weight, A, B, None, seed, scaling, p, path, None)
 
     return function
 

@@ -150,6 +150,25 @@ def apply_directly(function: type[torch.autograd.Function], *arguments: Any) -> 
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
+def apply_in_two(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`apply_directly(function, *arguments, later)`, for one whose forward may leave to `later` what makes y.
+
+    Within a backward pass a forward runs to be computed again, by checkpointing, which stops it where the last tensor
+    that was kept is there (torch.utils.checkpoint's early stop, raised while `function` keeps its tensors). For the
+    last operation of a checkpointed region, an MLP's largest product often, y is then never asked for. So there
+    `later` is a list: forward makes what it keeps, returns y without values, and appends what fills it. Else it is
+    None.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return apply_directly(function, *arguments, None)
+    later: list[Callable[[], object]] = []
+    y = apply_directly(function, *arguments, later)
+    with torch.no_grad(), torch._C._DisableAutocast():
+        for fill in later:
+            fill()
+    return y
+
+
 def ask(plan: Any, *arguments: Any) -> Plan:
     """A plan, from its cache unless torch.compile is tracing: sizes may be symbols then, which no cache can hold."""
     return plan.__wrapped__(*arguments) if torch.compiler.is_compiling() else plan(*arguments)
@@ -299,6 +318,7 @@ def check_adapters(
             raise ValueError(f"{operation}: {name}: expected device {x.device} as x, got {t.device}")
 
 
+Later = list[Callable[[], object]] | None  # what `apply_in_two` gives an autograd function
 Ranks = Sequence[slice]  # the columns of S, of several projections side by side, that are each one's
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from peftkern.ops._common import adapters_for
+from peftkern.ops._common import Later, adapters_for
 
 # Up to so many rows the factor scaling / (1 - p) rides in products as `alpha`: one more operation would cost more.
 # Beyond, S and dS are multiplied by it: some BLAS libraries take twice as long for a product with `alpha`.
@@ -111,28 +111,51 @@ def forward(
     bias: torch.Tensor | None,
     dropout_p: float,
     seed: torch.Tensor | None,
+    later: Later = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """x [M, K], weight and bias in one dtype -> y [M, N], S [M, R] in the adapters' dtype, mask [M, K] or None.
 
-    S is (keep * x) A^T, times scaling / (1 - p) where there are more than `FEW_ROWS`.
+    S is (keep * x) A^T, times scaling / (1 - p) where there are more than `FEW_ROWS`. `later`: see `apply_in_two`.
     """
+    x = dense_rows(x)
+    s, mask, alpha = shrink(x, lora_A, scaling, dropout_p, seed)
+    if later is None:
+        return product(x, weight, s, lora_B, bias, alpha), s, mask
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    later.append(lambda: y.copy_(product(x, weight, s, lora_B, bias, alpha)))
+    return y, s, mask
+
+
+def shrink(
+    x: torch.Tensor, lora_A: torch.Tensor, scaling: float, dropout_p: float, seed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+    """(S, mask) of `forward`, and by what S B^T is to be multiplied."""
     mask = None
-    dropped = x = dense_rows(x)
+    dropped = x
     if seed is not None:
         mask = keep_mask(seed, x.shape[0], x.shape[1], dropout_p)
         dropped = apply_mask(x, mask)
         scaling = scaling / (1.0 - dropout_p)
-    masters = lora_A.dtype is not x.dtype
-    s = linear(dropped.to(lora_A.dtype) if masters else dropped, lora_A)
+    s = linear(dropped.to(lora_A.dtype) if lora_A.dtype is not x.dtype else dropped, lora_A)
     alpha = scaling if x.shape[0] <= FEW_ROWS else 1.0
     if alpha != scaling:
         s.mul_(scaling)
+    return s, mask, alpha
+
+
+def product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    s: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    alpha: float,
+) -> torch.Tensor:
+    """`x W^T + bias + alpha S B^T`."""
     y = linear(x, weight, bias)
-    if masters:
-        y.add_(s.mm(lora_B.t()), alpha=alpha)
-    else:
-        y.addmm_(s, lora_B.t(), alpha=alpha)
-    return y, s, mask
+    if s.dtype is not x.dtype:
+        return y.add_(s.mm(lora_B.t()), alpha=alpha)
+    return y.addmm_(s, lora_B.t(), alpha=alpha)
 
 
 def backward(

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from peftkern.ops._common import Later
 from peftkern.ops._lora_linear_torch import dense_rows
 from peftkern.ops._rank_rows import new_s, scratch_s
-from peftkern.ops._weight_calls import Calls, Part, is_whole_on, packed, parts_of, stored
+from peftkern.ops._weight_calls import WRITTEN_OUT, Calls, Part, is_whole_on, packed, parts_of, stored
+from peftkern.ops.plan import DECODE_PATHS
 from peftkern_kernels import replay
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.launch import TorchCall, nbytes
@@ -97,16 +99,37 @@ def forward(
     dropout: Dropout | None,
     path: str,
     arch: int,
+    later: Later = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the launches of `forward_calls`; y [M, N] and S [M, R]."""
-    out = _outputs(x, weight, lora_A, path, arch)
+    """Run the launches of `forward_calls`; y [M, N] and S [M, R]. `later`: see `apply_in_two`; the decode paths make S
+    together with y."""
+    y, s = out = _outputs(x, weight, lora_A, path, arch)
     number, *held = stored(weight)
     seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
+    if later is None or path.removeprefix(WRITTEN_OUT) in DECODE_PATHS:
+        replay.run(
+            ("lora_linear", scaling, p, path, precision(), number),
+            (x, *held, lora_A, lora_B, bias, seed, *out),
+            lambda: forward_calls(x, weight, lora_A, lora_B, scaling, bias, dropout, path, arch, out)[2],
+            x.device,
+        )
+        return out
+    taken = isinstance(weight, torch.Tensor) and weight.dtype == x.dtype  # as it is: its launches may run beside S's
     replay.run(
-        ("lora_linear", scaling, p, path, precision(), number),
-        (x, *held, lora_A, lora_B, bias, seed, *out),
-        lambda: forward_calls(x, weight, lora_A, lora_B, scaling, bias, dropout, path, arch, out)[2],
+        ("lora_linear S", scaling, p, path, precision(), taken),
+        (x, weight if taken else None, lora_A, lora_B, seed, *out),
+        lambda: _s_calls(
+            x, [*parts_of(weight, path, x, arch)] if taken else [], lora_A, lora_B, scaling, dropout, arch, out
+        )[0],
         x.device,
+    )
+    later.append(
+        lambda: replay.run(
+            ("lora_linear y", path, precision(), number),
+            (x, *held, lora_B, bias, y, s),
+            lambda: product_calls(x, parts_of(weight, path, x, arch), s, lora_B, y, bias, arch),
+            x.device,
+        )
     )
     return out
 
@@ -161,10 +184,26 @@ def forward_calls(
         options = {"bias": bias, "dropout": dropout, **common}
         dense, calls = parts[0].weight, parts[0].calls
         return y, s, [*calls, *decode_calls(x, dense, lora_A, lora_B, scaling, y, s, **options)]
-    late = dropout is None and _waits_late(x, parts, s, lora_B, y, arch)
-    calls = [*shrink_calls(x, lora_A, s, scaling=scaling, dropout=dropout, beside=late, **common)]
+    calls, late = _s_calls(x, parts, lora_A, lora_B, scaling, dropout, arch, (y, s))
     calls += product_calls(x, parts, s, lora_B, y, bias, arch, late=late)
     return y, s, calls
+
+
+def _s_calls(
+    x: torch.Tensor,
+    parts: Sequence[Part],
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    dropout: Dropout | None,
+    arch: int,
+    out: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[Calls, bool]:
+    """Launches of S, and whether the product may run beside them."""
+    y, s = out
+    late = dropout is None and _waits_late(x, parts, s, lora_B, y, arch)
+    common: dict[str, Any] = {"arch": arch, "precision": precision(), "beside": late}
+    return [*shrink_calls(x, lora_A, s, scaling=scaling, dropout=dropout, **common)], late
 
 
 def _waits_late(

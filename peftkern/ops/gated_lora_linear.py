@@ -14,7 +14,8 @@ import torch
 
 from peftkern.backend import backend_in_force
 from peftkern.ops._common import (
-    apply_directly,
+    Later,
+    apply_in_two,
     autocast_dtype,
     dropout_in_force,
     dropout_seed,
@@ -102,7 +103,7 @@ def gated_lora_linear(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (gate, up, lora_A, lora_B)):
         dense = weight if isinstance(weight, torch.Tensor) else None
         rest = (weight, bias, seed, scaling, dropout_p, activation, path)
-        return apply_directly(_GatedLoraLinear, gate, up, lora_A, lora_B, dense, rest)
+        return apply_in_two(_GatedLoraLinear, gate, up, lora_A, lora_B, dense, rest)
     return _forward(*arguments)[0]
 
 
@@ -142,13 +143,14 @@ def _forward(
     dropout_p: float,
     activation: str,
     path: str,
+    later: Later = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """y [..., N], S [M, R], and a mask [M, K] on the plain path with dropout."""
+    """y [..., N], S [M, R], and a mask [M, K] on the plain path with dropout. `later`: see `apply_in_two`."""
     K = gate.shape[-1]
     h = gated(gate.reshape(-1, K), up.reshape(-1, K), activation, path).view(gate.shape)
     if isinstance(weight, torch.Tensor):
-        return dense_forward(h, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
-    return quantized_forward(h, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
+        return dense_forward(h, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path, later)
+    return quantized_forward(h, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path, later)
 
 
 @without_autocast
@@ -195,9 +197,10 @@ class _GatedLoraLinear(torch.autograd.Function):
     """The eager door; the weight is an input of its own if it is dense, so that changing it in place is noticed."""
 
     @staticmethod
-    def forward(ctx: Any, gate, up, lora_A, lora_B, dense, rest):
+    def forward(ctx: Any, gate, up, lora_A, lora_B, dense, rest, later):
         weight, bias, seed, *numbers = rest
-        y, s, mask = _forward(gate, up, weight, lora_A, lora_B, bias, seed, *numbers)
+        arguments: Any = (gate, up, weight, lora_A, lora_B, bias, seed, *numbers, later)
+        y, s, mask = _forward(*arguments)
         needs_gate, needs_up, needs_a, needs_b, *_ = ctx.needs_input_grad
         ctx.needs = (needs_gate or needs_up, needs_a, needs_b)
         path = numbers[-1]
@@ -217,7 +220,7 @@ class _GatedLoraLinear(torch.autograd.Function):
         saved: Any = (dy, gate, up, weight, lora_A, lora_B, taken_s(s), mask, seed, *ctx.numbers, ctx.needs)
         dgate, dup, da, db = _backward(*saved)
         needs_gate, needs_up, *_ = ctx.needs_input_grad
-        return dgate if needs_gate else None, dup if needs_up else None, da, db, None, None
+        return dgate if needs_gate else None, dup if needs_up else None, da, db, None, None, None
 
 
 # -- the operator -------------------------------------------------------------------------------------------------

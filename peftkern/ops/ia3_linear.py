@@ -24,7 +24,7 @@ from peftkern.backend import backend_in_force, device_info
 from peftkern.ops import _ia3_linear_torch
 from peftkern.ops._common import (
     FLOATS,
-    apply_directly,
+    apply_in_two,
     ask,
     autocast_dtype,
     calls_are_changed,
@@ -139,7 +139,7 @@ def _apply(
     base_learns = weight_learns or (bias is not None and bias.requires_grad)
     if learns and (x.requires_grad or scale.requires_grad or base_learns):
         rest = (weight, is_feedforward, path, keep_x, keep_z)
-        return apply_directly(_IA3Linear, x, dense, scale, bias, ids, rest)
+        return apply_in_two(_IA3Linear, x, dense, scale, bias, ids, rest)
     return _forward(x, weight, scale, bias, ids, is_feedforward, path, False)[0]
 
 
@@ -388,9 +388,14 @@ class _IA3Linear(torch.autograd.Function):
     """The eager door."""
 
     @staticmethod
-    def forward(ctx: Any, x, dense, scale, bias, ids, rest):
+    def forward(ctx: Any, x, dense, scale, bias, ids, rest, later):
         weight, is_feedforward, path, keep_x, keep_z = rest
-        y, z = _forward(x, weight, scale, bias, ids, is_feedforward, path, keep_z)
+        arguments = (x, weight, scale, bias, ids, is_feedforward, path, keep_z)
+        if later is None or not is_feedforward:
+            y, z = _forward(*arguments)
+        else:  # all that is kept is there already
+            y, z = x.new_empty(*x.shape[:-1], weight.shape[0]), None
+            later.append(lambda: y.copy_(_forward(*arguments)[0]))
         ctx.save_for_backward(x if keep_x else None, dense, scale, z, ids)
         ctx.weight = None if dense is not None else weight  # quantized: frozen, no activation, and here anyway
         ctx.numbers = (is_feedforward, path, ctx.needs_input_grad[:4], None if bias is None else bias.dtype)
@@ -401,7 +406,7 @@ class _IA3Linear(torch.autograd.Function):
         refuse_double_backward("ia3_linear")
         x, dense, scale, z, ids = ctx.saved_tensors
         weight = dense if ctx.weight is None else ctx.weight
-        return (*_backward(dy, x, weight, scale, z, ids, *ctx.numbers), None, None)
+        return (*_backward(dy, x, weight, scale, z, ids, *ctx.numbers), None, None, None)
 
 
 # -- the operator -------------------------------------------------------------------------------------------------

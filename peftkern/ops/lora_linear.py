@@ -16,8 +16,10 @@ from peftkern.backend import backend_in_force, device_info
 from peftkern.ops import _lora_linear_fp32, _lora_linear_torch
 from peftkern.ops._common import (
     PLAIN_PATHS,
+    Later,
     adapters_fit,
     apply_directly,
+    apply_in_two,
     ask,
     autocast_dtype,
     calls_are_changed,
@@ -108,7 +110,7 @@ def lora_linear(
         products_alone = common and path == "torch" and seed is None and not base_learns and x.dim() == 2
         if products_alone and (lora_A.dtype is x.dtype or multiplies_masters(x, lora_A)):
             return apply_directly(_Products, x, weight, lora_A, lora_B, bias, scaling)
-        return apply_directly(_LoraLinear, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
+        return apply_in_two(_LoraLinear, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
     return _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)[0]
 
 
@@ -134,8 +136,9 @@ def _forward(
     scaling: float,
     dropout_p: float,
     path: str,
+    later: Later = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """y [..., N], S [M, R], and a mask [M, K] on the plain path with dropout."""
+    """y [..., N], S [M, R], and a mask [M, K] on the plain path with dropout. `later`: see `apply_in_two`."""
     flat = x.dim() == 2
     rows = x if flat else x.reshape(-1, x.shape[-1])
     dtype = x.dtype
@@ -146,14 +149,14 @@ def _forward(
     mask = None
     if path == "torch":
         lora_A, lora_B = _lora_linear_torch.adapters_to_multiply(rows, lora_A, lora_B)
-        y, s, mask = _lora_linear_torch.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
+        y, s, mask = _lora_linear_torch.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, later)
     elif path == "torch_fp32":
         y, s, mask = _lora_linear_fp32.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     else:
         from peftkern.ops import _lora_linear_triton as kernels
 
         dropout, arch = kernels.dropout(seed, dropout_p), device_info(x.device).arch
-        y, s = kernels.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout, path, arch)
+        y, s = kernels.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout, path, arch, later)
     return (y if flat else unflattened(y, x.shape[:-1])), s, mask
 
 
@@ -206,8 +209,8 @@ class _LoraLinear(torch.autograd.Function):
     """The eager door."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path):
-        y, s, mask = _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
+    def forward(ctx: Any, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path, later):
+        y, s, mask = _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path, later)
         needs: Needs = ctx.needs_input_grad[:5]
         _, needs_w, needs_a, needs_b, _ = needs
         # Only x, S and the mask are activations: weight and adapters exist anyway and are kept by reference.
@@ -228,7 +231,7 @@ class _LoraLinear(torch.autograd.Function):
         refuse_double_backward("lora_linear")
         x, weight, lora_A, lora_B, s, mask, seed = ctx.saved_tensors
         saved = (x, weight, lora_A, lora_B, taken_s(s), mask, seed)
-        return (*_backward(dy, *saved, *ctx.numbers), None, None, None, None)
+        return (*_backward(dy, *saved, *ctx.numbers), None, None, None, None, None)
 
 
 class _Products(torch.autograd.Function):

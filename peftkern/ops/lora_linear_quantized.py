@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from peftkern.backend import backend_in_force, device_info
+from peftkern.ops import _lora_linear_torch as plain
 from peftkern.ops._common import (
+    Later,
     adapters_fit,
-    apply_directly,
+    apply_in_two,
     ask,
     autocast_dtype,
     check_adapters,
@@ -82,7 +84,7 @@ def lora_linear_quantized(
         return _operator(x, tensors, lora_A, lora_B, bias, seed, numbers, scaling, dropout_p, path)[0]
     wanted = (x, lora_A, lora_B) if bias is None else (x, lora_A, lora_B, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in wanted):
-        return apply_directly(_LoraLinearQuantized, x, lora_A, lora_B, bias, seed, (weight, scaling, dropout_p, path))
+        return apply_in_two(_LoraLinearQuantized, x, lora_A, lora_B, bias, seed, (weight, scaling, dropout_p, path))
     return _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)[0]
 
 
@@ -130,11 +132,14 @@ def _forward(
     scaling: float,
     dropout_p: float,
     path: str,
+    later: Later = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """y [..., N], S [M, R], and a mask [M, K] on the plain path with dropout."""
+    """y [..., N], S [M, R], and a mask [M, K] on the plain path with dropout. `later`: see `apply_in_two`."""
     if not is_plain(path):
-        return _forward_by_launches(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
+        return _forward_by_launches(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path, later)
     dense_path = path.partition(":")[2]
+    if later is not None and dense_path == "torch":
+        return _forward_begun(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, later)
     y: Any = None
     s: Any = None
     for rows, dense in dense_blocks(weight, x.dtype, dense_path):
@@ -147,6 +152,33 @@ def _forward(
     return y, s, mask  # each block made the same S and mask
 
 
+def _forward_begun(
+    x: torch.Tensor,
+    weight: Quantized,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    later: list[Any],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`_forward` in plain PyTorch up to S and the mask; `later` is given what fills y."""
+    flat = plain.dense_rows(x.reshape(-1, x.shape[-1]))
+    lora_A, lora_B = plain.adapters_to_multiply(flat, lora_A, lora_B)
+    s, mask, alpha = plain.shrink(flat, lora_A, scaling, dropout_p, seed)
+    y = flat.new_empty(flat.shape[0], weight.shape[0])
+    bias = bias if bias is None else bias.to(x.dtype)
+
+    def fill() -> None:
+        for rows, dense in dense_blocks(weight, x.dtype, "torch"):
+            part_bias = None if bias is None else bias[rows]
+            y[:, rows] = plain.product(flat, dense, s, lora_B[rows], part_bias, alpha)
+
+    later.append(fill)
+    return unflattened(y, x.shape[:-1]), s, mask
+
+
 def _forward_by_launches(
     x: torch.Tensor,
     weight: Quantized,
@@ -157,6 +189,7 @@ def _forward_by_launches(
     scaling: float,
     dropout_p: float,
     path: str,
+    later: Later,
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
     """`_forward` by launches that take the weight as it is stored."""
     from peftkern.ops import _lora_linear_triton as kernels
@@ -165,7 +198,7 @@ def _forward_by_launches(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     dropout, arch = kernels.dropout(seed, dropout_p), device_info(x.device).arch
-    y, s = kernels.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout, path, arch)
+    y, s = kernels.forward(rows, weight, lora_A, lora_B, scaling, bias, dropout, path, arch, later)
     return unflattened(y, x.shape[:-1]), s, None
 
 
@@ -247,9 +280,9 @@ class _LoraLinearQuantized(torch.autograd.Function):
     """The eager door."""
 
     @staticmethod
-    def forward(ctx: Any, x, lora_A, lora_B, bias, seed, rest):
+    def forward(ctx: Any, x, lora_A, lora_B, bias, seed, rest, later):
         weight, scaling, dropout_p, path = rest
-        y, s, mask = _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
+        y, s, mask = _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path, later)
         needs: Needs = ctx.needs_input_grad[:4]
         _, needs_a, needs_b, _ = needs
         ctx.save_for_backward(
@@ -269,7 +302,7 @@ class _LoraLinearQuantized(torch.autograd.Function):
         refuse_double_backward("lora_linear")
         x, lora_A, lora_B, s, mask, seed = ctx.saved_tensors
         saved = (x, ctx.weight, lora_A, lora_B, taken_s(s), mask, seed)
-        return (*_backward(dy, *saved, *ctx.numbers), None, None)
+        return (*_backward(dy, *saved, *ctx.numbers), None, None, None)
 
 
 # -- the operator -------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch.nn.modules import module as torch_module
 
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear_shared, multi_lora_linear_shared
-from peftkern.ops._common import adapters_fit, autocast_dtype, calls_are_changed, stream_of
+from peftkern.ops._common import adapters_fit, autocast_dtype, stream_of
 from peftkern.ops._lora_linear_traced import fitting_dtypes, traced_first, traced_next
 from peftkern.ops.lora_linear_shared import launched_apart, shared_plan_for
 from peftkern.ops.lora_linear_shared import run as lora_linear_shared_on
@@ -120,10 +120,10 @@ class SharedInput:
         path = shared_plan_for(rows, weights, As, Bs, biases, current_backend()).path
         if path == APART:
             return None
-        each_fits = (adapters_fit(rows, *operands) for operands in zip(weights, As, Bs, biases, strict=True))
-        if not calls_are_changed() and all(each_fits):
+        fit = all(adapters_fit(rows, *operands) for operands in zip(weights, As, Bs, biases, strict=True))
+        if fit and autocast_dtype(rows) in (None, rows.dtype):
             ys = lora_linear_shared_on(rows, weights, As, Bs, scalings, biases, ps[0], None, path)
-        else:  # a quantized weight, autocast, or something to be refused
+        else:  # autocast to another dtype, or something to be refused
             ys = lora_linear_shared(rows, weights, As, Bs, scalings, biases, dropout_p=ps[0])
         if not isinstance(weights[0], torch.Tensor):  # as the layer by itself: x's dtype, also under autocast
             ys = tuple(y.to(x.dtype) for y in ys)
