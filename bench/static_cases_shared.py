@@ -15,7 +15,7 @@ from bench.static_cases_4bit import weight_on_meta
 from peftkern.backend import DeviceInfo
 from peftkern.ops import _lora_linear_shared_triton as shared
 from peftkern.ops._projection_group import Group
-from peftkern.ops._rank_rows import columns_of_s, new_s
+from peftkern.ops._rank_rows import columns_of_s
 from peftkern.ops.plan import APART, DECODE_PATHS, plan_lora_linear, plan_shared
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.launch import Call
@@ -72,13 +72,9 @@ class LoraLinearShared:
         drop = Dropout(x.new_empty(1, dtype=torch.int64), 0.1) if self.dropout else None
         columns = columns_of_s([self.R] * count, self.dtype, path, arch)
         group = Group(tuple(weights), (2.0,) * count, columns, 0.1 if self.dropout else 0.0, path)
-        ys, s = [x.new_empty(self.M, N) for N in self.outs], new_s(x, self.M, columns[-1].stop, path, arch)
-        if path in DECODE_PATHS:
-            calls = shared.decoded_calls(x, group, As, Bs, biases, ys, s, drop, arch)
-        else:
-            calls = shared.forward_calls(x, group, As, Bs, biases, drop, arch, ys, s)
-        gradients = (torch.empty_like(x), As[0].new_empty(self.R * count, self.K), [torch.empty_like(B) for B in Bs])
-        calls += shared.backward_calls(ys, x, group, As, Bs, s, drop, arch, gradients)
+        forward = shared.decoded_calls if path in DECODE_PATHS else shared.forward_calls
+        ys, s, calls = forward(x, group, As, Bs, biases, drop, arch)
+        calls += shared.backward_calls(ys, x, group, As, Bs, s, drop, arch, (True, True, [True] * count))[1]
         return [call for call in calls if isinstance(call, Call)]
 
     def plan(self, arch: int) -> str:

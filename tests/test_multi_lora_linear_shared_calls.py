@@ -14,7 +14,7 @@ from numerics import arch_of, assert_rounded  # noqa: E402
 from peftkern.ops import quantize_4bit  # noqa: E402
 from peftkern.ops._multi_lora_linear_triton import (  # noqa: E402
     Layer,
-    _tensors,
+    _stored,
     backward_calls,
     forward_calls,
     shared_backward_calls,
@@ -239,7 +239,8 @@ def test_every_address_lies_in_a_named_tensor_or_in_scratch(path, M, device):
         layers = [replace(layer, weight=quantize_4bit(layer.weight.contiguous())) for layer in layers]
     dropout = Dropout(torch.tensor([5], device=device), 0.2) if M == 70 else None
     seed, arch = None if dropout is None else dropout.seed, arch_of(device)
-    _, tensors = _tensors(layers, routing)
+    _, seen, told = _stored(layers, routing)
+    tensors = [*seen, *told]
     with recorded_scratch() as taken:
         ys, s, calls = shared_forward_calls(x, layers, routing, dropout, path, arch)
     assert accounted_for(calls, [x, *tensors, seed, *ys, s, *taken])

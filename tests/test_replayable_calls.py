@@ -6,14 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftkern.ops import _dense_blocks, quantize_4bit, quantize_8bit
+from peftkern.ops import _dense_blocks, _lora_linear_torch, quantize_4bit, quantize_8bit
 from peftkern.ops._projection_group import Group
 from peftkern.ops._rank_rows import columns_of_s, new_s
 
 pytest.importorskip("triton")
 from peftkern.ops import _lora_linear_shared_triton as shared
 from peftkern.ops import _lora_linear_triton as single
-from peftkern.ops._weight_calls import stored_of_all
+from peftkern.ops._weight_calls import stored
 from peftkern_kernels import replay
 from peftkern_kernels.dropout import Dropout
 from peftkern_kernels.launch import Call, recorded_scratch
@@ -52,11 +52,17 @@ def written(*args):
     return args[-1] if len(args) == 3 else args[0]  # of dequantize_8bit, of copy_
 
 
+def held_by(*weights):
+    """The tensors of weights."""
+    _, seen, told = stored(*weights)
+    return [*seen, *told]
+
+
 def check(build, tensors):
-    """The list can be recorded, with `tensors` and scratch, and has one place for dense weights."""
+    """The list can be recorded, with `tensors`, its results and scratch, and has one place for dense weights."""
     with recorded_scratch() as taken:
-        calls = build()
-    assert replay.record(calls, tensors, taken) is not None
+        results, calls = build()
+    assert replay.record(calls, [*tensors, *results], taken) is not None
     places = dense_places(calls)
     return len(set(places)), len(places)
 
@@ -72,23 +78,29 @@ def test_a_layer(path, p, R, arch):
     x, dy = torch.randn(M, K, dtype=HALF), torch.randn(M, N, dtype=HALF)
     drop = Dropout(torch.tensor([3]), p) if p else None
     seed = None if drop is None else drop.seed
-    y, s = x.new_empty(M, N), new_s(x, M, R, path, arch)
-    held = stored_of_all([weight])[1]
+    s = new_s(x, M, R, path, arch)
+    held = held_by(weight)
     is_written = path.startswith("dequantize:")
 
     def forward():
-        return single.forward_calls(x, weight, A, B, SCALING, bias, drop, path, arch, (y, s))[2]
+        *results, calls = single.forward_calls(x, weight, A, B, SCALING, bias, drop, path, arch)
+        return results, calls
 
-    assert check(forward, [x, *held, A, B, bias, seed, y, s]) == (is_written, is_written)
+    def begun():
+        *results, calls = single.begun_calls(x, weight, A, B, SCALING, bias, drop, path, arch)
+        return results, calls
+
+    assert check(forward, [x, *held, A, B, bias, seed]) == (is_written, is_written)
+    if "decode" not in path:
+        assert check(begun, [x, *held, A, B, bias, seed]) == (0, 0)
     for needs in ((True, True, True), (True, False, False), (False, True, True)):
-        made = zip(needs, (x, A, B), strict=True)
-        out = tuple(torch.empty_like(t) if need else None for need, t in made)
 
-        def backward(needs=needs, out=out):
-            return single.backward_calls(dy, x, weight, A, B, s, SCALING, drop, path, arch, needs, out)[3]
+        def backward(needs=needs):
+            *results, calls = single.backward_calls(dy, x, weight, A, B, s, SCALING, drop, path, arch, needs)
+            return results, calls
 
         writes = is_written and needs[0]
-        assert check(backward, [dy, x, *held, A, B, s, seed, *out]) == (writes, writes)
+        assert check(backward, [dy, x, *held, A, B, s, seed]) == (writes, writes)
 
 
 FORMATS = {
@@ -108,26 +120,28 @@ def test_weights_that_are_written_out_in_another_way(kind, blocks, path, monkeyp
     that two projections have in common."""
     N, R = 96, 16
     monkeypatch.setattr(_dense_blocks, "BUFFER_BYTES", N * K * 2 // blocks)
+    monkeypatch.setattr(_lora_linear_torch, "_reads_past_rows", lambda: False)  # as on a GPU: a CPU with AMX copies dY
     weights = tuple(FORMATS[kind](torch.randn(N, K, dtype=HALF)) for _ in range(2))
     path = path if isinstance(weights[0], torch.Tensor) else f"dequantize:{path}"
     As, Bs = [torch.randn(R, K) for _ in range(2)], [torch.randn(N, R) for _ in range(2)]
     x, dys, held = (
         torch.randn(M, K, dtype=HALF),
         [torch.randn(M, N, dtype=HALF) for _ in range(2)],
-        stored_of_all(weights)[1],
+        held_by(*weights),
     )
     group = Group(weights, (SCALING,) * 2, columns_of_s((R, R), HALF, path, 90), 0.0, path)
-    s, ys, biases = new_s(x, M, 2 * R, path, 90), [x.new_empty(M, N) for _ in range(2)], [torch.randn(N).to(HALF)] * 2
-    dx, da, dbs = torch.empty_like(x), torch.empty(2 * R, K), [torch.empty_like(B) for B in Bs]
+    s, biases = new_s(x, M, 2 * R, path, 90), [torch.randn(N).to(HALF)] * 2
 
     def forward():
-        return shared.forward_calls(x, group, As, Bs, biases, None, 90, ys, s)
+        ys, s, calls = shared.forward_calls(x, group, As, Bs, biases, None, 90)
+        return [*ys, s], calls
 
     def backward():
-        return shared.backward_calls(dys, x, group, As, Bs, s, None, 90, (dx, da, dbs))
+        (dx, da, dbs), calls = shared.backward_calls(dys, x, group, As, Bs, s, None, 90, (True, True, [True] * 2))
+        return [dx, da, *dbs], calls
 
-    assert check(forward, [x, *held, *As, *Bs, *biases, *ys, s]) == (1, 2 * blocks)
-    assert check(backward, [*dys, x, *held, *As, *Bs, s, dx, da, *dbs]) == (1, 2 * blocks)
+    assert check(forward, [x, *held, *As, *Bs, *biases]) == (1, 2 * blocks)
+    assert check(backward, [*dys, x, *held, *As, *Bs, s]) == (1, 2 * blocks)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -144,20 +158,21 @@ def test_layers_of_one_x(path, p, ranks, arch):
     drop = Dropout(torch.tensor([3]), p) if p else None
     seed = None if drop is None else drop.seed
     group = Group(weights, (SCALING,) * 3, columns_of_s(ranks, HALF, path, arch), p, path)
-    s, ys = new_s(x, M, group.columns[-1].stop, path, arch), [x.new_empty(M, N) for N in OUTS]
-    _, held = stored_of_all(weights)
+    s = new_s(x, M, group.columns[-1].stop, path, arch)
+    held = held_by(*weights)
     written = 3 if path.startswith("dequantize:") else 0
 
     def forward():
-        return shared.forward_calls(x, group, As, Bs, biases, drop, arch, ys, s)
+        ys, s, calls = shared.forward_calls(x, group, As, Bs, biases, drop, arch)
+        return [*ys, s], calls
 
-    assert check(forward, [x, *held, *As, *Bs, *biases, seed, *ys, s]) == (min(written, 1), written)
-    dx, da, dbs = torch.empty_like(x), torch.empty(sum(ranks), K), [torch.empty_like(B) for B in Bs]
+    assert check(forward, [x, *held, *As, *Bs, *biases, seed]) == (min(written, 1), written)
 
     def backward():
-        return shared.backward_calls(dys, x, group, As, Bs, s, drop, arch, (dx, da, dbs))
+        (dx, da, dbs), calls = shared.backward_calls(dys, x, group, As, Bs, s, drop, arch, (True, True, [True] * 3))
+        return [dx, da, *dbs], calls
 
-    tensors = [*dys, x, *held, *As, *Bs, s, seed, dx, da, *dbs]
+    tensors = [*dys, x, *held, *As, *Bs, s, seed]
     assert check(backward, tensors) == (min(written, 1), written)
 
 
@@ -170,10 +185,9 @@ def test_sums_in_parts_take_turns():
     taken = []
     for n in (1, 3):
         group = Group(tuple(weights[:n]), (SCALING,) * n, columns_of_s([R] * n, HALF, "triton", 90), 0.0, "triton")
-        s, dx = new_s(x, M, n * R, "triton", 90), torch.empty_like(x)
-        gradients = (dx, x.new_empty(n * R, K), Bs[:n])
+        s, needs = new_s(x, M, n * R, "triton", 90), (True, True, [True] * n)
         with recorded_scratch() as found:
-            shared.backward_calls(dys[:n], x, group, As[:n], Bs[:n], s, None, 90, gradients)
+            shared.backward_calls(dys[:n], x, group, As[:n], Bs[:n], s, None, 90, needs)
         taken.append(max(t.nbytes for t in found))
         sums = [t for t in found if t.dtype is torch.float32]
         assert len(sums) <= 3, "of dB and of dS by one projection, of dA"
@@ -187,17 +201,18 @@ def test_layers_that_have_tensors_in_common(path):
     x, dy, bias = x.to(HALF), dy.to(HALF), bias.to(HALF)
     As, Bs = [torch.randn(16, K) for _ in range(2)], [torch.randn(K, 16) for _ in range(2)]
     group = Group((weight,) * 2, (SCALING,) * 2, columns_of_s((16, 16), HALF, path, 90), 0.0, path)
-    s, ys = new_s(x, M, group.columns[-1].stop, path, 90), [x.new_empty(M, K) for _ in range(2)]
-    _, held = stored_of_all(group.weights)
+    s = new_s(x, M, group.columns[-1].stop, path, 90)
+    held = held_by(*group.weights)
     written = 2 if path.startswith("dequantize:") else 0
 
     def forward():
-        return shared.forward_calls(x, group, As, Bs, [bias, bias], None, 90, ys, s)
+        ys, s, calls = shared.forward_calls(x, group, As, Bs, [bias, bias], None, 90)
+        return [*ys, s], calls
 
-    assert check(forward, [x, *held, *As, *Bs, bias, bias, *ys, s]) == (min(written, 1), written)
-    dx, da, dbs = torch.empty_like(x), torch.empty(32, K), [torch.empty_like(B) for B in Bs]
+    assert check(forward, [x, *held, *As, *Bs, bias, bias]) == (min(written, 1), written)
 
     def backward():
-        return shared.backward_calls([dy, dy], x, group, As, Bs, s, None, 90, (dx, da, dbs))
+        (dx, da, dbs), calls = shared.backward_calls([dy, dy], x, group, As, Bs, s, None, 90, (True, True, [True] * 2))
+        return [dx, da, *dbs], calls
 
-    assert check(backward, [dy, dy, x, *held, *As, *Bs, s, dx, da, *dbs]) == (min(written, 1), written)
+    assert check(backward, [dy, dy, x, *held, *As, *Bs, s]) == (min(written, 1), written)

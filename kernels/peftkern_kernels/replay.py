@@ -12,6 +12,8 @@ address in it is run as it stands and never kept. So is everything where kernels
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 import triton
 
+from .direct_launch import DirectLaunch, direct_launch
 from .launch import Call, TorchCall, recorded_scratch, run_all
 
 Build = Callable[[], Sequence[Call | TorchCall]]
@@ -54,7 +57,7 @@ class KernelStep:
     """A launch of a compiled kernel.
 
     `addresses` are the (position, source, bytes into it) of arguments that are addresses, `descriptors` those of tensor
-    descriptors, each with its class and what else it holds.
+    descriptors, each with its class and what else it holds. `direct` launches without Triton's launcher, if it can.
     """
 
     compiled: Any
@@ -62,6 +65,7 @@ class KernelStep:
     arguments: list[Any]
     addresses: tuple[tuple[int, int, int], ...]
     descriptors: tuple[tuple[int, int, int, Any, dict[str, Any]], ...]
+    direct: DirectLaunch | None = None
 
     def filled(self, addresses: Sequence[int]) -> list[Any]:
         """The arguments where tensors and scratch lie at `addresses`."""
@@ -92,6 +96,7 @@ class Recording:
     scratch_bytes: int
     results: tuple[Made, ...] = ()
     alike: tuple[tuple[int, int], ...] = ()
+    scratch_dtype: torch.dtype = torch.uint8  # that library calls take scratch memory as, if all take it as one
 
     def fits(self, addresses: Sequence[int]) -> bool:
         """Whether tensors at `addresses` that have to lie at one do."""
@@ -135,34 +140,54 @@ def _alike(addresses: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple((i, j) for i, j in pairs if i != j)
 
 
-def run(key: Hashable, tensors: Sequence[torch.Tensor | None], build: Build, device: torch.device) -> None:
+@functools.cache  # device.type makes a string
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def run(
+    key: Hashable,
+    tensors: Sequence[torch.Tensor | None],
+    build: Build,
+    device: torch.device,
+    told: Sequence[torch.Tensor | None] = (),
+) -> None:
     """Run the launches that `build` makes, from a recording where there is one.
 
     Args:
         key: everything beside the tensors that `build` depends on: operation, numbers, path.
-        tensors: all tensors that the launches read or write, but scratch.
+        tensors: all tensors that the launches read or write, but scratch and those of `told`.
         build: makes the launches for just these tensors.
         device: of the tensors.
+        told: tensors of which the key tells shapes, strides and dtypes, so that nobody has to look; contiguous ones.
     """
-    produce(key, tensors, lambda: ((), build()), device)
+    produce(key, tensors, lambda: ((), build()), device, told)
 
 
 def produce(
-    key: Hashable, tensors: Sequence[torch.Tensor | None], build: Produce, device: torch.device
+    key: Hashable,
+    tensors: Sequence[torch.Tensor | None],
+    build: Produce,
+    device: torch.device,
+    told: Sequence[torch.Tensor | None] = (),
 ) -> tuple[Any, ...]:
     """As `run` for launches whose results `build` allocates: it returns (results, launches), and this the results.
 
     A result is one of `tensors`, or new and uninitialised, contiguous or alone in its memory, or None.
     """
-    if device.type != "cuda":
+    if not _is_gpu(device):
         results, calls = build()
         run_all(calls, device)
         return tuple(results)
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
-            return produce(key, tensors, build, device)
+            return produce(key, tensors, build, device, told)
     addresses = _addresses(tensors)
     whole = (key, device.index, *_situation(tensors, addresses))
+    if told:
+        own = _addresses(told)
+        whole += (*[address & 15 for address in own],)
+        tensors, addresses = (*tensors, *told), addresses + own
     recording = _kept.get(whole)
     if recording is not None and recording.fits(addresses):
         if not recording.results:
@@ -184,8 +209,16 @@ def produce(
         for t in scratch:
             parts.append((total, t.dtype))
             total += -(-t.nbytes // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
-        _kept[whole] = Recording(tuple(steps), tuple(parts), total, tuple(made), _alike(addresses))
+        alike, dtype = _alike(addresses), _scratch_dtype(steps, parts, len(tensors) + len(results))
+        _kept[whole] = Recording(tuple(steps), tuple(parts), total, tuple(made), alike, dtype)
     return tuple(results)
+
+
+def _scratch_dtype(steps: Sequence[Step], parts: Sequence[Scratch], given: int) -> torch.dtype:
+    """The dtype that all library calls among the steps take scratch memory as; uint8 if they do not agree."""
+    holes = [hole for step in steps if isinstance(step, LibraryStep) for hole in step.holes if hole.source >= given]
+    dtypes = {parts[hole.source - given][1] for hole in holes}
+    return dtypes.pop() if len(dtypes) == 1 else torch.uint8
 
 
 def _how_made(result: torch.Tensor | None, tensors: Sequence[torch.Tensor | None]) -> Made:
@@ -267,7 +300,10 @@ def _kernel_step(call: Call, compiled: Any, sources: Sequence[torch.Tensor | Non
             fields = {name: held for name, held in vars(value).items() if name != "base"}
             descriptors.append((position, *found, type(value), fields))
         arguments[position] = None
-    return KernelStep(compiled, call.grid, arguments, tuple(addresses), tuple(descriptors))
+    step = KernelStep(compiled, call.grid, arguments, tuple(addresses), tuple(descriptors))
+    places = (step.addresses, tuple(held[:3] for held in step.descriptors))
+    direct = direct_launch(compiled, call.grid, step.filled, _addresses(sources), *places)
+    return dataclasses.replace(step, direct=direct)
 
 
 def _library_step(call: TorchCall, sources: Sequence[torch.Tensor | None], given: int) -> Step | None:
@@ -310,7 +346,8 @@ def replay(
     block: Any = None
     if recording.scratch_bytes:
         # One block; the allocator hands it out again only to what is queued on this stream behind these launches.
-        block = torch.empty(recording.scratch_bytes, dtype=torch.uint8, device=device)
+        dtype = recording.scratch_dtype
+        block = torch.empty(recording.scratch_bytes // dtype.itemsize, dtype=dtype, device=device)
         start = block.data_ptr()
         addresses = addresses + [start + part[0] for part in recording.scratch]
     stream = _stream(device)
@@ -320,6 +357,8 @@ def replay(
             _call_library(step, tensors, block, recording.scratch)
         elif watched:
             step.compiled[step.grid](*step.filled(addresses), stream=stream)
+        elif step.direct is not None:
+            step.direct(addresses, stream)
         else:
             # What compiled[grid] comes to where no hook wants the launch described: a third of its time.
             kernel = step.compiled
@@ -341,6 +380,7 @@ def _call_library(
         else:
             begin, dtype = scratch[hole.source - len(tensors)]
             size, stride, beyond = hole.view  # type: ignore[misc]
-            t = block.view(dtype).as_strided(size, stride, begin // dtype.itemsize + beyond)
+            own = block if block.dtype is dtype else block.view(dtype)
+            t = own.as_strided(size, stride, begin // dtype.itemsize + beyond)
         arguments[hole.position] = t
     step.function(*arguments)

@@ -37,7 +37,7 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
         return None  # the quick answer; below is what torch.compile can trace
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    kind = "cpu" if x.is_cpu else x.device.type
+    kind = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # which makes a string
     if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
         return None  # "meta", for one
     if not torch.is_autocast_enabled(kind) or x.dtype not in AUTOCAST_FLOATS:
@@ -177,7 +177,9 @@ def ask(plan: Any, *arguments: Any) -> Plan:
 def unflattened(y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """y [M, N] as [*shape, N]: its memory, but no view to autograd, as `nn.Linear`'s output is none. torch refuses to
     change a view in place that was made inside an autograd function, and models do that (OLMo's clip_qkv)."""
-    return _unsafe_view(y, (*shape, y.shape[1]))
+    if y.requires_grad:
+        return _unsafe_view(y, (*shape, y.shape[1]))
+    return y.view(*shape, y.shape[1]).data  # a third of that one's time
 
 
 def is_plain(path: str) -> bool:

@@ -166,12 +166,12 @@ def forward(
         *results, calls = forward_calls(*tensors, scaling, drop, path, arch, keep_u)
         return results, calls
 
-    number, *held = stored(weight)
+    frozen = stored(weight)
     seed, p = (None, 0.0) if drop is None else (drop.seed, drop.p)
-    key = ("dora_linear", scaling, p, path, keep_u, precision(), number)
+    key = ("dora_linear", scaling, p, path, keep_u, precision(), frozen.key)
     others = () if norm is not None or norm_weight is weight else (norm_weight,)
-    tensors = (x, *held, *others, lora_A, lora_B, magnitude, bias, norm, seed)
-    y, s, u, c, inverse = replay.produce(key, tensors, build, x.device)
+    tensors = (x, *frozen.seen, *others, lora_A, lora_B, magnitude, bias, norm, seed)
+    y, s, u, c, inverse = replay.produce(key, tensors, build, x.device, frozen.told)
     return y, s, u, c, inverse
 
 
@@ -198,9 +198,9 @@ def backward(
         *results, calls = backward_calls(dy, *saved, scaling, drop, path, arch, needs, makes_g)
         return results, calls
 
-    number, *held = stored(weight)
+    frozen = stored(weight)
     seed, p = (None, 0.0) if drop is None else (drop.seed, drop.p)
-    key = ("dora_linear backward", scaling, p, path, needs, makes_g, precision(), number)
-    tensors = (dy, x, *held, lora_A, lora_B, s, u, c, seed)
-    dx, da, db, dc, g = replay.produce(key, tensors, build, dy.device)
+    key = ("dora_linear backward", scaling, p, path, needs, makes_g, precision(), frozen.key)
+    tensors = (dy, x, *frozen.seen, lora_A, lora_B, s, u, c, seed)
+    dx, da, db, dc, g = replay.produce(key, tensors, build, dy.device, frozen.told)
     return dx, da, db, dc, g

@@ -151,9 +151,9 @@ def forward(
         *results, calls = forward_calls(x, weight, scale, bias, ids, is_feedforward, path, arch, keep_z)
         return results, calls
 
-    number, *held = stored(weight)
-    key = ("ia3_linear", is_feedforward, path, keep_z, precision(), number)
-    y, z = replay.produce(key, (x, *held, scale, bias, ids), build, x.device)
+    frozen = stored(weight)
+    key = ("ia3_linear", is_feedforward, path, keep_z, precision(), frozen.key)
+    y, z = replay.produce(key, (x, *frozen.seen, scale, bias, ids), build, x.device, frozen.told)
     return y, z
 
 
@@ -176,8 +176,8 @@ def backward(
         *results, calls = backward_calls(dy, x, weight, scale, z, ids, by_slot, is_feedforward, path, arch, needs)
         return results, calls
 
-    number, *held = stored(weight)
-    key = ("ia3_linear backward", is_feedforward, path, needs, precision(), number)
+    frozen = stored(weight)
+    key = ("ia3_linear backward", is_feedforward, path, needs, precision(), frozen.key)
     routed = () if by_slot is None else (by_slot.order, by_slot.starts)
-    dx, dscale, g = replay.produce(key, (dy, x, *held, scale, z, ids, *routed), build, dy.device)
+    dx, dscale, g = replay.produce(key, (dy, x, *frozen.seen, scale, z, ids, *routed), build, dy.device, frozen.told)
     return dx, dscale, g

@@ -30,7 +30,7 @@ from peftkern.ops._lora_linear_triton import (
 )
 from peftkern.ops._projection_group import Group, dtype_of_all
 from peftkern.ops._rank_rows import Columns, joined_parts, new_s, scratch_s, whole_blocks
-from peftkern.ops._weight_calls import Calls, packed, parts_of, room_for, stored_of_all
+from peftkern.ops._weight_calls import Calls, packed, parts_of, room_for, stored
 from peftkern.ops.plan import DECODE_PATHS
 from peftkern_kernels import replay
 from peftkern_kernels.dropout import Dropout
@@ -94,15 +94,15 @@ def forward(
     """x [M, K] -> each y [M, N], and S [M, R] of all projections, with its scaling, in x's dtype."""
     if group.path in DECODE_PATHS:
         return _decoded(x, group, lora_As, lora_Bs, biases, dropout, arch)
-    s = new_s(x, x.shape[0], group.columns[-1].stop, group.path, arch)
-    ys = [x.new_empty(x.shape[0], weight.shape[0]) for weight in group.weights]
-    numbers, tensors = stored_of_all(group.weights)
-    replay.run(
-        _key("lora_linear_shared", dropout, group.path, *_numbers(group), *numbers),
-        (x, *tensors, *lora_As, *lora_Bs, *biases, _seed(dropout), *ys, s),
-        lambda: forward_calls(x, group, lora_As, lora_Bs, biases, dropout, arch, ys, s),
-        x.device,
-    )
+    frozen = stored(*group.weights)
+
+    def build() -> Any:
+        ys, s, calls = forward_calls(x, group, lora_As, lora_Bs, biases, dropout, arch)
+        return (*ys, s), calls
+
+    key = _key("lora_linear_shared", dropout, group.path, *_numbers(group), frozen.key)
+    tensors = (x, *frozen.seen, *lora_As, *lora_Bs, *biases, _seed(dropout))
+    *ys, s = replay.produce(key, tensors, build, x.device, frozen.told)
     return ys, s
 
 
@@ -114,10 +114,10 @@ def forward_calls(
     biases: Sequence[torch.Tensor | None],
     dropout: Dropout | None,
     arch: int,
-    ys: Sequence[torch.Tensor],
-    s: torch.Tensor,
-) -> Calls:
-    """The launches of `forward`, but on the decode paths."""
+) -> tuple[list[torch.Tensor], torch.Tensor, Calls]:
+    """The results of `forward`, but on the decode paths, and their launches."""
+    s = new_s(x, x.shape[0], group.columns[-1].stop, group.path, arch)
+    ys = [x.new_empty(x.shape[0], weight.shape[0]) for weight in group.weights]
     lora_A, calls = joined(lora_As, group.columns)
     calls += all_shrinks(x, group, lora_A, s, dropout, arch)
     room = room_for(group.weights, group.path, x)
@@ -125,7 +125,7 @@ def forward_calls(
     for weight, path, lora_B, bias, columns, y in each:
         parts = parts_of(weight, path, x, arch, room)
         calls += product_calls(x, parts, s[:, columns], lora_B, y, bias, arch)
-    return calls
+    return ys, s, calls
 
 
 def _decoded(
@@ -141,15 +141,15 @@ def _decoded(
     # Of another dtype only under autocast; cast again in backward, so that no copy is kept.
     weights = tuple(w.to(x.dtype) if isinstance(w, torch.Tensor) else w for w in group.weights)
     group = dataclasses.replace(group, weights=weights)
-    s = x.new_empty(x.shape[0], group.columns[-1].stop)
-    ys = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
-    numbers, tensors = stored_of_all(weights)
-    replay.run(
-        _key("lora_linear_shared decode", dropout, group.path, *_numbers(group), *numbers),
-        (x, *tensors, *lora_As, *lora_Bs, *biases, _seed(dropout), *ys, s),
-        lambda: decoded_calls(x, group, lora_As, lora_Bs, biases, ys, s, dropout, arch),
-        x.device,
-    )
+    frozen = stored(*weights)
+
+    def build() -> Any:
+        ys, s, calls = decoded_calls(x, group, lora_As, lora_Bs, biases, dropout, arch)
+        return (*ys, s), calls
+
+    key = _key("lora_linear_shared decode", dropout, group.path, *_numbers(group), frozen.key)
+    tensors = (x, *frozen.seen, *lora_As, *lora_Bs, *biases, _seed(dropout))
+    *ys, s = replay.produce(key, tensors, build, x.device, frozen.told)
     return ys, s
 
 
@@ -159,19 +159,19 @@ def decoded_calls(
     lora_As: Sequence[torch.Tensor],
     lora_Bs: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
-    ys: Sequence[torch.Tensor],
-    s: torch.Tensor,
     dropout: Dropout | None,
     arch: int,
-) -> Calls:
-    """The two launches of each `y = x W^T + bias + S B^T`, S [M, R] made on the way, for at most 16 tokens."""
+) -> tuple[list[torch.Tensor], torch.Tensor, Calls]:
+    """Each `y = x W^T + bias + S B^T`, S [M, R], made on the way, and the two launches, for at most 16 tokens."""
+    s = x.new_empty(x.shape[0], group.columns[-1].stop)
+    ys = [x.new_empty(x.shape[0], weight.shape[0]) for weight in group.weights]
     own_s = [s[:, columns] for columns in group.columns]
     parts = zip(lora_As, lora_Bs, group.scalings, ys, own_s, biases, strict=True)
     projections = [Projection(*each) for each in parts]
     common: dict[str, Any] = {"dropout": dropout, "arch": arch, "precision": precision()}
     if group.path == "decode":
-        return [*group_decode_calls(x, group.weights, projections, **common)]
-    return [*group_decode_4bit_calls(x, [packed(w) for w in group.weights], projections, **common)]
+        return ys, s, [*group_decode_calls(x, group.weights, projections, **common)]
+    return ys, s, [*group_decode_4bit_calls(x, [packed(w) for w in group.weights], projections, **common)]
 
 
 def backward(
@@ -187,22 +187,18 @@ def backward(
 ) -> Gradients:
     """Each dy [M, N] -> dX [M, K], dA [R, K] of all projections, each dB [N, r]; only what `needs` asks for."""
     needs_x, needs_a, needs_bs = needs
-    M, K, R = dys[0].shape[0], lora_As[0].shape[1], sum(lora_A.shape[0] for lora_A in lora_As)
-    dbs = [
-        torch.empty_like(lora_B, memory_format=torch.contiguous_format) if needs_b else None
-        for lora_B, needs_b in zip(lora_Bs, needs_bs, strict=True)
-    ]
-    dx = dys[0].new_empty(M, K) if needs_x else None
-    da = lora_As[0].new_empty(R, K, dtype=dtype_of_all(lora_As)) if needs_a else None
-    gradients = (dx, da, dbs)
-    numbers, tensors = stored_of_all(group.weights) if needs_x else ([], [])
-    replay.run(
-        _key("lora_linear_shared backward", dropout, group.path, *_numbers(group), *numbers),
-        (*dys, x, *tensors, *lora_As, *lora_Bs, s, _seed(dropout), dx, da, *dbs),
-        lambda: backward_calls(dys, x, group, lora_As, lora_Bs, s, dropout, arch, gradients),
-        dys[0].device,
-    )
-    return gradients
+    frozen = stored(*(group.weights if needs_x else ()))
+
+    def build() -> Any:
+        gradients, calls = backward_calls(dys, x, group, lora_As, lora_Bs, s, dropout, arch, needs)
+        dx, da, dbs = gradients
+        return (dx, da, *dbs), calls
+
+    asked = (needs_x, needs_a, *needs_bs)
+    key = _key("lora_linear_shared backward", dropout, group.path, *_numbers(group), asked, frozen.key)
+    tensors = (*dys, x, *frozen.seen, *lora_As, *lora_Bs, s, _seed(dropout))
+    dx, da, *dbs = replay.produce(key, tensors, build, dys[0].device, frozen.told)
+    return dx, da, dbs
 
 
 def backward_calls(
@@ -214,11 +210,18 @@ def backward_calls(
     s: Kept,
     dropout: Dropout | None,
     arch: int,
-    gradients: Gradients,
-) -> Calls:
-    """The launches of `backward`, into its results: each `dS = scaling * dY B` and `dB = dY^T S`, then dX, then
+    needs: tuple[bool, bool, Sequence[bool]],
+) -> tuple[Gradients, Calls]:
+    """The results of `backward` and their launches: each `dS = scaling * dY B` and `dB = dY^T S`, then dX, then
     `dA = dS^T dropout(x)` of all projections. Sums that are made in parts have one memory in turn."""
-    dx, da, dbs = gradients
+    needs_x, needs_a, needs_bs = needs
+    M, K, R = dys[0].shape[0], lora_As[0].shape[1], sum(lora_A.shape[0] for lora_A in lora_As)
+    dbs = [
+        torch.empty_like(lora_B, memory_format=torch.contiguous_format) if needs_b else None
+        for lora_B, needs_b in zip(lora_Bs, needs_bs, strict=True)
+    ]
+    dx = dys[0].new_empty(M, K) if needs_x else None
+    da = lora_As[0].new_empty(R, K, dtype=dtype_of_all(lora_As)) if needs_a else None
     ds: Kept = None
     if dx is not None or da is not None:
         ds = scratch_s(dys[0], dys[0].shape[0], sum(lora_A.shape[0] for lora_A in lora_As), group.path, arch)
@@ -240,7 +243,7 @@ def backward_calls(
     if da is not None:
         with turns.turn():
             calls += weight_gradient_calls(ds, x, None, None, da, None, dropout=dropout, **common)
-    return calls
+    return (dx, da, dbs), calls
 
 
 def _dx_calls(

@@ -9,6 +9,7 @@ on "dequantize:PATH" a quantized one that is written out for the launches of PAT
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -66,8 +67,11 @@ def precision() -> str:
     "tf32" for most of its architectures, for 16-bit products too."""
     # Under its newer name, which shows what was set under either. The older one, `allow_tf32`, raises as soon as
     # anybody has used the newer, as transformers' Trainer does.
-    tf32 = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if torch.version.hip is None and _fp32_precision() == "tf32" else "ieee"
+
+
+# What `torch.backends.cuda.matmul.fp32_precision` asks, at half the price: each recording's key has it.
+_fp32_precision = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
 
 
 def _outputs(
@@ -103,35 +107,30 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the launches of `forward_calls`; y [M, N] and S [M, R]. `later`: see `apply_in_two`; the decode paths make S
     together with y."""
-    y, s = out = _outputs(x, weight, lora_A, path, arch)
-    number, *held = stored(weight)
+    frozen = stored(weight)
     seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
-    if later is None or path.removeprefix(WRITTEN_OUT) in DECODE_PATHS:
-        replay.run(
-            ("lora_linear", scaling, p, path, precision(), number),
-            (x, *held, lora_A, lora_B, bias, seed, *out),
-            lambda: forward_calls(x, weight, lora_A, lora_B, scaling, bias, dropout, path, arch, out)[2],
-            x.device,
-        )
-        return out
-    taken = isinstance(weight, torch.Tensor) and weight.dtype == x.dtype  # as it is: its launches may run beside S's
-    replay.run(
-        ("lora_linear S", scaling, p, path, precision(), taken),
-        (x, weight if taken else None, lora_A, lora_B, seed, *out),
-        lambda: _s_calls(
-            x, [*parts_of(weight, path, x, arch)] if taken else [], lora_A, lora_B, scaling, dropout, arch, out
-        )[0],
-        x.device,
-    )
-    later.append(
-        lambda: replay.run(
-            ("lora_linear y", path, precision(), number),
-            (x, *held, lora_B, bias, y, s),
-            lambda: product_calls(x, parts_of(weight, path, x, arch), s, lora_B, y, bias, arch),
-            x.device,
-        )
-    )
-    return out
+    in_two = later is not None and path.removeprefix(WRITTEN_OUT) not in DECODE_PATHS
+
+    def build() -> Any:
+        make = begun_calls if in_two else forward_calls
+        y, s, calls = make(x, weight, lora_A, lora_B, scaling, bias, dropout, path, arch)
+        return (y, s), calls
+
+    key = ("lora_linear", in_two, scaling, p, path, precision(), frozen.key)
+    y, s = replay.produce(key, (x, *frozen.seen, lora_A, lora_B, bias, seed), build, x.device, frozen.told)
+    if later is None or not in_two:
+        return y, s
+
+    def fill() -> None:
+        key = ("lora_linear, the product", path, precision(), frozen.key)
+        tensors = (x, *frozen.seen, lora_B, bias, s, y)
+        replay.run(key, tensors, lambda: product_calls(x, parts(), s, lora_B, y, bias, arch), x.device, frozen.told)
+
+    def parts() -> Iterable[Part]:
+        return parts_of(weight, path, x, arch)
+
+    later.append(fill)
+    return y, s
 
 
 def backward(
@@ -148,16 +147,17 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> Gradients:
     """Run the launches of `backward_calls`; dX [M, K], dA [R, K] and dB [N, R], None where not asked for."""
-    out = _gradients(dy, weight, lora_A, lora_B, needs)
-    number, *held = stored(weight)
+    frozen = stored(weight)
     seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
-    replay.run(
-        ("lora_linear backward", scaling, p, path, precision(), number),
-        (dy, x, *held, lora_A, lora_B, s, seed, *out),
-        lambda: backward_calls(dy, x, weight, lora_A, lora_B, s, scaling, dropout, path, arch, needs, out)[3],
-        dy.device,
-    )
-    return out
+
+    def build() -> Any:
+        *gradients, calls = backward_calls(dy, x, weight, lora_A, lora_B, s, scaling, dropout, path, arch, needs)
+        return gradients, calls
+
+    key = ("lora_linear backward", scaling, p, path, needs, precision(), frozen.key)
+    tensors = (dy, x, *frozen.seen, lora_A, lora_B, s, seed)
+    dx, da, db = replay.produce(key, tensors, build, dy.device, frozen.told)
+    return dx, da, db
 
 
 def forward_calls(
@@ -184,9 +184,27 @@ def forward_calls(
         options = {"bias": bias, "dropout": dropout, **common}
         dense, calls = parts[0].weight, parts[0].calls
         return y, s, [*calls, *decode_calls(x, dense, lora_A, lora_B, scaling, y, s, **options)]
-    calls, late = _s_calls(x, parts, lora_A, lora_B, scaling, dropout, arch, (y, s))
+    calls, late = _s_calls(x, parts, lora_A, lora_B, scaling, dropout, arch, y, s)
     calls += product_calls(x, parts, s, lora_B, y, bias, arch, late=late)
     return y, s, calls
+
+
+def begun_calls(
+    x: torch.Tensor,
+    weight: Any,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None,
+    dropout: Dropout | None,
+    path: str,
+    arch: int,
+) -> tuple[torch.Tensor, torch.Tensor, Calls]:
+    """`forward_calls` up to S: its launches alone, the same ones."""
+    y, s = _outputs(x, weight, lora_A, path, arch)
+    dense = isinstance(weight, torch.Tensor) and weight.dtype == x.dtype  # taken as it is, perhaps beside S's launches
+    parts = [*parts_of(weight, path, x, arch)] if dense else []
+    return y, s, _s_calls(x, parts, lora_A, lora_B, scaling, dropout, arch, y, s)[0]
 
 
 def _s_calls(
@@ -197,10 +215,10 @@ def _s_calls(
     scaling: float,
     dropout: Dropout | None,
     arch: int,
-    out: tuple[torch.Tensor, torch.Tensor],
+    y: torch.Tensor,
+    s: torch.Tensor,
 ) -> tuple[Calls, bool]:
     """Launches of S, and whether the product may run beside them."""
-    y, s = out
     late = dropout is None and _waits_late(x, parts, s, lora_B, y, arch)
     common: dict[str, Any] = {"arch": arch, "precision": precision(), "beside": late}
     return [*shrink_calls(x, lora_A, s, scaling=scaling, dropout=dropout, **common)], late
@@ -341,13 +359,12 @@ def backward_calls(
     path: str,
     arch: int,
     needs: tuple[bool, bool, bool],
-    out: Gradients | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Calls]:
     """dy [M, N] -> (dX [M, K], dA [R, K], dB [N, R], launches), each gradient only if `needs` asks for it.
 
     `x` may be None if dA is not asked for, `s` if dB is not. dA and dB are in the adapters' own dtypes.
     """
-    dx, da, db = _gradients(dy, weight, lora_A, lora_B, needs) if out is None else out
+    dx, da, db = _gradients(dy, weight, lora_A, lora_B, needs)
     common: dict[str, Any] = {"arch": arch, "precision": precision()}
     ds: Kept = None
     if dx is not None or da is not None:

@@ -19,7 +19,7 @@ import torch
 
 from peftkern.backend import device_info
 from peftkern.ops._lora_linear_triton import FUSED_4BIT_PATHS, Kept, add_base, dropout, precision, write_base
-from peftkern.ops._weight_calls import Calls, Part, is_whole_on, packed, parts_of, room_for, stored_of_all
+from peftkern.ops._weight_calls import Calls, Part, Stored, is_whole_on, packed, parts_of, room_for, stored
 from peftkern.ops.plan import DECODE_PATHS
 from peftkern_kernels import replay
 from peftkern_kernels.adapters import Adapters
@@ -265,14 +265,15 @@ def _base_and_expand(
     return [*base_4bit_transposed_plus_expand_calls(dy, packed(part.weight), ds, factor, dx, **options)]
 
 
-def _tensors(layers: Sequence[Layer], routing: Routing) -> tuple[Any, list[Any]]:
-    """What a recording of a path's launches must know of these: numbers, and tensors."""
-    numbers, tensors = stored_of_all([layer.weight for layer in layers])
+def _stored(layers: Sequence[Layer], routing: Routing) -> Stored:
+    """What a recording of a path's launches must know of these."""
+    key, seen, told = stored(*(layer.weight for layer in layers))
+    numbers, tensors = list(key), [*seen]
     for layer in layers:
         adapters = layer.adapters
         numbers += [adapters.max_rank, adapters.N]
         tensors += [adapters.pool_a, adapters.pool_b, adapters.row_offset, adapters.rank, adapters.scaling, layer.bias]
-    return tuple(numbers), [*tensors, *routing.tensors]
+    return Stored(tuple(numbers), [*tensors, *routing.tensors], told)
 
 
 def forward(
@@ -286,15 +287,15 @@ def forward(
     keep_s: bool = True,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     """Run the launches of `shared_forward_calls`, from a recording once the situation has been met; y and S of each."""
-    arch, (numbers, tensors) = device_info(x.device).arch, _tensors(layers, routing)
+    arch, frozen = device_info(x.device).arch, _stored(layers, routing)
     drop = dropout(seed, p)
 
     def build() -> Any:
         ys, s, calls = shared_forward_calls(x, layers, routing, drop, path, arch, keep_s)
         return (*ys, s), calls
 
-    key = ("multi_lora_linear", numbers, p, path, keep_s, precision())
-    *ys, s = replay.produce(key, (x, *tensors, seed), build, x.device)
+    key = ("multi_lora_linear", frozen.key, p, path, keep_s, precision())
+    *ys, s = replay.produce(key, (x, *frozen.seen, seed), build, x.device, frozen.told)
     return ys, columns(s, [layer.adapters.max_rank for layer in layers])
 
 
@@ -311,15 +312,15 @@ def backward(
 ) -> tuple[torch.Tensor | None, list[Pair]]:
     """Run the launches of `shared_backward_calls`, likewise; the gradients of x and of each one's pools."""
     device = dys[0].device
-    arch, (numbers, tensors) = device_info(device).arch, _tensors(layers, routing)
+    arch, frozen = device_info(device).arch, _stored(layers, routing)
     drop = dropout(seed, p)
 
     def build() -> Any:
         dx, pairs, calls = shared_backward_calls(dys, x, layers, parts_s, routing, drop, path, arch, needs)
         return [dx, *(t for pair in pairs for t in pair)], calls
 
-    key = ("multi_lora_linear backward", numbers, p, path, needs[0], tuple(needs[1]), precision())
-    dx, *flat = replay.produce(key, (*dys, x, *tensors, *parts_s, seed), build, device)
+    key = ("multi_lora_linear backward", frozen.key, p, path, needs[0], tuple(needs[1]), precision())
+    dx, *flat = replay.produce(key, (*dys, x, *frozen.seen, *parts_s, seed), build, device, frozen.told)
     return dx, list(zip(flat[::2], flat[1::2], strict=True))
 
 

@@ -11,6 +11,7 @@ written, with products of one of the rows of A again, but are no projection's.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -52,12 +53,18 @@ def scratch_s(x: torch.Tensor, M: int, R: int, path: str, arch: int) -> torch.Te
 
 def fake_s(x: torch.Tensor, M: int, R: int, path: str) -> torch.Tensor:
     """S as an operator's fake returns it: with the strides of the real one."""
-    return new_s(x, M, R, path, _arch([R], x, path))
+    return new_s(x, M, R, path, _arch([R], x.dtype, x.device, path))
 
 
 def s_columns(ranks: Sequence[int], x: torch.Tensor, path: str) -> Columns:
     """The columns of S that are each projection's; of dS, and of A of all projections, they are `rank_columns`."""
-    return columns_of_s(ranks, x.dtype, path, _arch(ranks, x, path))
+    return columns_of_s(ranks, x.dtype, path, _arch(ranks, x.dtype, x.device, path))
+
+
+@functools.lru_cache(maxsize=1024)
+def remembered_columns(ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device, path: str) -> Columns:
+    """`s_columns` of ranks that are no symbols, which each call asks for."""
+    return columns_of_s(ranks, dtype, path, _arch(ranks, dtype, device, path))
 
 
 def columns_of_s(ranks: Sequence[int], dtype: torch.dtype, path: str, arch: int) -> Columns:
@@ -70,10 +77,10 @@ def columns_of_s(ranks: Sequence[int], dtype: torch.dtype, path: str, arch: int)
     return tuple(found)
 
 
-def _arch(ranks: Sequence[int], x: torch.Tensor, path: str) -> int:
-    """The architecture of x's device, which is asked only if it matters: a traced graph may be looked at elsewhere."""
-    matters = _is_on_gemms(path) and any(R * x.dtype.itemsize % ROW_BYTES for R in ranks)
-    return device_info(x.device).arch if matters else 0
+def _arch(ranks: Sequence[int], dtype: torch.dtype, device: torch.device, path: str) -> int:
+    """The architecture of a device, which is asked only if it matters: a traced graph may be looked at elsewhere."""
+    matters = _is_on_gemms(path) and any(R * dtype.itemsize % ROW_BYTES for R in ranks)
+    return device_info(device).arch if matters else 0
 
 
 def whole_blocks(columns: Columns) -> Columns:

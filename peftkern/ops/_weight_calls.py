@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -66,22 +66,31 @@ def packed(weight: Weight4bit) -> Packed4bit:
     return Packed4bit(N=N, K=K, **held)
 
 
-def stored(weight: Any) -> tuple[Any, ...]:
-    """(number, tensors) of a weight, from which launches follow: the number is the blocksize in 4 bits, 0 of a dense
-    one, -1 in 8 bits."""
-    if isinstance(weight, torch.Tensor):
-        return 0, weight
-    return weight.blocksize if isinstance(weight, Weight4bit) else -1, *weight.tensors()
+class Stored(NamedTuple):
+    """What a recording of launches over weights must know of them (see `replay.produce`): a part of its key, the
+    tensors that are to be looked at, and those of which the key tells all."""
+
+    key: tuple[Any, ...]
+    seen: list[torch.Tensor | None]
+    told: list[torch.Tensor | None]
 
 
-def stored_of_all(weights: Sequence[Any]) -> tuple[list[int], list[torch.Tensor | None]]:
-    """The same of several: their numbers, and the tensors that hold them."""
-    numbers, tensors = [], []
+def stored(*weights: Any) -> Stored:
+    """`Stored` of weights, dense or quantized."""
+    key: list[Any] = []
+    seen: list[torch.Tensor | None] = []
+    told: list[torch.Tensor | None] = []
     for weight in weights:
-        number, *held = stored(weight)
-        numbers.append(number)
-        tensors += held
-    return numbers, tensors
+        if isinstance(weight, torch.Tensor):
+            key.append("dense")
+            seen.append(weight)
+        elif isinstance(weight, Weight4bit):  # its tensors are contiguous, and as large as these say
+            key += weight.shape, weight.blocksize, weight.nested
+            told += weight.tensors()
+        else:
+            key.append("8 bits")
+            seen += weight.tensors()
+    return Stored(tuple(key), seen, told)
 
 
 def room_for(weights: Sequence[Any], path: str, like: torch.Tensor) -> torch.Tensor | None:

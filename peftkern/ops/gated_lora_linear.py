@@ -30,6 +30,7 @@ from peftkern.ops._common import (
     without_autocast,
 )
 from peftkern.ops._gated_activation import ACTIVATIONS, gated, gated_again, gated_gradients
+from peftkern.ops._kept import keep, kept
 from peftkern.ops._lora_linear_shared_operator import flatten_all, unflatten_all
 from peftkern.ops._rank_rows import fake_s
 from peftkern.ops.lora_linear import _backward as dense_backward
@@ -84,7 +85,7 @@ def gated_lora_linear(
     scaling = number("gated_lora_linear: scaling", scaling)
     dropout_p = dropout_in_force(dropout_p, training)
     cast = autocast_dtype(gate)
-    if cast is not None and isinstance(up, torch.Tensor):
+    if cast is not None and isinstance(up, torch.Tensor) and not gate.dtype is up.dtype is cast:
         gate, up = gate.to(cast), up.to(cast)
     _check(gate, up, activation)
     check_projection(gate, weight, lora_A, lora_B, bias, mixed=cast is not None)
@@ -204,10 +205,10 @@ class _GatedLoraLinear(torch.autograd.Function):
         needs_gate, needs_up, needs_a, needs_b, *_ = ctx.needs_input_grad
         ctx.needs = (needs_gate or needs_up, needs_a, needs_b)
         path = numbers[-1]
-        kept = kept_s(s, path) if needs_b else None
+        own_s = kept_s(s, path) if needs_b else None
         needs_h = needs_gate or needs_up or needs_a
         gated_by = (gate, up) if needs_h else (gate.new_empty(()).expand(gate.shape),) * 2  # shapes, no memory
-        ctx.save_for_backward(*gated_by, lora_A, lora_B, kept, mask, seed if mask is None else None, dense)
+        keep(ctx, (*gated_by, own_s, mask, seed if mask is None else None), (lora_A, lora_B, dense))
         ctx.weight = None if dense is not None else weight  # quantized: frozen, no activation, and here anyway
         ctx.numbers = numbers
         return y
@@ -215,7 +216,7 @@ class _GatedLoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy):
         refuse_double_backward("gated_lora_linear")
-        gate, up, lora_A, lora_B, s, mask, seed, dense = ctx.saved_tensors
+        (gate, up, s, mask, seed), (lora_A, lora_B, dense) = kept(ctx)
         weight = dense if ctx.weight is None else ctx.weight
         saved: Any = (dy, gate, up, weight, lora_A, lora_B, taken_s(s), mask, seed, *ctx.numbers, ctx.needs)
         dgate, dup, da, db = _backward(*saved)

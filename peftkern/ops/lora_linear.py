@@ -36,6 +36,7 @@ from peftkern.ops._common import (
     unflattened,
     without_autocast,
 )
+from peftkern.ops._kept import keep, kept
 from peftkern.ops._lora_linear_torch import multiplies_masters
 from peftkern.ops._rank_rows import fake_s
 from peftkern.ops.plan import Plan, plan_lora_linear
@@ -213,23 +214,16 @@ class _LoraLinear(torch.autograd.Function):
         y, s, mask = _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path, later)
         needs: Needs = ctx.needs_input_grad[:5]
         _, needs_w, needs_a, needs_b, _ = needs
-        # Only x, S and the mask are activations: weight and adapters exist anyway and are kept by reference.
-        ctx.save_for_backward(
-            x if needs_a or needs_w else None,
-            weight,
-            lora_A,
-            lora_B,
-            kept_s(s, path) if needs_b else None,
-            mask,
-            seed if mask is None else None,
-        )
+        own_s = kept_s(s, path) if needs_b else None
+        activations = (x if needs_a or needs_w else None, own_s, mask, seed if mask is None else None)
+        keep(ctx, activations, (weight, lora_A, lora_B))
         ctx.numbers = (scaling, dropout_p, path, needs, None if bias is None else bias.dtype)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_linear")
-        x, weight, lora_A, lora_B, s, mask, seed = ctx.saved_tensors
+        (x, s, mask, seed), (weight, lora_A, lora_B) = kept(ctx)
         saved = (x, weight, lora_A, lora_B, taken_s(s), mask, seed)
         return (*_backward(dy, *saved, *ctx.numbers), None, None, None, None, None)
 

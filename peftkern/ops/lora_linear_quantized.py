@@ -37,6 +37,7 @@ from peftkern.ops._common import (
     without_autocast,
 )
 from peftkern.ops._dense_blocks import Quantized, dense_blocks
+from peftkern.ops._kept import keep, kept
 from peftkern.ops._rank_rows import fake_s
 from peftkern.ops.lora_linear import _backward as dense_backward
 from peftkern.ops.lora_linear import _forward as dense_forward
@@ -74,7 +75,7 @@ def lora_linear_quantized(
 ) -> torch.Tensor:
     """`lora_linear` for a weight that is not a tensor; see there. `dropout_p` is 0 where nothing is to be dropped."""
     cast = autocast_dtype(x)
-    if cast is not None:
+    if cast is not None and x.dtype is not cast:
         x = x.to(cast)
     check_quantized("lora_linear", x, weight, lora_A, lora_B, bias, mixed=cast is not None)
     seed = None if dropout_p == 0.0 else dropout_seed(seed, x.device)
@@ -285,14 +286,8 @@ class _LoraLinearQuantized(torch.autograd.Function):
         y, s, mask = _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path, later)
         needs: Needs = ctx.needs_input_grad[:4]
         _, needs_a, needs_b, _ = needs
-        ctx.save_for_backward(
-            x if needs_a else None,
-            lora_A,
-            lora_B,
-            kept_s(s, path) if needs_b else None,
-            mask,
-            seed if mask is None else None,
-        )
+        own_s = kept_s(s, path) if needs_b else None
+        keep(ctx, (x if needs_a else None, own_s, mask, seed if mask is None else None), (lora_A, lora_B))
         ctx.weight = weight  # frozen, no activation, and here anyway
         ctx.numbers = (scaling, dropout_p, path, needs, None if bias is None else bias.dtype)
         return y
@@ -300,7 +295,7 @@ class _LoraLinearQuantized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_linear")
-        x, lora_A, lora_B, s, mask, seed = ctx.saved_tensors
+        (x, s, mask, seed), (lora_A, lora_B) = kept(ctx)
         saved = (x, ctx.weight, lora_A, lora_B, taken_s(s), mask, seed)
         return (*_backward(dy, *saved, *ctx.numbers), None, None, None)
 

@@ -32,10 +32,11 @@ from peftkern.ops._common import (
     refuse_double_backward,
     taken_s,
 )
+from peftkern.ops._kept import keep, kept
 from peftkern.ops._lora_linear_shared_call import Optional, backward_shared, forward_shared, launched_apart
 from peftkern.ops._lora_linear_shared_operator import call_operator
 from peftkern.ops._projection_group import Group
-from peftkern.ops._rank_rows import s_columns
+from peftkern.ops._rank_rows import remembered_columns
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.lora_linear import plan_for as plan_for_dense
 from peftkern.ops.lora_linear_quantized import check_quantized
@@ -127,10 +128,11 @@ def run(
         each = zip(weights, lora_As, lora_Bs, scalings, biases, strict=True)
         return tuple(lora_linear(x, *parts, dropout_p=p, seed=seed) for parts in each)
     biases = [b if b is None or b.dtype == x.dtype else b.to(x.dtype) for b in biases]
-    stored = [t for w in weights if not isinstance(w, torch.Tensor) for t in w.tensors() if t is not None]
+    stored: list[Any] = [w.tensors()[0] for w in weights if not isinstance(w, torch.Tensor)]  # the others are alike
     if needs_operator(x, *lora_As, *lora_Bs, *learned, *stored):
         return call_operator(x, weights, lora_As, lora_Bs, scalings, biases, p, seed, path)
-    group = Group(tuple(weights), tuple(scalings), s_columns([A.shape[0] for A in lora_As], x, path), p, path)
+    columns = remembered_columns(tuple([A.shape[0] for A in lora_As]), x.dtype, x.device, path)
+    group = Group(tuple(weights), tuple(scalings), columns, p, path)
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in (*lora_As, *lora_Bs))):
         dense = [w if isinstance(w, torch.Tensor) else None for w in weights]
         return apply_directly(_LoraLinearShared, x, seed, group, *dense, *lora_As, *lora_Bs, *biases)
@@ -184,19 +186,15 @@ class _LoraLinearShared(torch.autograd.Function):
             learns = zip(ys, needs[n : 2 * n], needs[2 * n : 3 * n], strict=True)
             ctx.mark_non_differentiable(*(y for y, a, b in learns if not (a or b)))
         ctx.group = group
-        ctx.save_for_backward(
-            x if ctx.needs[0] else None,
-            kept_s(s, group.path) if any(ctx.needs[2]) else None,
-            mask,
-            seed if mask is None else None,
-            *tensors[: 3 * n],
-        )
+        own_s = kept_s(s, group.path) if any(ctx.needs[2]) else None
+        activations = (x if ctx.needs[0] else None, own_s, mask, seed if mask is None else None)
+        keep(ctx, activations, tensors[: 3 * n])
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *dys):
         refuse_double_backward("lora_linear_shared")
-        x, s, mask, seed, *tensors = ctx.saved_tensors
+        (x, s, mask, seed), tensors = kept(ctx)
         group: Group = ctx.group
         n = len(group.weights)
         live = [i for i, dy in enumerate(dys) if dy is not None]
@@ -207,13 +205,15 @@ class _LoraLinearShared(torch.autograd.Function):
         needs_a = any(each_a[i] for i in live)
         needs = (ctx.needs_input_grad[0], needs_a, [each_b[i] for i in live])
         lora_As, lora_Bs = [tensors[n + i] for i in live], [tensors[2 * n + i] for i in live]
-        part = group.only(live, tensors[:n])
+        dense = tensors[:n]
+        all_alive = len(live) == n and not any(weight is not None for weight in dense)
+        part = group if all_alive else group.only(live, dense)
         dx, da, dbs = backward_shared([dys[i] for i in live], x, part, lora_As, lora_Bs, taken_s(s), mask, seed, needs)
         das: list[Any] = list(absent)
         for i, lora_A, columns in zip(live, lora_As, rank_columns(lora_As), strict=True):
             if da is not None and each_a[i]:
-                das[i] = da[columns].to(lora_A.dtype)
+                das[i] = da[columns] if da.dtype is lora_A.dtype else da[columns].to(lora_A.dtype)
         all_dbs: list[Any] = list(absent)
         for i, lora_B, db in zip(live, lora_Bs, dbs, strict=True):
-            all_dbs[i] = None if db is None else db.to(lora_B.dtype)
+            all_dbs[i] = db if db is None or db.dtype is lora_B.dtype else db.to(lora_B.dtype)
         return (dx, None, None, *absent, *das, *all_dbs, *absent)

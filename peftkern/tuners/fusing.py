@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -81,10 +82,14 @@ def bare_weight(module: nn.Module) -> torch.Tensor | None:
 
 def bare_quantized_weight(module: nn.Module) -> Weight4bit | Weight8bit | None:
     """The same of a quantized layer of bitsandbytes or peftkern, and no subclass of it."""
-    kind = type(module)
-    if kind.__name__ not in _QUANTIZED_CLASSES or not kind.__module__.startswith(_QUANTIZED_PACKAGES):
-        return None
-    return quantized_weight(module) if _is_bare(module) else None
+    kind: Any = type(module)
+    return quantized_weight(module) if _is_quantized_class(kind) and _is_bare(module) else None
+
+
+@functools.cache
+def _is_quantized_class(kind: Any) -> bool:
+    """Whether modules of a class are quantized layers of bitsandbytes or peftkern."""
+    return kind.__name__ in _QUANTIZED_CLASSES and kind.__module__.startswith(_QUANTIZED_PACKAGES)
 
 
 def _is_bare(module: nn.Module) -> bool:
@@ -120,14 +125,14 @@ def quantized_weight(module: nn.Module) -> Weight4bit | Weight8bit | None:
     if type(module) is nn.Linear or not isinstance(module, nn.Module):
         return None
     weight = weight_of(module)
-    return None if weight is None or weight.device.type == "meta" else weight
+    return None if weight is None or weight.tensors()[0].is_meta else weight
 
 
 def quantized_forward(module: nn.Module) -> Any:
     """The forward that a layer with a quantized weight has from bitsandbytes or peftkern."""
     kinds: tuple[Any, ...] = type(module).__mro__
     for kind in kinds:
-        if kind.__name__ in _QUANTIZED_CLASSES and kind.__module__.startswith(_QUANTIZED_PACKAGES):
+        if _is_quantized_class(kind):
             return kind.forward
     return None
 

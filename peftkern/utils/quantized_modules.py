@@ -57,7 +57,7 @@ class _QuantizedLinear(nn.Module):
         """
         weight = parameter_of(self)
         # A fake or distributed tensor has no address to know it by.
-        if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or weight.dtype != self._storage:
+        if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or weight.dtype is not self._storage:
             return self._put_together()
         kept, attributes = kept_by(self), self.__dict__
         if kept.still(weight.data_ptr(), *[attributes[name] for name in self._statistics]):

@@ -38,7 +38,8 @@ MODEL_TYPES = frozenset(
     ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral")
     + ("olmo", "olmo2", "phi", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2")
 )
-_Found = tuple[tuple[torch.Tensor, ...], list[Any]]  # outputs, and the key of each but the first
+# Outputs, the key of each but the first, and what keys name by its address only, to be kept alive.
+_Found = tuple[tuple[torch.Tensor, ...], list[Any], Sequence[Any]]
 # Times in a row that outputs were left lying before a group gives up: its layers do not share their input after all.
 MOST_MISSES = 3
 
@@ -98,8 +99,8 @@ class SharedInput:
         found = self._outputs_of_many(x) if many else self._outputs(x)
         if found is None:
             return None
-        ys, keys = found
-        self._left = _Left(x, {layer: pair for layer, *pair in zip(self.layers[1:], ys[1:], keys, strict=True)})
+        ys, keys, held = found
+        self._left = _Left(x, {layer: pair for layer, *pair in zip(self.layers[1:], ys[1:], keys, strict=True)}, held)
         return ys[0]
 
     def _outputs(self, x: torch.Tensor) -> _Found | None:
@@ -125,9 +126,9 @@ class SharedInput:
             ys = lora_linear_shared_on(rows, weights, As, Bs, scalings, biases, ps[0], None, path)
         else:  # autocast to another dtype, or something to be refused
             ys = lora_linear_shared(rows, weights, As, Bs, scalings, biases, dropout_p=ps[0])
-        if not isinstance(weights[0], torch.Tensor):  # as the layer by itself: x's dtype, also under autocast
+        if ys[0].dtype is not x.dtype and not isinstance(weights[0], torch.Tensor):  # as the layer by itself
             ys = tuple(y.to(x.dtype) for y in ys)
-        return ys, keys
+        return ys, keys, weights
 
     def _traced(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         """`forward` under torch.compile, which this leaves no state of: see `ops._lora_linear_traced`."""
@@ -167,7 +168,7 @@ class SharedInput:
             return None
         p = batches[0].dropout_p
         ys = multi_lora_linear_shared(x.to(dtype), weights, pools, batches[0].batch, biases, dropout_p=p)
-        return tuple(y.to(x.dtype) for y in ys), keys
+        return tuple(y.to(x.dtype) for y in ys), keys, ()
 
     def _dtype(self, x: torch.Tensor, weights: Sequence[Any]) -> torch.dtype | None:
         """What to compute in: x's dtype, or that of quantized layers; None if they do not agree."""
@@ -204,10 +205,10 @@ class SharedInput:
 class _Left:
     """Outputs that wait for their layers' calls: (output, key) by layer, for x in this state, under these modes."""
 
-    __slots__ = ("modes", "outputs", "version", "x")
+    __slots__ = ("held", "modes", "outputs", "version", "x")
 
-    def __init__(self, x: torch.Tensor, outputs: dict[Any, Any]) -> None:
-        self.x, self.outputs = x, outputs
+    def __init__(self, x: torch.Tensor, outputs: dict[Any, Any], held: Sequence[Any]) -> None:
+        self.x, self.outputs, self.held = x, outputs, held
         self.version, self.modes = _version(x), _modes(x)
 
 
@@ -231,8 +232,11 @@ def _key(operands: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
     if operands is None:
         return None
     weight, A, B, scaling, bias, p = operands
-    stored = (weight,) if isinstance(weight, torch.Tensor) else weight.tensors()
-    return _states((*stored, A, B, bias), scaling, p)
+    if isinstance(weight, torch.Tensor):
+        return _states((weight, A, B, bias), scaling, p)
+    # Put together anew if one of its tensors is another, or lies elsewhere.
+    versions = [t._version for t in weight.tensors() if t is not None]
+    return _states((A, B, bias), scaling, p, id(weight), versions)
 
 
 def _key_of_many(layer: Any, mixed: Any) -> tuple[Any, ...] | None:
