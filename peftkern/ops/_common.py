@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -150,23 +151,33 @@ def apply_directly(function: type[torch.autograd.Function], *arguments: Any) -> 
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
-def apply_in_two(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+_awaited: dict[int, weakref.ref[torch.Tensor]] = {}  # by id: whose y was asked for when it was computed again
+
+
+def apply_in_two(function: type[torch.autograd.Function], owner: torch.Tensor, *arguments: Any) -> Any:
     """`apply_directly(function, *arguments, later)`, for one whose forward may leave to `later` what makes y.
 
     Within a backward pass a forward runs to be computed again, by checkpointing, which stops it where the last tensor
     that was kept is there (torch.utils.checkpoint's early stop, raised while `function` keeps its tensors). For the
     last operation of a checkpointed region, an MLP's largest product often, y is then never asked for. So there
     `later` is a list: forward makes what it keeps, returns y without values, and appends what fills it. Else it is
-    None.
+    None, also for a layer, told by a tensor that it owns, that was seen to go on.
     """
-    if torch._C._current_graph_task_id() == -1:
+    if torch._C._current_graph_task_id() == -1 or _is_awaited(owner):
         return apply_directly(function, *arguments, None)
     later: list[Callable[[], object]] = []
     y = apply_directly(function, *arguments, later)
     with torch.no_grad(), torch._C._DisableAutocast():
         for fill in later:
             fill()
+    number = id(owner)
+    _awaited[number] = weakref.ref(owner, lambda _: _awaited.pop(number, None))
     return y
+
+
+def _is_awaited(owner: torch.Tensor) -> bool:
+    known = _awaited.get(id(owner))
+    return known is not None and known() is owner
 
 
 def ask(plan: Any, *arguments: Any) -> Plan:

@@ -104,7 +104,7 @@ def gated_lora_linear(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (gate, up, lora_A, lora_B)):
         dense = weight if isinstance(weight, torch.Tensor) else None
         rest = (weight, bias, seed, scaling, dropout_p, activation, path)
-        return apply_in_two(_GatedLoraLinear, gate, up, lora_A, lora_B, dense, rest)
+        return apply_in_two(_GatedLoraLinear, lora_A, gate, up, lora_A, lora_B, dense, rest)
     return _forward(*arguments)[0]
 
 

@@ -139,7 +139,7 @@ def _apply(
     base_learns = weight_learns or (bias is not None and bias.requires_grad)
     if learns and (x.requires_grad or scale.requires_grad or base_learns):
         rest = (weight, is_feedforward, path, keep_x, keep_z)
-        return apply_in_two(_IA3Linear, x, dense, scale, bias, ids, rest)
+        return apply_in_two(_IA3Linear, scale, x, dense, scale, bias, ids, rest)
     return _forward(x, weight, scale, bias, ids, is_feedforward, path, False)[0]
 
 

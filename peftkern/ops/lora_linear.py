@@ -111,7 +111,7 @@ def lora_linear(
         products_alone = common and path == "torch" and seed is None and not base_learns and x.dim() == 2
         if products_alone and (lora_A.dtype is x.dtype or multiplies_masters(x, lora_A)):
             return apply_directly(_Products, x, weight, lora_A, lora_B, bias, scaling)
-        return apply_in_two(_LoraLinear, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
+        return apply_in_two(_LoraLinear, lora_A, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
     return _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)[0]
 
 

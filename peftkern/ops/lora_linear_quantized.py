@@ -85,7 +85,8 @@ def lora_linear_quantized(
         return _operator(x, tensors, lora_A, lora_B, bias, seed, numbers, scaling, dropout_p, path)[0]
     wanted = (x, lora_A, lora_B) if bias is None else (x, lora_A, lora_B, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in wanted):
-        return apply_in_two(_LoraLinearQuantized, x, lora_A, lora_B, bias, seed, (weight, scaling, dropout_p, path))
+        rest = (weight, scaling, dropout_p, path)
+        return apply_in_two(_LoraLinearQuantized, lora_A, x, lora_A, lora_B, bias, seed, rest)
     return _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)[0]
 
 
