@@ -11,7 +11,8 @@ takes of PEFT's time is the least that any adapter code could reach. Each mode r
 allocator has served before changes a step by up to a quarter, and its pairs are split between several. Where the
 processor has no bfloat16 matrix instructions a step takes PEFT many seconds, so a mode stops at `--seconds` with at
 least three pairs; and there bfloat16 is measured twice, as it runs and with peftkern held to torch's own bfloat16
-products, which shows what fusing alone is worth. The result goes to bench/results/cpu-<processor>/step.json.
+products, which shows what fusing alone is worth. Two modes once more with gradient checkpointing, where peftkern does
+not make the last product of a decoder layer a second time. The result goes to bench/results/cpu-<processor>/step.json.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ SMOKE = Size(hidden=64, intermediate=96, layers=1, heads=2, vocabulary=128, batc
 class Mode:
     """How a model is trained: base dtype, whether adapters are fp32 under autocast, dropout.
 
-    `path` holds peftkern to one path of its plan, None lets the plan choose; `use_dora` is for `bench.cpu_dora`.
+    `path` holds peftkern to one path of its plan, None lets the plan choose; `use_dora` is for `bench.cpu_dora`;
+    `checkpointed` computes each decoder layer again in backward.
     """
 
     dtype: torch.dtype
@@ -52,16 +54,20 @@ class Mode:
     dropout: float
     path: str | None = None
     use_dora: bool = False
+    checkpointed: bool = False
 
     @property
     def key(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
         adapters = "fp32 adapters, autocast" if self.autocast else f"{name} adapters"
         held = ", torch's products" if self.path == "torch" else ""
+        held += ", checkpointed" * self.checkpointed
         return f"{'DoRA, ' * self.use_dora}{name}, {adapters}, dropout {self.dropout:g}{held}"
 
     def targets(self) -> dict[str, float]:
         """The acceptance figures of this mode: most that peftkern's may be of PEFT's."""
+        if self.checkpointed:
+            return {}
         if self.dropout:
             return {"time": 0.95, "saved": 0.65}
         return {"time": 0.92, "saved": 1.0} if self.dtype == torch.float32 else {"time": 0.80, "saved": 0.65}
@@ -75,12 +81,14 @@ MODES = [
 
 
 def modes() -> list[Mode]:
-    """The six modes, and bfloat16 without dropout once more on torch's own products where the plan avoids those."""
+    """The six modes, two of them with checkpointing, and bfloat16 without dropout on torch's own products where the
+    plan avoids those."""
     scalar = torch.bfloat16 in device_info(torch.device("cpu")).scalar_matmul
     held = [replace(mode, path="torch") for mode in MODES if mode.dtype == torch.bfloat16 and not mode.dropout]
     # The slow ones last: whoever stops the run has the rest.
     quick_first = sorted(MODES, key=lambda mode: mode.dtype != torch.float32)
-    return [*quick_first, *(held if scalar else [])]
+    checkpointed = [replace(mode, checkpointed=True) for mode in (MODES[2], MODES[0])]
+    return [*quick_first, *checkpointed, *(held if scalar else [])]
 
 
 @contextlib.contextmanager
@@ -253,7 +261,9 @@ def measure_share(size: Size, mode: Mode, share: Share, threads: int) -> tuple[T
 
     torch.set_num_threads(threads)
     with held_to(mode.path):
-        base = llama(size, mode.dtype)
+        base: Any = llama(size, mode.dtype)
+        if mode.checkpointed:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
         ours, theirs = (
             Trainee(adapt(library, base, mode.dropout, mode.autocast, mode.use_dora), size, mode)
             for library in (peftkern, peft)
@@ -264,7 +274,8 @@ def measure_share(size: Size, mode: Mode, share: Share, threads: int) -> tuple[T
             errors = check_pair(ours, theirs, exact)
             check_dropout(ours)
             check_dropout(theirs)
-            found = saved_fields(saved(ours), saved(theirs)) | {"errors": errors}
+            kept = {} if mode.checkpointed else saved_fields(saved(ours), saved(theirs))
+            found = kept | {"errors": errors}
             del exact
         frozen = Untrained(base, size, mode)
         return pair_times(ours, theirs, frozen, share.pairs, share.seconds, share.least), found
@@ -291,6 +302,7 @@ def row_of(mode: Mode, times: list[Times], found: dict[str, Any]) -> dict[str, A
         "autocast": mode.autocast,
         "dropout": mode.dropout,
         "path": mode.path,
+        "checkpointed": mode.checkpointed,
         **{f"{name}_ms": 1e3 * statistics.median(seconds) for name, seconds in pooled.items()},
         "ratio": statistics.median(ratios),
         "ratio_p10": ratios[round(0.1 * last)],
@@ -389,14 +401,15 @@ def print_table(result: dict[str, Any]) -> None:
     print(f"\n{'training step, peftkern over PEFT':52s} {'ratio':>7s} {'p10-p90':>13s} {'target':>7s}")
     for row in result["rows"]:
         spread = f"{row['ratio_p10']:.2f}-{row['ratio_p90']:.2f}"
-        target = row["targets"]["time"]
-        print(f"{row['mode']:52s} {row['ratio']:7.3f} {spread:>13s} {target:7.2f}  {verdict(row['ratio'], target)}")
+        target = row["targets"].get("time")
+        told = "" if target is None else f" {target:7.2f}  {verdict(row['ratio'], target)}"
+        print(f"{row['mode']:52s} {row['ratio']:7.3f} {spread:>13s}{told}")
         each = ", ".join(f"{ratio:.3f}" for ratio in row["ratio_by_process"])
         times = f"{row['peftkern_ms']:.1f} ms against {row['peft_ms']:.1f} ms, {row['pairs']} pairs"
         print(f"{'':6s}{times}; by process {each}; frozen {row['frozen_ms']:.1f} ms, {row['frozen_ratio']:.3f}")
     heading = f"{'saved for backward, peftkern over PEFT':52s} {'step':>7s} {'layers':>7s} {'target':>7s}"
     print(f"\n{heading}  (MB of the step, of the layers)")
-    for row in result["rows"]:
+    for row in (row for row in result["rows"] if "saved_bytes" in row):
         target, whole, inside = row["targets"]["saved"], row["saved_bytes"], row["saved_in_layers"]
         sizes = ", ".join(f"{s['peftkern'] / 1e6:.1f} / {s['peft'] / 1e6:.1f}" for s in (whole, inside))
         print(
@@ -425,7 +438,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs, processes, rounds, reps = (2, 1, 2, 3) if options.smoke else (options.pairs, options.processes, 21, 200)
     result = begun("step", asdict(size), options.threads, processes=processes)
     split = shares(pairs, options.seconds, processes)
-    for mode in [MODES[0], MODES[-1]] if options.smoke else modes():
+    smoke = [MODES[0], replace(MODES[-1], checkpointed=True)]
+    for mode in smoke if options.smoke else modes():
         print(mode.key, flush=True)
         result["rows"].append(measure_in_processes(size, mode, split, options.threads))
     result["calls"] = in_fresh_process(measure_calls, rounds, reps, options.threads)

@@ -64,24 +64,16 @@ def step_table(result: dict[str, Any]) -> str:
     header += ["saved in layers MB", "PEFT's", "ratio", "target", "saved in all MB", "PEFT's", "ratio"]
     lines = []
     for row in result["rows"]:
-        inside, whole = row["saved_in_layers"], row["saved_bytes"]
-        lines.append(
-            [
-                row["mode"],
-                f"{row['peftkern_ms']:.0f}",
-                f"{row['peft_ms']:.0f}",
-                f"{row['ratio']:.2f}",
-                f"{row['ratio_p10']:.2f}-{row['ratio_p90']:.2f}",
-                f"{row['targets']['time']:.2f}",
-                megabytes(inside["peftkern"]),
-                megabytes(inside["peft"]),
-                f"{row['saved_in_layers_ratio']:.2f}",
-                f"{row['targets']['saved']:.2f}",
-                megabytes(whole["peftkern"]),
-                megabytes(whole["peft"]),
-                f"{row['saved_ratio']:.2f}",
-            ]
-        )
+        spread = f"{row['ratio_p10']:.2f}-{row['ratio_p90']:.2f}"
+        line = [row["mode"], f"{row['peftkern_ms']:.0f}", f"{row['peft_ms']:.0f}", f"{row['ratio']:.2f}", spread]
+        targets = {name: f"{target:.2f}" for name, target in row["targets"].items()}
+        line.append(targets.get("time", ""))
+        if "saved_bytes" in row:  # of a checkpointed step nobody asks
+            inside, whole = row["saved_in_layers"], row["saved_bytes"]
+            line += [megabytes(inside["peftkern"]), megabytes(inside["peft"]), f"{row['saved_in_layers_ratio']:.2f}"]
+            line += [targets["saved"], megabytes(whole["peftkern"]), megabytes(whole["peft"])]
+            line.append(f"{row['saved_ratio']:.2f}")
+        lines.append([*line, *[""] * (len(header) - len(line))])
     calls = []
     for row in result["calls"]:
         us = {name: f"{m['median']:.0f}" for name, m in row["microseconds"].items()}
@@ -216,20 +208,16 @@ def plot_step(result: dict[str, Any], path: Path) -> Path | None:
         ("saved_in_layers_ratio", "saved", "bytes that adapted layers save for backward, over PEFT's"),
     )
     for axis, (field, target, label) in zip(axes[0], panels, strict=False):
-        values = [r[field] for r in rows]
+        values = [r.get(field, 0.0) for r in rows]
         spread = [[r["ratio"] - r["ratio_p10"] for r in rows], [r["ratio_p90"] - r["ratio"] for r in rows]]
         bars = axis.barh(
             range(len(rows)), values, color=green, xerr=spread if field == "ratio" else None, ecolor="black", capsize=2
         )
-        axis.bar_label(bars, [f"{v:.2f}" for v in values], label_type="center", color="white", fontsize=9)
-        for i, row in enumerate(rows):
-            axis.plot(
-                [row["targets"][target]] * 2,
-                [i - 0.4, i + 0.4],
-                color="black",
-                linestyle=":",
-                label="" if i else "target",
-            )
+        axis.bar_label(bars, [f"{v:.2f}" if v else "" for v in values], label_type="center", color="white", fontsize=9)
+        aims = [(i, row["targets"][target]) for i, row in enumerate(rows) if target in row["targets"]]
+        for i, aim in aims:
+            label = "" if i else "target"
+            axis.plot([aim] * 2, [i - 0.4, i + 0.4], color="black", linestyle=":", label=label)
         axis.axvline(1, color=red, label="PEFT")
         axis.set_yticks(range(len(rows)), names if axis is axes[0][0] else [""] * len(rows), fontsize=8)
         axis.invert_yaxis()
