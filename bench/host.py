@@ -35,7 +35,6 @@ HIDDEN, RANK = 4096, 16
 ROUND = 40  # calls between two looks at the clock: fewer launches than a GPU's queue holds
 IA3 = "an IA3 layer (output scaled)"
 PROJECTIONS = (4096, 1024, 1024)  # q, k and v of an 8B Llama
-INTERMEDIATE = 14336
 DECODER = "the seven of a decoder layer, checkpointed"
 
 
@@ -48,6 +47,7 @@ class Case:
     bits: int
     outs: tuple[int, ...] = (HIDDEN,)
     dropout: float = 0.0
+    hidden: int = HIDDEN
 
     @property
     def key(self) -> str:
@@ -61,7 +61,7 @@ CASES = [
     *(Case("q, k and v", 2048, bits, PROJECTIONS) for bits in (16, 4)),
     Case(DECODER, 2048, 4),
 ]
-SMOKE = [Case("a layer", 1, 16)]
+SMOKE = [Case("a layer", 1, 16), Case(DECODER, 64, 4, hidden=256)]
 
 
 class Attention(torch.autograd.Function):
@@ -106,14 +106,14 @@ class Projections(nn.Module):
         return self.mlp(self.o_proj(Attention.apply(self.q_proj(x), self.k_proj(x), self.v_proj(x))))
 
 
-def decoder_layer(bits: int) -> nn.Module:
-    """An 8B Llama's, with fp32 adapters, its weights in `bits`, on the CPU."""
+def decoder_layer(case: Case) -> nn.Module:
+    """One of the shapes of an 8B Llama's, with fp32 adapters, on the CPU."""
     from peftkern import fuse_mlps
     from peftkern.nn import LoraLinear, share_input
 
     with torch.device("meta"):
-        made: Any = Projections(HIDDEN, PROJECTIONS[1], INTERMEDIATE).to(torch.bfloat16)
-    options: dict[str, Any] = {"adapter_dtype": torch.float32, "quantization": {16: None, 4: "nf4"}[bits]}
+        made: Any = Projections(case.hidden, case.hidden // 4, 7 * case.hidden // 2).to(torch.bfloat16)
+    options: dict[str, Any] = {"adapter_dtype": torch.float32, "quantization": {16: None, 4: "nf4"}[case.bits]}
     for name, linear in list(made.named_modules()):
         if isinstance(linear, nn.Linear):
             # Zeros: nobody reads them, and quantizing random numbers would take longer than all else here.
@@ -131,7 +131,7 @@ def layers_of(case: Case) -> list[nn.Module]:
     from peftkern.nn import IA3Linear, LoraLinear
 
     if case.name == DECODER:
-        return [decoder_layer(case.bits)]
+        return [decoder_layer(case)]
     quantization = {16: None, 4: "nf4"}[case.bits]
     made: list[nn.Module] = []
     for out in case.outs:
@@ -172,8 +172,8 @@ def runners(case: Case, layers: list[nn.Module], device: torch.device) -> dict[s
 
 def _checkpointed(case: Case, layer: nn.Module, device: torch.device) -> dict[str, Callable[[], Any]]:
     """Forward, and forward + the same again + backward."""
-    x = torch.empty(1, case.M, HIDDEN, dtype=torch.bfloat16, device=device).requires_grad_()
-    dy = torch.empty(1, case.M, HIDDEN, dtype=torch.bfloat16, device=device)
+    x = torch.empty(1, case.M, case.hidden, dtype=torch.bfloat16, device=device).requires_grad_()
+    dy = torch.empty_like(x)
     learned = [x, *(p for p in layer.parameters() if p.requires_grad)]
 
     def forward() -> torch.Tensor:
@@ -225,7 +225,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1.0, help="for each figure")
     parser.add_argument("--cases", nargs="+", metavar="WORDS", help="only those whose names hold one of these")
-    parser.add_argument("--smoke", action="store_true", help="one case, briefly: does the program run?")
+    parser.add_argument("--smoke", action="store_true", help="two cases, briefly: does the program run?")
     parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results/<device>)")
     return parser.parse_args(argv)
 

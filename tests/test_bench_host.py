@@ -24,9 +24,10 @@ def test_launches_are_replayed_on_a_gpu_that_does_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "host.json").read_text())
     assert result["schema"] == records.SCHEMA and result["launched_on"] == null_device.NAME
-    forward, both = result["rows"]
+    forward, both, decoder, checkpointed = result["rows"]
     assert (forward["launches"], forward["passes"]) == (2, "forward")
     assert both["launches"] > 2 and both["host_us"] > forward["host_us"] > 0
+    assert decoder["launches"] > 10 and checkpointed["launches"] > 2 * decoder["launches"]
 
 
 def test_its_numbers_are_not_kept_by_accident(capsys):
