@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bench import records
-from bench.cpu_program import begun, folder_of, in_fresh_process, steps_parser
+from bench.cpu_program import begun, caller, folder_of, steps_parser
 from bench.cpu_step import (
     MODES,
     SMOKE,
@@ -27,7 +27,7 @@ from bench.cpu_step import (
     Times,
     Trainee,
     Untrained,
-    measure_in_processes,
+    measure_mode,
     pair_times,
     shares,
 )
@@ -75,11 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = SMOKE if options.smoke else Size()
     pairs, processes = (2, 1) if options.smoke else (options.pairs, options.processes)
     result = begun("dora_step", asdict(size), options.threads, processes=processes)
-    split = shares(pairs, options.seconds, processes)
+    split, call = shares(pairs, options.seconds, processes), caller(options.smoke)
     for mode in modes()[:: 5 if options.smoke else 1]:
-        row = measure_in_processes(size, mode, split, options.threads)
+        row = measure_mode(call, size, mode, split, options.threads)
         del row["targets"]  # which are plain LoRA's
-        row["over_lora"] = in_fresh_process(over_lora, size, mode, pairs, options.seconds / 2, options.threads)
+        row["over_lora"] = call(over_lora, size, mode, pairs, options.seconds / 2, options.threads)
         result["rows"].append(row)
         print_row(row)
     print(save(result, folder_of(options), "dora.json"))

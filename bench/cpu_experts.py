@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from bench import records
-from bench.cpu_program import begun, folder_of, in_fresh_process, steps_parser
+from bench.cpu_program import begun, caller, folder_of, steps_parser
 from bench.cpu_step import (
     Mode,
     Share,
@@ -141,9 +141,9 @@ def measure_share(size: Any, case: Case, share: Share, threads: int) -> tuple[Ti
     return pair_times(ours, theirs, frozen, share.pairs, share.seconds, share.least), found
 
 
-def measure(size: Size, case: Case, split: list[Share], threads: int) -> dict[str, Any]:
-    """The row of a case, each share in a process of its own."""
-    parts = [in_fresh_process(measure_share, size, case, share, threads) for share in split]
+def measure(call: Callable[..., Any], size: Size, case: Case, split: list[Share], threads: int) -> dict[str, Any]:
+    """The row of a case, each share by `call` (of `caller`)."""
+    parts = [call(measure_share, size, case, share, threads) for share in split]
     row = row_of(case.mode, [times for times, _ in parts], parts[0][1])
     return row | {"mode": case.key, "experts": case.function, "targets": {}}
 
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     split = shares(2, 1.0, 1) if options.smoke else shares(options.pairs, options.seconds, options.processes)
     result = begun("experts", asdict(size), options.threads, processes=len(split))
     for case in CASES[:2] if options.smoke else CASES:
-        row = measure(size, case, split, options.threads)
+        row = measure(caller(options.smoke), size, case, split, options.threads)
         result["rows"].append(row)
         print_row(row)
     print(save(result, folder_of(options), "experts.json"))

@@ -28,7 +28,7 @@ from torch import nn
 
 from bench import records
 from bench.check import WrongResultError, tolerance
-from bench.cpu_program import begun, cpu_parser, folder_of, in_fresh_process
+from bench.cpu_program import begun, caller, cpu_parser, folder_of
 from bench.models import ALPHA, RANK, Size, llama
 from bench.run import save
 
@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = begun("mixed", batch_size, options.threads, adapters=ADAPTERS)
     for case in [Case(2, torch.float32), Case(2, torch.float32, True)] if options.smoke else CASES:
         pairs = 2 if options.smoke else options.pairs // 3 if case.training else options.pairs
-        row = in_fresh_process(measure_case, size, case, pairs, options.threads)
+        row = caller(options.smoke)(measure_case, size, case, pairs, options.threads)
         result["rows"].append(row)
         print_row(row)
     name = "mixed.json" if hidden == 512 else f"mixed_{hidden}.json"

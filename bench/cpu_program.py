@@ -21,6 +21,11 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
+def caller(smoke: bool) -> Callable[..., Any]:
+    """How a program calls what it times: in a new process; in this one if it shall only be seen to run."""
+    return (lambda function, *arguments: function(*arguments)) if smoke else in_fresh_process
+
+
 def cpu_parser(doc: str | None, *, pairs: int, what: str) -> argparse.ArgumentParser:
     """The command line of such a program.
 

@@ -32,7 +32,7 @@ from torch import nn
 
 from bench import measure, records
 from bench.check import WrongResultError, tolerance
-from bench.cpu_program import begun, folder_of, in_fresh_process, steps_parser
+from bench.cpu_program import begun, caller, folder_of, steps_parser
 from bench.models import ALPHA, RANK, Size, adapt, adapted_layers, adapters_of, llama
 from bench.run import save
 from peftkern.backend import device_info
@@ -317,16 +317,9 @@ def row_of(mode: Mode, times: list[Times], found: dict[str, Any]) -> dict[str, A
     }
 
 
-def measure_mode(size: Size, mode: Mode, pairs: int, seconds: float) -> dict[str, Any]:
-    """Everything about one mode, in this process."""
-    (share,) = shares(pairs, seconds, 1)
-    times, found = measure_share(size, mode, share, torch.get_num_threads())
-    return row_of(mode, [times], found)
-
-
-def measure_in_processes(size: Size, mode: Mode, split: list[Share], threads: int) -> dict[str, Any]:
-    """Everything about one mode, each share in a process of its own, one after the other."""
-    parts = [in_fresh_process(measure_share, size, mode, share, threads) for share in split]
+def measure_mode(call: Callable[..., Any], size: Size, mode: Mode, split: list[Share], threads: int) -> dict[str, Any]:
+    """Everything about one mode, each share by `call` (of `caller`), one after the other."""
+    parts = [call(measure_share, size, mode, share, threads) for share in split]
     return row_of(mode, [times for times, _ in parts], parts[0][1])
 
 
@@ -437,12 +430,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = SMOKE if options.smoke else Size()
     pairs, processes, rounds, reps = (2, 1, 2, 3) if options.smoke else (options.pairs, options.processes, 21, 200)
     result = begun("step", asdict(size), options.threads, processes=processes)
-    split = shares(pairs, options.seconds, processes)
+    split, call = shares(pairs, options.seconds, processes), caller(options.smoke)
     smoke = [MODES[0], replace(MODES[-1], checkpointed=True)]
     for mode in smoke if options.smoke else modes():
         print(mode.key, flush=True)
-        result["rows"].append(measure_in_processes(size, mode, split, options.threads))
-    result["calls"] = in_fresh_process(measure_calls, rounds, reps, options.threads)
+        result["rows"].append(measure_mode(call, size, mode, split, options.threads))
+    result["calls"] = call(measure_calls, rounds, reps, options.threads)
     print_table(result)
     print(save(result, folder_of(options), "step.json"))
     return 0

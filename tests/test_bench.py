@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import check, cpu_step, limits, measure, records, report, tune
+from bench import check, cpu_program, cpu_step, limits, measure, records, report, tune
 from bench.adapters import Rival, by_hand
 from bench.cases import Problem, full, headline
 from bench.environment import RESULTS, slug
@@ -232,14 +233,26 @@ def test_pairs_of_a_step_are_split_and_pooled():
     assert row["ratio_by_process"] == [0.5, 0.9] and row["peftkern_ms"] == 1000.0
 
 
+@pytest.fixture(autouse=True)
+def _threads():
+    """As many threads after a test as before."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_what_is_timed_runs_in_a_process_of_its_own():
+    """Catches figures of a process in which others ran before, and an error there that nobody hears of."""
+    here = os.getpid()
+    assert cpu_program.caller(False)(os.getpid) != here == cpu_program.caller(True)(os.getpid)
+    with pytest.raises(ValueError, match="math domain"):
+        cpu_program.in_fresh_process(math.sqrt, -1.0)
+
+
 def test_the_cpu_step_runs_end_to_end(tmp_path):
     """Catches a step whose loss or gradients differ from PEFT's: it compares them before it times."""
     pytest.importorskip("peft")
-    threads = torch.get_num_threads()
-    try:
-        assert cpu_step.main(["--smoke", "--out", str(tmp_path)]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert cpu_step.main(["--smoke", "--out", str(tmp_path)]) == 0
     result = records.read(tmp_path / "step.json")
     assert all(row["ratio"] > 0 for row in result["rows"])
     assert [row["checkpointed"] for row in result["rows"]] == ["saved_bytes" not in row for row in result["rows"]]
@@ -253,12 +266,8 @@ def test_the_cpu_step_with_dora_runs_end_to_end(tmp_path):
     pytest.importorskip("peft")
     from bench import cpu_dora
 
-    threads = torch.get_num_threads()
-    try:
-        assert cpu_dora.main(["--smoke", "--out", str(tmp_path)]) == 0
-        assert cpu_dora.main(["--smoke"]) == 2
-    finally:
-        torch.set_num_threads(threads)
+    assert cpu_dora.main(["--smoke", "--out", str(tmp_path)]) == 0
+    assert cpu_dora.main(["--smoke"]) == 2
     result = records.read(tmp_path / "dora.json")
     assert [row["mode"][:4] for row in result["rows"]] == ["DoRA", "DoRA"]
     assert all(row["ratio"] > 0 and row["over_lora"]["ratio"] > 0 for row in result["rows"])
@@ -302,11 +311,7 @@ def test_experts_run_end_to_end(tmp_path, capsys):
     pytest.importorskip("peft")
     from bench import cpu_experts
 
-    threads = torch.get_num_threads()
-    try:
-        assert cpu_experts.main(["--smoke", "--out", str(tmp_path)]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert cpu_experts.main(["--smoke", "--out", str(tmp_path)]) == 0
     result = records.read(tmp_path / "experts.json")
     assert [row["experts"] for row in result["rows"]] == ["grouped_mm", "eager"]
     assert all(row["ratio"] > 0 and row["paths"] == ["torch"] for row in result["rows"])

@@ -121,7 +121,10 @@ def test_descriptors_are_made_once_for_an_address(monkeypatch):
         assert all(len(kept) <= 3 for kept in direct._kept)
 
 
-@pytest.mark.parametrize("change", ["another launcher", "scratch", "profile", "unknown closure", "other arguments"])
+CHANGES = ["another launcher", "scratch", "profile", "unknown closure", "other arguments", "another call"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_is_not_known_is_left_to_triton(change):
     """Would catch a launch without the memory that a kernel asks for, or with arguments in places that were guessed."""
     run = CudaLauncher(Called(), True, True)
@@ -131,6 +134,8 @@ def test_what_is_not_known_is_left_to_triton(change):
         run.global_scratch_size = 16
     elif change == "profile":
         run.profile_scratch_size = 16
+    elif change == "another call":
+        run.__class__ = type("CudaLauncher", (), {"__call__": lambda self, grid, stream: None})
     elif change == "unknown closure":
         function = run.launch
         run.launch = lambda *given: function(*given)
