@@ -15,6 +15,7 @@ import peftkern
 from peftkern.nn import LoraLinear, share_input
 from peftkern.ops import plan as plans
 from peftkern.tuners.lora.shared_input import MODEL_TYPES, MOST_MISSES
+from peftkern.utils.quantized_modules import Linear4bit
 from tiny_models import VOCAB, ids, randomize, tiny_llama
 
 MODULE = importlib.import_module("peftkern.tuners.lora.shared_input")
@@ -532,6 +533,21 @@ def test_adapters_made_in_inference_mode(shared):
     with torch.inference_mode():
         made = layers(8, 12)
         x = torch.ones(7, 16)
+        for layer in made:
+            torch.testing.assert_close(layer(x), alone(layer, x))
+    assert not shared
+
+
+def test_weights_quantized_in_inference_mode(shared):
+    """Would catch a version asked of a 4-bit weight that has none, which torch refuses to tell."""
+    with torch.inference_mode():
+        bases = [Linear4bit.from_linear(nn.Linear(64, n, bias=False)) for n in (64, 32)]
+    made = [LoraLinear.from_linear(base, r=3, lora_alpha=6) for base in bases]
+    for layer in made:
+        randomize(layer)
+    share_input(*made)
+    x = torch.randn(7, 64)
+    with torch.no_grad():
         for layer in made:
             torch.testing.assert_close(layer(x), alone(layer, x))
     assert not shared

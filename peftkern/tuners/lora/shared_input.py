@@ -234,9 +234,8 @@ def _key(operands: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
     weight, A, B, scaling, bias, p = operands
     if isinstance(weight, torch.Tensor):
         return _states((weight, A, B, bias), scaling, p)
-    # Put together anew if one of its tensors is another, or lies elsewhere.
-    versions = [t._version for t in weight.tensors() if t is not None]
-    return _states((A, B, bias), scaling, p, id(weight), versions)
+    # It is put together anew if one of its tensors is another, or lies elsewhere: only their versions are left to tell.
+    return _states((A, B, bias), scaling, p, id(weight), told=weight.tensors())
 
 
 def _key_of_many(layer: Any, mixed: Any) -> tuple[Any, ...] | None:
@@ -248,8 +247,11 @@ def _key_of_many(layer: Any, mixed: Any) -> tuple[Any, ...] | None:
     return _states(tensors, mixed, mixed.dropout_p, pool.layout, pool.scalings)
 
 
-def _states(tensors: Sequence[torch.Tensor | None], *others: Any) -> tuple[Any, ...] | None:
+def _states(
+    tensors: Sequence[torch.Tensor | None], *others: Any, told: Sequence[torch.Tensor | None] = ()
+) -> tuple[Any, ...] | None:
     try:
+        others += (*(t._version for t in told if t is not None),)
         return *others, *((t.data_ptr(), t._version, t.requires_grad) for t in tensors if t is not None)
     except RuntimeError:  # an inference tensor has no version
         return None
