@@ -74,6 +74,15 @@ def force(monkeypatch, kind, path):
         monkeypatch.setattr(module, name, lambda *_: plan)
 
 
+def on_path(kind, path, monkeypatch, device):
+    """`make` and a dY, with kernels forced to run on `path`, or plain PyTorch in fp32 on a CPU without one."""
+    where = device if path else "cpu"
+    inputs, end = make(kind, torch.bfloat16 if path else torch.float32, where)
+    if path:
+        force(monkeypatch, kind, path)
+    return inputs, end, torch.randn(2, M // 2, N, device=where).to(inputs[0].dtype)
+
+
 CASES = [(kind, path) for kind in KINDS for path in (None, "triton", "cublas")]
 CASES += [(kind, "fused_4bit") for kind in KINDS if "4 bits" in kind]
 
@@ -82,11 +91,7 @@ CASES += [(kind, "fused_4bit") for kind in KINDS if "4 bits" in kind]
 @pytest.mark.parametrize(("kind", "path"), CASES)
 def test_the_last_product_is_not_made_again(kind, path, p, products, monkeypatch, device):
     """Would catch a product that backward makes and throws away, and S, or a mask, that is another the second time."""
-    where = device if path else "cpu"
-    inputs, end = make(kind, torch.bfloat16 if path else torch.float32, where)
-    if path:
-        force(monkeypatch, kind, path)
-    dy = torch.randn(2, M // 2, N, device=where).to(inputs[0].dtype)
+    inputs, end, dy = on_path(kind, path, monkeypatch, device)
     with peftkern.use_backend("triton" if path else "torch"):
         plain = gradients(lambda x, a, b: end(x, a, b, p), inputs, dy)
         products.clear()
@@ -101,11 +106,7 @@ def test_the_last_product_is_not_made_again(kind, path, p, products, monkeypatch
 @pytest.mark.parametrize(("kind", "path"), CASES)
 def test_y_is_there_for_what_comes_after_it(kind, path, early_stop, products, monkeypatch, device):
     """Would catch an output without values where something that is kept depends on it, or nobody stops."""
-    where = device if path else "cpu"
-    inputs, end = make(kind, torch.bfloat16 if path else torch.float32, where)
-    if path:
-        force(monkeypatch, kind, path)
-    dy = torch.randn(2, M // 2, N, device=where).to(inputs[0].dtype)
+    inputs, end, dy = on_path(kind, path, monkeypatch, device)
 
     def region(x, a, b):
         return end(x, a, b, 0.0).sin()

@@ -36,7 +36,7 @@ from peftkern.ops._common import (
     unflattened,
     without_autocast,
 )
-from peftkern.ops._dense_blocks import Quantized, dense_blocks
+from peftkern.ops._dense_blocks import Quantized, blocks_of, dense_blocks
 from peftkern.ops._kept import keep, kept
 from peftkern.ops._rank_rows import fake_s
 from peftkern.ops.lora_linear import _backward as dense_backward
@@ -140,8 +140,8 @@ def _forward(
     if not is_plain(path):
         return _forward_by_launches(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path, later)
     dense_path = path.partition(":")[2]
-    if later is not None and dense_path == "torch":
-        return _forward_begun(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, later)
+    if dense_path == "torch":
+        return _forward_by_products(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, later)
     y: Any = None
     s: Any = None
     for rows, dense in dense_blocks(weight, x.dtype, dense_path):
@@ -154,7 +154,7 @@ def _forward(
     return y, s, mask  # each block made the same S and mask
 
 
-def _forward_begun(
+def _forward_by_products(
     x: torch.Tensor,
     weight: Quantized,
     lora_A: torch.Tensor,
@@ -163,22 +163,28 @@ def _forward_begun(
     seed: torch.Tensor | None,
     scaling: float,
     dropout_p: float,
-    later: list[Any],
+    later: Later,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`_forward` in plain PyTorch up to S and the mask; `later` is given what fills y."""
+    """`_forward` by torch's products: S and the mask once, then y by blocks of W; that is left to `later`, if given."""
     flat = plain.dense_rows(x.reshape(-1, x.shape[-1]))
     lora_A, lora_B = plain.adapters_to_multiply(flat, lora_A, lora_B)
     s, mask, alpha = plain.shrink(flat, lora_A, scaling, dropout_p, seed)
-    y = flat.new_empty(flat.shape[0], weight.shape[0])
     bias = bias if bias is None else bias.to(x.dtype)
+
+    def columns(rows: slice, dense: torch.Tensor) -> torch.Tensor:
+        return plain.product(flat, dense, s, lora_B[rows], None if bias is None else bias[rows], alpha)
 
     def fill() -> None:
         for rows, dense in dense_blocks(weight, x.dtype, "torch"):
-            part_bias = None if bias is None else bias[rows]
-            y[:, rows] = plain.product(flat, dense, s, lora_B[rows], part_bias, alpha)
+            y[:, rows] = columns(rows, dense)
 
-    later.append(fill)
-    return unflattened(y, x.shape[:-1]), s, mask
+    if later is None and len(blocks_of(weight, x.dtype)) == 1:
+        ((rows, dense),) = dense_blocks(weight, x.dtype, "torch")
+        y = columns(rows, dense)
+    else:
+        y = flat.new_empty(flat.shape[0], weight.shape[0])
+        fill() if later is None else later.append(fill)
+    return y if x.dim() == 2 else unflattened(y, x.shape[:-1]), s, mask
 
 
 def _forward_by_launches(
