@@ -47,7 +47,7 @@ def over_lora(size: Size, mode: Mode, pairs: int, seconds: float, threads: int) 
     torch.set_num_threads(threads)
     base = llama(size, mode.dtype)
     dora, lora = (
-        Trainee(adapt(peftkern, base, mode.dropout, mode.autocast, use_dora), size, mode) for use_dora in (True, False)
+        Trainee(adapt(peftkern, base, mode.dropout, mode.masters, use_dora), size, mode) for use_dora in (True, False)
     )
     taken: Times = pair_times(dora, lora, Untrained(base, size, mode), pairs, seconds, min(pairs, 3))
     ratios = [a / b for a, b in zip(taken["peftkern"], taken["peft"], strict=True)]

@@ -3,13 +3,14 @@
     python -m bench.cpu_step [--pairs 21] [--seconds 100] [--processes 3] [--threads 2] [--smoke] [--out DIR]
 
 The model is a Llama of four layers (hidden 512, intermediate 1376, 8 heads, vocabulary 4096) on 4 x 128 tokens, with
-LoRA of rank 16 on all linear layers; the step is forward + loss + backward + AdamW on the adapters. Both libraries
-have the same weights, adapters and data; loss and gradients are compared before anything is timed. Steps run in
-pairs, one of each library, the first of a pair taking turns; the figure is the median of the pairs' ratios. After each
-pair the same model takes a step without adapters or optimizer, gradients flowing to the embeddings' output: what it
-takes of PEFT's time is the least that any adapter code could reach. Each mode runs in fresh processes, since what the
-allocator has served before changes a step by up to a quarter, and its pairs are split between several. Where the
-processor has no bfloat16 matrix instructions a step takes PEFT many seconds, so a mode stops at `--seconds` with at
+LoRA of rank 16 on all linear layers; the step is forward + loss + backward + AdamW on the adapters. A bfloat16 base has
+adapters in fp32, as both libraries make them, with autocast or (a loop that asks for nothing) without, or in bfloat16.
+Both libraries have the same weights, adapters and data; loss and gradients are compared before anything is timed. Steps
+run in pairs, one of each library, the first of a pair taking turns; the figure is the median of the pairs' ratios.
+After each pair the same model takes a step without adapters or optimizer, gradients flowing to the embeddings' output:
+what it takes of PEFT's time is the least that any adapter code could reach. Each mode runs in fresh processes, since
+what the allocator has served before changes a step by up to a quarter, and its pairs are split between several. Where
+the processor has no bfloat16 matrix instructions a step takes PEFT many seconds, so a mode stops at `--seconds` with at
 least three pairs; and there bfloat16 is measured twice, as it runs and with peftkern held to torch's own bfloat16
 products, which shows what fusing alone is worth. Two modes once more with gradient checkpointing, where peftkern does
 not make the last product of a decoder layer a second time. The result goes to bench/results/cpu-<processor>/step.json.
@@ -43,15 +44,17 @@ SMOKE = Size(hidden=64, intermediate=96, layers=1, heads=2, vocabulary=128, batc
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """How a model is trained: base dtype, whether adapters are fp32 under autocast, dropout.
+    """How a model is trained: base dtype, whether under autocast, dropout.
 
-    `path` holds peftkern to one path of its plan, None lets the plan choose; `use_dora` is for `bench.cpu_dora`;
-    `checkpointed` computes each decoder layer again in backward.
+    `masters`: whether adapters are fp32, which is PEFT's default whatever the base is. `path` holds peftkern to one
+    path of its plan, None lets the plan choose; `use_dora` is for `bench.cpu_dora`; `checkpointed` computes each
+    decoder layer again in backward.
     """
 
     dtype: torch.dtype
     autocast: bool
     dropout: float
+    masters: bool = False
     path: str | None = None
     use_dora: bool = False
     checkpointed: bool = False
@@ -59,7 +62,8 @@ class Mode:
     @property
     def key(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
-        adapters = "fp32 adapters, autocast" if self.autocast else f"{name} adapters"
+        adapters = "fp32 adapters" if self.masters else f"{name} adapters"
+        adapters += ", autocast" * self.autocast
         held = ", torch's products" if self.path == "torch" else ""
         held += ", checkpointed" * self.checkpointed
         return f"{'DoRA, ' * self.use_dora}{name}, {adapters}, dropout {self.dropout:g}{held}"
@@ -73,21 +77,23 @@ class Mode:
         return {"time": 0.92, "saved": 1.0} if self.dtype == torch.float32 else {"time": 0.80, "saved": 0.65}
 
 
+UNDER_AUTOCAST = Mode(torch.bfloat16, True, 0.0, masters=True)
+FP32 = Mode(torch.float32, False, 0.0)
 MODES = [
-    Mode(dtype, autocast, dropout)
+    replace(mode, dropout=dropout)
     for dropout in (0.0, 0.1)
-    for dtype, autocast in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False))
+    for mode in (UNDER_AUTOCAST, replace(UNDER_AUTOCAST, autocast=False), Mode(torch.bfloat16, False, 0.0), FP32)
 ]
 
 
 def modes() -> list[Mode]:
-    """The six modes, two of them with checkpointing, and bfloat16 without dropout on torch's own products where the
+    """The eight modes, two of them with checkpointing, and bfloat16 without dropout on torch's own products where the
     plan avoids those."""
     scalar = torch.bfloat16 in device_info(torch.device("cpu")).scalar_matmul
     held = [replace(mode, path="torch") for mode in MODES if mode.dtype == torch.bfloat16 and not mode.dropout]
     # The slow ones last: whoever stops the run has the rest.
     quick_first = sorted(MODES, key=lambda mode: mode.dtype != torch.float32)
-    checkpointed = [replace(mode, checkpointed=True) for mode in (MODES[2], MODES[0])]
+    checkpointed = [replace(mode, checkpointed=True) for mode in (FP32, UNDER_AUTOCAST)]
     return [*quick_first, *checkpointed, *(held if scalar else [])]
 
 
@@ -265,12 +271,12 @@ def measure_share(size: Size, mode: Mode, share: Share, threads: int) -> tuple[T
         if mode.checkpointed:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         ours, theirs = (
-            Trainee(adapt(library, base, mode.dropout, mode.autocast, mode.use_dora), size, mode)
+            Trainee(adapt(library, base, mode.dropout, mode.masters, mode.use_dora), size, mode)
             for library in (peftkern, peft)
         )
         found: dict[str, Any] = {}
         if share.check:
-            exact = Trainee(adapt(peft, base, 0.0, False, mode.use_dora).float(), size, Mode(torch.float32, False, 0.0))
+            exact = Trainee(adapt(peft, base, 0.0, False, mode.use_dora).float(), size, FP32)
             errors = check_pair(ours, theirs, exact)
             check_dropout(ours)
             check_dropout(theirs)
@@ -300,6 +306,7 @@ def row_of(mode: Mode, times: list[Times], found: dict[str, Any]) -> dict[str, A
         "mode": mode.key,
         "dtype": str(mode.dtype).removeprefix("torch."),
         "autocast": mode.autocast,
+        "masters": mode.masters,
         "dropout": mode.dropout,
         "path": mode.path,
         "checkpointed": mode.checkpointed,
@@ -323,8 +330,11 @@ def measure_mode(call: Callable[..., Any], size: Size, mode: Mode, split: list[S
     return row_of(mode, [times for times, _ in parts], parts[0][1])
 
 
-def call_overhead(dtype: torch.dtype, adapter_dtype: torch.dtype, rounds: int, reps: int) -> dict[str, Any]:
-    """Forward + backward of one call at x [1, 64], 64 x 64, rank 16: microseconds, and what the adapter adds."""
+def call_overhead(
+    shape: tuple[int, ...], dtype: torch.dtype, adapter_dtype: torch.dtype, rounds: int, reps: int
+) -> dict[str, Any]:
+    """Forward + backward of one call at x of one row and this shape, 64 x 64, rank 16: microseconds, and what the
+    adapter adds."""
     import peft
 
     from peftkern.nn import LoraLinear
@@ -335,8 +345,8 @@ def call_overhead(dtype: torch.dtype, adapter_dtype: torch.dtype, rounds: int, r
     theirs: Any = peft.inject_adapter_in_model(config, nn.ModuleDict({"linear": linear}))["linear"]
     theirs.lora_A.to(adapter_dtype)
     theirs.lora_B.to(adapter_dtype)
-    x = torch.randn(1, 64, dtype=dtype, requires_grad=True)
-    dy = torch.randn(1, 64, dtype=dtype)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    dy = torch.randn(shape, dtype=dtype)
     results = []
     with torch.no_grad():
         for layer in (ours, theirs):
@@ -360,14 +370,16 @@ def call_overhead(dtype: torch.dtype, adapter_dtype: torch.dtype, rounds: int, r
 
     def composed() -> Any:
         # The same products with nothing around them but torch's own autograd: what Python over torch can hope for.
-        s = nn.functional.linear(x, A.to(dtype))
-        y = torch.addmm(nn.functional.linear(x, weight, linear.bias), s, B.to(dtype).t(), alpha=ALPHA / RANK)
-        return torch.autograd.grad(y, [x, A, B], dy)
+        rows = x if x.dim() == 2 else x.view(-1, 64)
+        s = nn.functional.linear(rows, A.to(dtype))
+        y = torch.addmm(nn.functional.linear(rows, weight, linear.bias), s, B.to(dtype).t(), alpha=ALPHA / RANK)
+        return torch.autograd.grad(y if x.dim() == 2 else y.view(shape), [x, A, B], dy)
 
     functions = {"frozen": call(linear), "peftkern": call(ours), "peft": call(theirs), "composed": composed}
     micros = measure.wall_microseconds(functions, torch.device("cpu"), reps=reps, rounds=rounds)
     frozen_us = micros["frozen"].median
     return {
+        "shape": list(shape),
         "dtype": str(dtype).removeprefix("torch."),
         "adapter_dtype": str(adapter_dtype).removeprefix("torch."),
         "microseconds": {name: m.as_dict() for name, m in micros.items()},
@@ -378,10 +390,11 @@ def call_overhead(dtype: torch.dtype, adapter_dtype: torch.dtype, rounds: int, r
 
 
 def measure_calls(rounds: int, reps: int, threads: int) -> list[dict[str, Any]]:
-    """`call_overhead` for each pair of dtypes."""
+    """`call_overhead` for each pair of dtypes, of x as a matrix and as models have it."""
     torch.set_num_threads(threads)
     f32, bf16 = torch.float32, torch.bfloat16
-    return [call_overhead(*dtypes, rounds, reps) for dtypes in ((f32, f32), (bf16, bf16), (bf16, f32))]
+    pairs = ((f32, f32), (bf16, bf16), (bf16, f32))
+    return [call_overhead(shape, *dtypes, rounds, reps) for shape in ((1, 64), (1, 1, 64)) for dtypes in pairs]
 
 
 def verdict(value: float, target: float) -> str:
@@ -413,7 +426,7 @@ def print_table(result: dict[str, Any]) -> None:
     print(f"\n{heading}  overhead over PEFT's")
     for row in result["calls"]:
         us = {name: m["median"] for name, m in row["microseconds"].items()}
-        name = f"{row['dtype']}, {row['adapter_dtype']} adapters (microseconds)"
+        name = f"{row['dtype']}, {row['adapter_dtype']} adapters, x {row['shape']} (microseconds)"
         target = row["targets"]["overhead"]
         print(
             f"{name:52s} {us['frozen']:7.1f} {us['peftkern']:7.1f} {us['peft']:7.1f}  "
@@ -431,7 +444,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs, processes, rounds, reps = (2, 1, 2, 3) if options.smoke else (options.pairs, options.processes, 21, 200)
     result = begun("step", asdict(size), options.threads, processes=processes)
     split, call = shares(pairs, options.seconds, processes), caller(options.smoke)
-    smoke = [MODES[0], replace(MODES[-1], checkpointed=True)]
+    smoke = [*MODES[:2], replace(MODES[-1], checkpointed=True)]
     for mode in smoke if options.smoke else modes():
         print(mode.key, flush=True)
         result["rows"].append(measure_mode(call, size, mode, split, options.threads))

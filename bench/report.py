@@ -77,7 +77,7 @@ def step_table(result: dict[str, Any]) -> str:
     calls = []
     for row in result["calls"]:
         us = {name: f"{m['median']:.0f}" for name, m in row["microseconds"].items()}
-        kind = f"{row['dtype']}, {row['adapter_dtype']} adapters"
+        kind = f"{row['dtype']}, {row['adapter_dtype']} adapters, x {row.get('shape', [1, 64])}"
         calls.append(
             [
                 kind,
@@ -230,7 +230,8 @@ def plot_step(result: dict[str, Any], path: Path) -> Path | None:
         values = [row["microseconds"][kind]["median"] for row in calls]
         bars = axis.barh([i + 0.27 * (k - 1) for i in range(len(calls))], values, 0.25, color=colour, label=label)
         axis.bar_label(bars, [f"{v:.0f}" for v in values], padding=3, fontsize=8)
-    axis.set_yticks(range(len(calls)), [f"{r['dtype']}\n{r['adapter_dtype']} adapters" for r in calls], fontsize=8)
+    names = [f"{r['dtype']}, x {r.get('shape', [1, 64])}\n{r['adapter_dtype']} adapters" for r in calls]
+    axis.set_yticks(range(len(calls)), names, fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.15)
     axis.set_xlabel("microseconds of a call, 1 x 64 x 64, forward + backward", fontsize=8)

@@ -256,7 +256,9 @@ def test_the_cpu_step_runs_end_to_end(tmp_path):
     result = records.read(tmp_path / "step.json")
     assert all(row["ratio"] > 0 for row in result["rows"])
     assert [row["checkpointed"] for row in result["rows"]] == ["saved_bytes" not in row for row in result["rows"]]
-    assert [row["checkpointed"] for row in result["rows"]] == [False, True]
+    assert [row["checkpointed"] for row in result["rows"]] == [False, False, True]
+    assert [row["masters"] for row in result["rows"]] == [True, True, False]
+    assert [row["shape"] for row in result["calls"]] == [[1, 64]] * 3 + [[1, 1, 64]] * 3
     assert all(row["frozen_ms"] > 0 and row["frozen_ratio"] > 0 for row in result["rows"])
     assert report.main([str(tmp_path)]) == 0 and (tmp_path / "step.png").exists()
 

@@ -15,11 +15,11 @@ from peftkern import reference, use_backend
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear
 from peftkern.ops._lora_linear_torch import _hashed_words, keep_mask
-from peftkern.ops.lora_linear import _operator
+from peftkern.ops.lora_linear import _LoraLinear, _operator
 from peftkern.ops.plan import Plan
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(64, 64, 64, 16), (1, 17, 33, 1), (65, 130, 200, 12), (7, 1, 1, 3), (33, 48, 40, 70)]
+SHAPES = [(64, 64, 64, 16), (1, 17, 33, 1), (65, 130, 200, 12), (7, 1, 1, 3), (33, 48, 40, 70), (520, 34, 66, 5)]
 SCALING = 0.75
 # The package exports the function under its module's name.
 MODULE = importlib.import_module("peftkern.ops.lora_linear")
@@ -69,7 +69,7 @@ def test_output_and_gradients_match_fp64(M, N, K, R, dtype, dropout_p):
         assert_rounded(out, truth, magnitude, terms=M + N + K + R, rounded=rounded + extra)
 
 
-@pytest.mark.parametrize("M", [40, 8, 1])  # more rows than the rank, and not: masters are rounded, or used as they are
+@pytest.mark.parametrize("M", [600, 40, 8, 1])  # of the first masters are rounded, beside the others used as they are
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_fp32_master_adapters(dtype, M):
     """Would catch gradients of masters that come back in 16 bits, or y widened to the masters' dtype."""
@@ -202,24 +202,29 @@ def test_used_twice_in_one_graph():
 @pytest.mark.parametrize("M", [5, 33])  # factors in the products, and in S and dS
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_every_combination_of_gradients_of_a_frozen_base(M, with_bias, dtype, adapter_dtype):
-    """Would catch a short way for frozen weights that returns a gradient in another's place, or differs from the rest:
-    the same rows as [1, M, K] take the way that serves all cases."""
+    """Would catch a short way for frozen weights that returns a gradient in another's place, or differs from the way
+    that serves all cases."""
     x, w, a, b, bias = make(M, 9, 12, 6, dtype, adapter_dtype, grad=False)
     bias = bias if with_bias else None
     dy = torch.randn(M, 9).to(dtype)
     for wanted in itertools.product((False, True), repeat=3):
         results = []
-        for shape in ((M, 12), (1, M, 12)):
+        for shape, short in (((M, 12), True), ((1, M, 12), True), ((1, M, 12), False)):
             for t, want in zip((x, a, b), wanted, strict=True):
                 t.requires_grad_(want).grad = None
-            y = lora_linear(x.view(shape), w, a, b, SCALING, bias)
+            if short:
+                y = lora_linear(x.view(shape), w, a, b, SCALING, bias)
+            else:
+                y = _LoraLinear.apply(x.view(shape), w, a, b, bias, None, SCALING, 0.0, "torch", None)
+            assert y.shape == (*shape[:-1], 9)
             assert y.requires_grad == any(wanted)
             if any(wanted):
+                assert type(y.grad_fn).__name__ == ("_ProductsBackward" if short else "_LoraLinearBackward")
                 y.backward(dy.view(y.shape))
             results.append([y.detach().view(M, 9), x.grad, a.grad, b.grad])
         assert [g is not None for g in results[0][1:]] == list(wanted)
-        for short, general in zip(*results, strict=True):
-            assert short is general is None or torch.equal(short, general)
+        for flat, short, general in zip(*results, strict=True):
+            assert flat is short is general is None or (torch.equal(flat, general) and torch.equal(short, general))
 
 
 def test_masters_beside_few_rows_under_compile_and_opcheck():
@@ -473,6 +478,7 @@ def test_backend_as_statement_block_and_decorator():
 def test_both_plain_paths_match_fp64(dtype, dropout_p, path, monkeypatch):
     """Would catch a fault in the path that this machine's CPU does not take, and in sums over several row blocks."""
     monkeypatch.setattr("peftkern.ops._lora_linear_fp32.BLOCK_ROWS", 16)
+    monkeypatch.setattr("peftkern.ops._lora_linear_torch.WIDE_ELEMENTS", 0)
     monkeypatch.setattr(MODULE, "plan_for", lambda *_: Plan(path, "forced by a test"))
     tensors = make(50, 24, 40, 6, dtype, torch.float32)
     dy = torch.randn(50, 24).to(dtype)

@@ -229,8 +229,8 @@ def test_autocast_takes_the_weight_in_its_dtype(quantize):
     (x, a, b, bias), weight, _ = make(quantize, 6, 34, 66, 3)
     with torch.autocast("cpu", torch.bfloat16):
         y = lora_linear(x, weight, a, b, SCALING, bias)
-    cast = [t.detach().bfloat16() for t in (x, a, b, bias)]
-    want = lora_linear(cast[0], dequantize(weight, torch.bfloat16), cast[1], cast[2], SCALING, cast[3])
+    cast_x, cast_bias = (t.detach().bfloat16() for t in (x, bias))
+    want = lora_linear(cast_x, dequantize(weight, torch.bfloat16), a, b, SCALING, cast_bias)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, want, rtol=2e-2, atol=2e-2)
 

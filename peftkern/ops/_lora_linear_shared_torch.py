@@ -13,7 +13,15 @@ from torch.nn.functional import linear
 
 from peftkern.ops._base_product import add_base_backward, base
 from peftkern.ops._common import Ranks
-from peftkern.ops._lora_linear_torch import FEW_ROWS, Kept, _as_number, apply_mask, dense_rows, keep_mask
+from peftkern.ops._lora_linear_torch import (
+    FEW_ROWS,
+    Kept,
+    _as_number,
+    apply_mask,
+    dense_rows,
+    gradient_of_b,
+    keep_mask,
+)
 from peftkern.ops._projection_group import Group
 
 
@@ -86,7 +94,7 @@ def backward(
             parts.append(dy.mm(_to(lora_B, dtype)).mul_(scaling))
         if needs_x:
             dx = add_base_backward(dx, dy, weight, group.dense_path)
-        db = dy.t().mm(s[:, columns]) if needs_b else None
+        db = gradient_of_b(dy, s[:, columns], 1.0, lora_B) if needs_b else None
         dbs.append(db.mul_(scaling) if few and db is not None else db)
     if needs_x or needs_a:
         ds = torch.cat(parts, dim=1)

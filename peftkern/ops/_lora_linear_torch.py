@@ -1,6 +1,6 @@
 """`lora_linear` in plain PyTorch: the default on a CPU, and any device's path where kernels cannot run.
 
-Written for speed: x and y are not copied, nor widened but where fp32 masters meet few rows (`multiplies_masters`), the
+Written for speed: x and y are not copied, nor widened but where there are few rows (`multiplies_wide`), the
 low-rank product is accumulated into y in place, and what is kept for backward is x by reference, S [M, R] and, with
 dropout, a mask of one byte an element.
 """
@@ -18,6 +18,7 @@ from peftkern.ops._common import Later, adapters_for
 # Up to so many rows the factor scaling / (1 - p) rides in products as `alpha`: one more operation would cost more.
 # Beyond, S and dS are multiplied by it: some BLAS libraries take twice as long for a product with `alpha`.
 FEW_ROWS = 32
+WIDE_ELEMENTS = 2**15  # of x in 16 bits, up to which the adapter multiplies in fp32 on more rows than that
 Kept = Any  # a tensor that forward kept, or None where no gradient asks for it
 
 
@@ -87,18 +88,22 @@ def apply_mask(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return _as_number(mask, x.dtype).mul_(x)
 
 
-def multiplies_masters(x: torch.Tensor, lora_A: torch.Tensor) -> bool:
-    """Whether x [M, K] in 16 bits meets fp32 masters as they are: where it has no more rows than A [R, K], widening x
-    and dy costs less than rounding A and B."""
-    return lora_A.dtype is torch.float32 and x.dtype.itemsize == 2 and x.shape[0] <= lora_A.shape[0]
+def multiplies_wide(x: torch.Tensor, lora_A: torch.Tensor) -> bool:
+    """Whether x [M, K] in 16 bits meets A [R, K] and B in fp32: where widening x and dy costs less than rounding fp32
+    masters, or than oneDNN's products in bfloat16, of which each takes 20 us however small it is."""
+    if x.dtype.itemsize != 2:
+        return False
+    if x.shape[0] > FEW_ROWS and x.shape[0] > lora_A.shape[0] and x.numel() > WIDE_ELEMENTS:
+        return False
+    return lora_A.dtype is torch.float32 or (x.is_cpu and x.shape[0] > 1)  # of one row torch makes no such product
 
 
 def adapters_to_multiply(
     x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B as `forward` and `backward` take them: in x's dtype, or both fp32 masters beside few rows."""
-    if lora_A.dtype is lora_B.dtype and multiplies_masters(x, lora_A):
-        return lora_A, lora_B
+    """A and B as `forward` and `backward` take them: both in x's dtype, or both in fp32."""
+    if lora_A.dtype is lora_B.dtype and multiplies_wide(x, lora_A):
+        return adapters_for(torch.float32, lora_A, lora_B)
     return adapters_for(x.dtype, lora_A, lora_B)
 
 
@@ -176,8 +181,8 @@ def backward(
     if mask is not None:
         scaling = scaling / (1.0 - dropout_p)
     dy = dense_rows(dy)
-    masters = lora_A.dtype is not dy.dtype
-    wide = dy.to(lora_A.dtype) if masters else dy
+    widened = lora_A.dtype is not dy.dtype
+    wide = dy.to(lora_A.dtype) if widened else dy
     alpha = scaling if dy.shape[0] <= FEW_ROWS else 1.0
     if needs_x or needs_a:
         ds = wide.mm(lora_B)
@@ -187,17 +192,26 @@ def backward(
             dx = dy.mm(weight)
             if mask is not None:
                 dx.addcmul_(ds.mm(lora_A), _as_number(mask, dx.dtype), value=alpha)
-            elif masters:
+            elif widened:
                 dx.add_(ds.mm(lora_A), alpha=alpha)
             else:
                 dx.addmm_(ds, lora_A, alpha=alpha)
         if needs_a:
             dropped = x if mask is None else apply_mask(x, mask)
-            da = _scaled_product(ds.t(), dropped.to(ds.dtype) if masters else dropped, alpha, lora_A)
+            da = _scaled_product(ds.t(), dropped.to(ds.dtype) if widened else dropped, alpha, lora_A)
     if needs_b:
         # The operator keeps S in x's dtype.
-        db = _scaled_product(wide.t(), s.to(lora_B.dtype) if masters else s, alpha, lora_B)
+        db = gradient_of_b(wide, s.to(lora_B.dtype) if widened else s, alpha, lora_B)
     return dx, da, db
+
+
+def gradient_of_b(dy: torch.Tensor, s: torch.Tensor, alpha: float, lora_B: torch.Tensor) -> torch.Tensor:
+    """alpha * dY^T S [N, R]; of lora_B only shape and dtype are looked at."""
+    M, R = s.shape
+    if alpha == 1.0 and M >= 32 * R and dy.is_cpu and dy.dtype is torch.float32:
+        # Of many rows its transpose takes 0.3 to 0.9 of the time (two cores of a Xeon, M 128 to 2048, R 4 to 64).
+        return s.t().mm(dy).t().contiguous()
+    return _scaled_product(dy.t(), s, alpha, lora_B)
 
 
 def _scaled_product(a: torch.Tensor, b: torch.Tensor, alpha: float, like: torch.Tensor) -> torch.Tensor:

@@ -208,7 +208,7 @@ class _GatedLoraLinear(torch.autograd.Function):
         own_s = kept_s(s, path) if needs_b else None
         needs_h = needs_gate or needs_up or needs_a
         gated_by = (gate, up) if needs_h else (gate.new_empty(()).expand(gate.shape),) * 2  # shapes, no memory
-        keep(ctx, (*gated_by, own_s, mask, seed if mask is None else None), (lora_A, lora_B, dense))
+        keep(ctx, 5, *gated_by, own_s, mask, seed if mask is None else None, lora_A, lora_B, dense)
         ctx.weight = None if dense is not None else weight  # quantized: frozen, no activation, and here anyway
         ctx.numbers = numbers
         return y
@@ -216,7 +216,7 @@ class _GatedLoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy):
         refuse_double_backward("gated_lora_linear")
-        (gate, up, s, mask, seed), (lora_A, lora_B, dense) = kept(ctx)
+        gate, up, s, mask, seed, lora_A, lora_B, dense = kept(ctx, 8)
         weight = dense if ctx.weight is None else ctx.weight
         saved: Any = (dy, gate, up, weight, lora_A, lora_B, taken_s(s), mask, seed, *ctx.numbers, ctx.needs)
         dgate, dup, da, db = _backward(*saved)

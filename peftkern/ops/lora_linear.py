@@ -18,7 +18,6 @@ from peftkern.ops._common import (
     PLAIN_PATHS,
     Later,
     adapters_fit,
-    apply_directly,
     apply_in_two,
     ask,
     autocast_dtype,
@@ -37,7 +36,6 @@ from peftkern.ops._common import (
     without_autocast,
 )
 from peftkern.ops._kept import keep, kept
-from peftkern.ops._lora_linear_torch import multiplies_masters
 from peftkern.ops._rank_rows import fake_s
 from peftkern.ops.plan import Plan, plan_lora_linear
 from peftkern.weights import Weight
@@ -68,7 +66,7 @@ def lora_linear(
         weight: [out_features, in_features] in x's dtype; any strides, so a transposed view will do. Or a `Weight4bit`
             or `Weight8bit`: decoded to x's dtype for each product, never kept dense, and frozen.
         lora_A: [r, in_features], in x's dtype or float32 (master weights, rounded to x's dtype where they are used, but
-            for 16-bit x of at most r rows on the plain path).
+            for a 16-bit x of few rows on the plain path).
         lora_B: [out_features, r], likewise.
         scaling: multiplies the adapter's output, lora_alpha / r in PEFT's terms; not NaN.
         bias: [out_features] or None.
@@ -108,9 +106,8 @@ def lora_linear(
         return _operator(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)[0]
     base_learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or base_learns):
-        products_alone = common and path == "torch" and seed is None and not base_learns and x.dim() == 2
-        if products_alone and (lora_A.dtype is x.dtype or multiplies_masters(x, lora_A)):
-            return apply_directly(_Products, x, weight, lora_A, lora_B, bias, scaling)
+        if common and path == "torch" and seed is None and not base_learns:
+            return apply_in_two(_Products, lora_A, x, weight, lora_A, lora_B, bias, scaling)
         return apply_in_two(_LoraLinear, lora_A, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
     return _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)[0]
 
@@ -195,10 +192,7 @@ def _backward(
 
         dropout, arch = kernels.dropout(seed, dropout_p), device_info(dy.device).arch
         dx, da, db = kernels.backward(grad, rows, base, lora_A, lora_B, s, scaling, dropout, path, arch, wanted)
-    if da is not None and da.dtype != lora_A.dtype:
-        da = da.to(lora_A.dtype)
-    if db is not None and db.dtype != lora_B.dtype:
-        db = db.to(lora_B.dtype)
+    da, db = _in_dtype(da, lora_A.dtype), _in_dtype(db, lora_B.dtype)
     if dx is not None and not flat:
         dx = dx.view(*dy.shape[:-1], dx.shape[1])
     dw = (grad.t() @ rows).to(weight.dtype) if needs_w and rows is not None else None
@@ -215,41 +209,61 @@ class _LoraLinear(torch.autograd.Function):
         needs: Needs = ctx.needs_input_grad[:5]
         _, needs_w, needs_a, needs_b, _ = needs
         own_s = kept_s(s, path) if needs_b else None
-        activations = (x if needs_a or needs_w else None, own_s, mask, seed if mask is None else None)
-        keep(ctx, activations, (weight, lora_A, lora_B))
+        own_x, own_seed = x if needs_a or needs_w else None, seed if mask is None else None
+        keep(ctx, 4, own_x, own_s, mask, own_seed, weight, lora_A, lora_B)
         ctx.numbers = (scaling, dropout_p, path, needs, None if bias is None else bias.dtype)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_linear")
-        (x, s, mask, seed), (weight, lora_A, lora_B) = kept(ctx)
+        x, s, mask, seed, weight, lora_A, lora_B = kept(ctx, 7)
         saved = (x, weight, lora_A, lora_B, taken_s(s), mask, seed)
         return (*_backward(dy, *saved, *ctx.numbers), None, None, None, None, None)
 
 
 class _Products(torch.autograd.Function):
-    """The eager door where nothing but the plain path's products is to be done: x [M, K], nothing to convert or drop,
-    weight and bias frozen. Where tensors are small, what `_LoraLinear` asks about these costs as much as a product."""
+    """The eager door where the plain path only multiplies: nothing to drop, weight and bias frozen and in x's dtype.
+    Where tensors are small, what `_LoraLinear` asks about these costs as much as a product."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, lora_A, lora_B, bias, scaling):
-        y, s, _ = _lora_linear_torch.forward(x, weight, lora_A, lora_B, scaling, bias, 0.0, None)
-        _, _, needs_a, needs_b, _, _ = ctx.needs_input_grad
+    def forward(ctx: Any, x, weight, lora_A, lora_B, bias, scaling, later):
+        flat = x.dim() == 2
+        rows = x if flat else x.reshape(-1, x.shape[-1])
+        a, b = lora_A, lora_B
+        if x.dtype.itemsize == 2 or a.dtype is not x.dtype:
+            a, b = _lora_linear_torch.adapters_to_multiply(rows, a, b)
+        y, s, _ = _lora_linear_torch.forward(rows, weight, a, b, scaling, bias, 0.0, None, later)
+        _, _, needs_a, needs_b, _, _, _ = ctx.needs_input_grad
         # S first, where `_LoraLinear` has it last: that tells what `kept_s` tells, and costs nothing.
-        ctx.save_for_backward(s if needs_b else None, x if needs_a else None, weight, lora_A, lora_B)
+        keep(ctx, 2, s if needs_b else None, x if needs_a else None, weight, lora_A, lora_B)
         ctx.scaling = scaling
-        return y
+        return y if flat else unflattened(y, x.shape[:-1])
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_linear")
-        s, x, weight, lora_A, lora_B = ctx.saved_tensors
-        needs_x, _, needs_a, needs_b, _, _ = ctx.needs_input_grad
+        s, x, weight, lora_A, lora_B = kept(ctx, 5)
+        needs_x, _, needs_a, needs_b, _, _, _ = ctx.needs_input_grad
+        flat = dy.dim() == 2
+        grad = dy if flat else dy.reshape(-1, dy.shape[-1])
+        rows = x if x is None or flat else x.reshape(-1, x.shape[-1])
+        a, b = lora_A, lora_B
+        converted = dy.dtype.itemsize == 2 or a.dtype is not dy.dtype
+        if converted:
+            a, b = _lora_linear_torch.adapters_to_multiply(grad, a, b)
         wanted = (needs_x, needs_a, needs_b)
-        dx, da, db = _lora_linear_torch.backward(dy, x, weight, lora_A, lora_B, s, None, ctx.scaling, 0.0, wanted)
-        return dx, None, da, db, None, None
+        dx, da, db = _lora_linear_torch.backward(grad, rows, weight, a, b, s, None, ctx.scaling, 0.0, wanted)
+        if converted:
+            da, db = _in_dtype(da, lora_A.dtype), _in_dtype(db, lora_B.dtype)
+        if dx is not None and not flat:
+            dx = dx.view(*dy.shape[:-1], dx.shape[1])
+        return dx, None, da, db, None, None, None
+
+
+def _in_dtype(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return gradient if gradient is None or gradient.dtype is dtype else gradient.to(dtype)
 
 
 # -- the operator -------------------------------------------------------------------------------------------------

@@ -294,7 +294,7 @@ class _LoraLinearQuantized(torch.autograd.Function):
         needs: Needs = ctx.needs_input_grad[:4]
         _, needs_a, needs_b, _ = needs
         own_s = kept_s(s, path) if needs_b else None
-        keep(ctx, (x if needs_a else None, own_s, mask, seed if mask is None else None), (lora_A, lora_B))
+        keep(ctx, 4, x if needs_a else None, own_s, mask, seed if mask is None else None, lora_A, lora_B)
         ctx.weight = weight  # frozen, no activation, and here anyway
         ctx.numbers = (scaling, dropout_p, path, needs, None if bias is None else bias.dtype)
         return y
@@ -302,7 +302,7 @@ class _LoraLinearQuantized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy):
         refuse_double_backward("lora_linear")
-        (x, s, mask, seed), (lora_A, lora_B) = kept(ctx)
+        x, s, mask, seed, lora_A, lora_B = kept(ctx, 6)
         saved = (x, ctx.weight, lora_A, lora_B, taken_s(s), mask, seed)
         return (*_backward(dy, *saved, *ctx.numbers), None, None, None)
 

@@ -187,16 +187,15 @@ class _LoraLinearShared(torch.autograd.Function):
             ctx.mark_non_differentiable(*(y for y, a, b in learns if not (a or b)))
         ctx.group = group
         own_s = kept_s(s, group.path) if any(ctx.needs[2]) else None
-        activations = (x if ctx.needs[0] else None, own_s, mask, seed if mask is None else None)
-        keep(ctx, activations, tensors[: 3 * n])
+        keep(ctx, 4, x if ctx.needs[0] else None, own_s, mask, seed if mask is None else None, *tensors[: 3 * n])
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *dys):
         refuse_double_backward("lora_linear_shared")
-        (x, s, mask, seed), tensors = kept(ctx)
         group: Group = ctx.group
         n = len(group.weights)
+        x, s, mask, seed, *tensors = kept(ctx, 4 + 3 * n)
         live = [i for i, dy in enumerate(dys) if dy is not None]
         absent = [None] * n
         if not live:
