@@ -35,12 +35,12 @@ def shared(monkeypatch):
 
     def counted(operation):
         def call(x, weights, *rest, **options):
-            calls.append(len(weights))
+            calls.append(len(getattr(weights, "weights", weights)))  # of what is decided already a `Group`
             return operation(x, weights, *rest, **options)
 
         return call
 
-    for name in ("lora_linear_shared", "lora_linear_shared_on"):
+    for name in ("lora_linear_shared", "lora_linear_shared_on", "run_group"):
         monkeypatch.setattr(MODULE, name, counted(getattr(MODULE, name)))
     return calls
 
@@ -243,6 +243,70 @@ def test_another_stream_in_between(monkeypatch):
     assert b(x).grad_fn is not left.grad_fn
     stream[0] = 1
     assert b(x) is left
+
+
+def _with_another_rank(a, b):
+    b.lora_A["default"].weight.data = torch.randn(2, 16)
+    b.lora_B["default"].weight.data = torch.randn(12, 2)
+
+
+def _with_16_bits(a, b):
+    a.bfloat16(), b.bfloat16()
+
+
+def _with_masters(a, b):
+    for layer in (a, b):
+        layer.base_layer.bfloat16()
+
+
+def _with_a_base_that_learns(a, b):
+    a.base_layer.weight.requires_grad_(True)
+
+
+def _with_a_bias_that_learns(a, b):
+    b.base_layer.bias.requires_grad_(True)
+
+
+def _with_weights_of_another_layout(a, b):
+    a.base_layer.weight.data = a.base_layer.weight.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize("under_autocast", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        _with_another_rank,
+        _with_16_bits,
+        _with_masters,
+        _with_a_base_that_learns,
+        _with_a_bias_that_learns,
+        _with_weights_of_another_layout,
+        lambda a, b: None,
+    ],
+)
+def test_what_was_decided_is_decided_anew_for_changed_layers(shared, change, under_autocast):
+    """Would catch a path, ranks or a dtype that are remembered from before a change that keeps modules and parameters:
+    `model.bfloat16()`, a base that is to learn, `parameter.data = ...`."""
+    a, b = layers(8, 12)
+    x = torch.randn(3, 11, 16)
+    for _ in range(2):
+        a(x), b(x)
+    decided = a._shared_input._decided
+    assert decided is not None and shared == [2, 2]
+    change(a, b)
+    x = x.to(a.base_layer.weight.dtype).requires_grad_()
+    before = len(shared)
+    with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
+        ys = a(x), b(x)
+        expected = alone(a, x), alone(b, x)
+    assert len(shared) == before + 1
+    learned = [x, *(p for layer in (a, b) for p in layer.parameters() if p.requires_grad)]
+    grads = [torch.autograd.grad([y.float().square().sum() for y in each], learned) for each in (ys, expected)]
+    tolerance = 1e-4 if ys[0].dtype == torch.float32 else 3e-2
+    for got, want in ((ys, expected), grads):
+        for one, other in zip(got, want, strict=True):
+            assert one.dtype == other.dtype
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
 
 
 def test_another_input_runs_alone_and_then_the_group_gives_up(shared):

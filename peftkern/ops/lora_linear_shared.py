@@ -132,9 +132,20 @@ def run(
     if needs_operator(x, *lora_As, *lora_Bs, *learned, *stored):
         return call_operator(x, weights, lora_As, lora_Bs, scalings, biases, p, seed, path)
     columns = remembered_columns(tuple([A.shape[0] for A in lora_As]), x.dtype, x.device, path)
-    group = Group(tuple(weights), tuple(scalings), columns, p, path)
+    return run_group(x, Group(tuple(weights), tuple(scalings), columns, p, path), lora_As, lora_Bs, biases, seed)
+
+
+def run_group(
+    x: torch.Tensor,
+    group: Group,
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """`run` by the eager door, of weights and biases in x's dtype that do not learn."""
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in (*lora_As, *lora_Bs))):
-        dense = [w if isinstance(w, torch.Tensor) else None for w in weights]
+        dense = [w if isinstance(w, torch.Tensor) else None for w in group.weights]
         return apply_directly(_LoraLinearShared, x, seed, group, *dense, *lora_As, *lora_Bs, *biases)
     ys, _, _ = forward_shared(x, group, lora_As, lora_Bs, biases, seed)
     return tuple(ys)

@@ -12,8 +12,9 @@ the outputs wait with what traces the graph (`ops._lora_linear_traced`), and the
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,9 +22,11 @@ from torch.nn.modules import module as torch_module
 
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear_shared, multi_lora_linear_shared
-from peftkern.ops._common import adapters_fit, autocast_dtype, stream_of
+from peftkern.ops._common import adapters_fit, autocast_dtype, draw_seed, needs_operator, stream_of
 from peftkern.ops._lora_linear_traced import fitting_dtypes, traced_first, traced_next
-from peftkern.ops.lora_linear_shared import launched_apart, shared_plan_for
+from peftkern.ops._projection_group import Group
+from peftkern.ops._rank_rows import remembered_columns
+from peftkern.ops.lora_linear_shared import launched_apart, run_group, shared_plan_for
 from peftkern.ops.lora_linear_shared import run as lora_linear_shared_on
 from peftkern.ops.multi_lora_linear_shared import shared_plan_for as shared_plan_for_many
 from peftkern.ops.plan import APART, DECODE_PATHS, JOINED_ELEMENTS, MOST_PROJECTIONS, Plan, plan_shared
@@ -56,6 +59,7 @@ class SharedInput:
         self.layers, self.names = layers, names
         self._misses = 0
         self._left: _Left | None = None
+        self._decided: _Decided | None = None
 
     def forward(self, layer: Any, x: torch.Tensor, mixed: Any = None) -> torch.Tensor | None:
         """The output of `layer`, one of the group, for x; None where it has to compute it by itself.
@@ -108,27 +112,67 @@ class SharedInput:
         each: list[Any] = [layer._operands() for layer in self.layers]
         if None in each:
             return None
-        weights, *adapters, biases, ps = zip(*each, strict=True)
-        As, Bs, scalings = adapters
-        dtype = self._dtype(x, weights)
-        if len(set(ps)) > 1 or dtype is None:
-            return None
-        As, Bs, biases = (tuple(fitting_dtypes(given, dtype, weights[0])) for given in (As, Bs, biases))
         keys = [_key(operands) for operands in each[1:]]
         if None in keys:
             return None
+        weights, As, Bs, scalings, biases, ps = zip(*each, strict=True)
+        situation = None if needs_operator(x, *As, *Bs) else self._situation(x, each)
+        decided = self._decided
+        if decided is not None and decided.situation == situation:
+            seed = None if ps[0] == 0.0 else draw_seed(x.device)
+            group = Group(weights, scalings, decided.columns, ps[0], decided.path)
+            return run_group(x, group, As, Bs, biases, seed), keys, weights
+        ys = self._outputs_in_general(x, weights, As, Bs, scalings, biases, ps, situation)
+        return None if ys is None else (ys, keys, weights)
+
+    def _outputs_in_general(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[Any],
+        As: Sequence[torch.Tensor],
+        Bs: Sequence[torch.Tensor],
+        scalings: Sequence[float],
+        biases: Sequence[torch.Tensor | None],
+        ps: Sequence[float],
+        situation: list[Any] | None,
+    ) -> tuple[torch.Tensor, ...] | None:
+        """The outputs, whatever is to be decided, converted or refused first; see `_Decided` for `situation`."""
+        dtype = self._dtype(x, weights)
+        if len(set(ps)) > 1 or dtype is None:
+            return None
+        given = (x, *As, *Bs, *biases)
+        As, Bs, biases = (tuple(fitting_dtypes(t, dtype, weights[0])) for t in (As, Bs, biases))
         rows = x if x.dtype is dtype else x.to(dtype)
         path = shared_plan_for(rows, weights, As, Bs, biases, current_backend()).path
         if path == APART:
             return None
         fit = all(adapters_fit(rows, *operands) for operands in zip(weights, As, Bs, biases, strict=True))
         if fit and autocast_dtype(rows) in (None, rows.dtype):
+            learned = any(isinstance(t, torch.Tensor) and t.requires_grad for t in (*weights, *biases))
+            as_given = all(map(operator.is_, given, (rows, *As, *Bs, *biases)))
+            if situation is not None and as_given and not learned and path not in DECODE_PATHS:
+                columns = remembered_columns(tuple([A.shape[0] for A in As]), dtype, x.device, path)
+                self._decided = _Decided(situation, path, columns)
             ys = lora_linear_shared_on(rows, weights, As, Bs, scalings, biases, ps[0], None, path)
         else:  # autocast to another dtype, or something to be refused
             ys = lora_linear_shared(rows, weights, As, Bs, scalings, biases, dropout_p=ps[0])
         if ys[0].dtype is not x.dtype and not isinstance(weights[0], torch.Tensor):  # as the layer by itself
             ys = tuple(y.to(x.dtype) for y in ys)
-        return ys, keys, weights
+        return ys
+
+    def _situation(self, x: torch.Tensor, each: Sequence[Any]) -> list[Any]:
+        """All that `_outputs_in_general` decides by, beside the addresses that decode paths look at."""
+        found = [x.dtype, x.shape, x.stride(), x.device, current_backend(), autocast_dtype(x)]
+        for layer, (weight, A, B, _, bias, p) in zip(self.layers, each, strict=True):
+            found += layer._modules["base_layer"].__dict__.get("compute_dtype"), p, A.shape, A.dtype, A.data_ptr()
+            found += B.shape, B.data_ptr(), weight.shape, weight.device
+            if isinstance(weight, torch.Tensor):
+                found += weight.dtype, weight.requires_grad, weight.stride()
+            else:
+                found += type(weight), getattr(weight, "blocksize", 0)
+            if bias is not None:
+                found += bias.shape, bias.dtype, bias.device, bias.requires_grad
+        return found
 
     def _traced(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         """`forward` under torch.compile, which this leaves no state of: see `ops._lora_linear_traced`."""
@@ -199,7 +243,16 @@ class SharedInput:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without outputs that are left: they belong to a forward of the original."""
-        return {"layers": self.layers, "names": self.names, "_misses": self._misses, "_left": None}
+        return {"layers": self.layers, "names": self.names, "_misses": self._misses, "_left": None, "_decided": None}
+
+
+class _Decided(NamedTuple):
+    """What was decided where nothing was to be converted, for the next x and operands of which all is the same that
+    decisions go by."""
+
+    situation: list[Any]
+    path: str
+    columns: tuple[slice, ...]
 
 
 class _Left:
