@@ -15,7 +15,7 @@ from torch import nn
 
 from peftkern.ops import quantize_4bit, quantize_8bit
 from peftkern.ops.linear_quantized import linear_quantized
-from peftkern.utils.bitsandbytes_weights import kept_by, of_linear4bit, of_linear8bit, parameter_of
+from peftkern.utils.bitsandbytes_weights import kept_by, of_linear4bit, of_linear8bit
 from peftkern.utils.linear_layers import rows_of
 from peftkern.utils.quantized_files import (
     QuantizedFileError,
@@ -55,11 +55,12 @@ class _QuantizedLinear(nn.Module):
         Raises:
             ValueError: the parameter or a statistic was replaced by something that does not fit.
         """
-        weight = parameter_of(self)
+        attributes = self.__dict__
+        weight = attributes["_parameters"].get("weight")
         # A fake or distributed tensor has no address to know it by.
-        if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or weight.dtype is not self._storage:
+        if type(weight) is not nn.Parameter or weight.dtype is not self._storage or torch.compiler.is_compiling():
             return self._put_together()
-        kept, attributes = kept_by(self), self.__dict__
+        kept = kept_by(self)
         if kept.still(weight.data_ptr(), *[attributes[name] for name in self._statistics]):
             return kept.weight
         return kept.hold(self._put_together())

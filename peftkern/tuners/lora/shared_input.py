@@ -303,11 +303,15 @@ def _key_of_many(layer: Any, mixed: Any) -> tuple[Any, ...] | None:
 def _states(
     tensors: Sequence[torch.Tensor | None], *others: Any, told: Sequence[torch.Tensor | None] = ()
 ) -> tuple[Any, ...] | None:
+    found = [*others]
     try:
-        others += (*(t._version for t in told if t is not None),)
-        return *others, *((t.data_ptr(), t._version, t.requires_grad) for t in tensors if t is not None)
+        for t in tensors:
+            if t is not None:
+                found += t.data_ptr(), t._version, t.requires_grad
+        found += [t._version for t in told if t is not None]
     except RuntimeError:  # an inference tensor has no version
         return None
+    return tuple(found)
 
 
 def share_input(*layers: Any) -> None:
