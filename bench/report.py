@@ -216,8 +216,7 @@ def plot_step(result: dict[str, Any], path: Path) -> Path | None:
         axis.bar_label(bars, [f"{v:.2f}" if v else "" for v in values], label_type="center", color="white", fontsize=9)
         aims = [(i, row["targets"][target]) for i, row in enumerate(rows) if target in row["targets"]]
         for i, aim in aims:
-            label = "" if i else "target"
-            axis.plot([aim] * 2, [i - 0.4, i + 0.4], color="black", linestyle=":", label=label)
+            axis.plot([aim] * 2, [i - 0.4, i + 0.4], color="black", linestyle=":", label="" if i else "target")
         axis.axvline(1, color=red, label="PEFT")
         axis.set_yticks(range(len(rows)), names if axis is axes[0][0] else [""] * len(rows), fontsize=8)
         axis.invert_yaxis()

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from numerics import assert_rounded, padded_randn
 from peftkern import reference, use_backend
 from peftkern.backend import current_backend
-from peftkern.ops import lora_linear
-from peftkern.ops._lora_linear_torch import _hashed_words, keep_mask
+from peftkern.ops import dequantize_4bit, lora_linear, quantize_4bit
+from peftkern.ops._lora_linear_torch import WIDE_ELEMENTS, _hashed_words, keep_mask
 from peftkern.ops.lora_linear import _LoraLinear, _operator
 from peftkern.ops.plan import Plan
 
@@ -85,6 +85,29 @@ def test_fp32_master_adapters(dtype, M):
     ):
         # A and B are rounded too: one more for each, in units of the 16-bit dtype whatever the result's dtype.
         assert ((out.double() - truth).abs() <= 4 * eps * magnitude + 1e-7).all()
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight", ["dense", "by all cases' way", "quantized"])
+@pytest.mark.parametrize("N, K", [(2000, 64), (64, 2000)])
+def test_forward_and_backward_are_of_one_mind_about_few_rows(N, K, weight, adapter_dtype):
+    """Would catch products in fp32 that are decided by x in forward and by dy in backward, which is of another size."""
+    M, R = 40, 4
+    assert min(N, K) * M <= WIDE_ELEMENTS < max(N, K) * M
+    x, w, a, b, _ = make(M, N, K, R, torch.bfloat16, adapter_dtype)
+    w = w.detach() if weight != "quantized" else quantize_4bit(w.detach().contiguous())
+    if weight == "by all cases' way":
+        y = _LoraLinear.apply(x, w, a, b, None, None, SCALING, 0.0, "torch", None)
+    else:
+        y = lora_linear(x, w, a, b, SCALING)
+    dy = torch.randn(M, N).bfloat16()
+    y.backward(dy)
+    dense = (w if weight != "quantized" else dequantize_4bit(w, torch.bfloat16)).double()
+    xd, ad, bd = (t.detach().double().requires_grad_() for t in (x, a, b))
+    reference.lora_linear(xd, dense, ad, bd, SCALING).backward(dy.double())
+    for t, truth in ((x, xd.grad), (a, ad.grad), (b, bd.grad)):
+        assert t.grad.dtype == t.dtype
+        assert ((t.grad.double() - truth).norm() / truth.norm()) < 1e-2
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])

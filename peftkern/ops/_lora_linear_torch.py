@@ -90,12 +90,15 @@ def apply_mask(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def multiplies_wide(x: torch.Tensor, lora_A: torch.Tensor) -> bool:
     """Whether x [M, K] in 16 bits meets A [R, K] and B in fp32: where widening x and dy costs less than rounding fp32
-    masters, or than oneDNN's products in bfloat16, of which each takes 20 us however small it is."""
+    masters, or than oneDNN's products in bfloat16, of which each takes 20 us however small it is.
+
+    Given dy [M, N] in x's place it says the same."""
     if x.dtype.itemsize != 2:
         return False
-    if x.shape[0] > FEW_ROWS and x.shape[0] > lora_A.shape[0] and x.numel() > WIDE_ELEMENTS:
+    M, (R, K) = x.shape[0], lora_A.shape
+    if M > FEW_ROWS and M > R and M * K > WIDE_ELEMENTS:
         return False
-    return lora_A.dtype is torch.float32 or (x.is_cpu and x.shape[0] > 1)  # of one row torch makes no such product
+    return lora_A.dtype is torch.float32 or (x.is_cpu and M > 1)  # of one row torch makes no such product
 
 
 def adapters_to_multiply(
