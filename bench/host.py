@@ -58,7 +58,7 @@ CASES = [
     *(Case("a layer", M, bits) for bits in (16, 4) for M in (1, 512, 2048)),
     Case("a layer", 2048, 16, dropout=0.1),
     *(Case(IA3, 2048, bits) for bits in (16, 4)),
-    *(Case("q, k and v", 2048, bits, PROJECTIONS) for bits in (16, 4)),
+    *(Case("q, k and v", M, bits, PROJECTIONS) for M in (1, 2048) for bits in (16, 4)),
     Case(DECODER, 2048, 4),
 ]
 SMOKE = [Case("a layer", 1, 16), Case(DECODER, 64, 4, hidden=256)]

@@ -22,7 +22,7 @@ from torch.nn.modules import module as torch_module
 
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear_shared, multi_lora_linear_shared
-from peftkern.ops._common import adapters_fit, autocast_dtype, draw_seed, needs_operator, stream_of
+from peftkern.ops._common import adapters_fit, autocast_dtype, draw_seed, needs_operator, storage, stream_of
 from peftkern.ops._lora_linear_traced import fitting_dtypes, traced_first, traced_next
 from peftkern.ops._projection_group import Group
 from peftkern.ops._rank_rows import remembered_columns
@@ -150,7 +150,7 @@ class SharedInput:
         if fit and autocast_dtype(rows) in (None, rows.dtype):
             learned = any(isinstance(t, torch.Tensor) and t.requires_grad for t in (*weights, *biases))
             as_given = all(map(operator.is_, given, (rows, *As, *Bs, *biases)))
-            if situation is not None and as_given and not learned and path not in DECODE_PATHS:
+            if situation is not None and as_given and not learned:
                 columns = remembered_columns(tuple([A.shape[0] for A in As]), dtype, x.device, path)
                 self._decided = _Decided(situation, path, columns)
             ys = lora_linear_shared_on(rows, weights, As, Bs, scalings, biases, ps[0], None, path)
@@ -161,17 +161,16 @@ class SharedInput:
         return ys
 
     def _situation(self, x: torch.Tensor, each: Sequence[Any]) -> list[Any]:
-        """All that `_outputs_in_general` decides by, beside the addresses that decode paths look at."""
+        """All that `_outputs_in_general` decides by."""
         found = [x.dtype, x.shape, x.stride(), x.device, current_backend(), autocast_dtype(x)]
         for layer, (weight, A, B, _, bias, p) in zip(self.layers, each, strict=True):
             found += layer._modules["base_layer"].__dict__.get("compute_dtype"), p, A.shape, A.dtype, A.data_ptr()
-            found += B.shape, B.data_ptr(), weight.shape, weight.device
+            found += B.shape, B.dtype, B.data_ptr(), A.stride(), B.stride()
+            found += weight.shape, weight.device, storage(weight)
             if isinstance(weight, torch.Tensor):
-                found += weight.dtype, weight.requires_grad, weight.stride()
-            else:
-                found += type(weight), getattr(weight, "blocksize", 0)
+                found.append(weight.requires_grad)
             if bias is not None:
-                found += bias.shape, bias.dtype, bias.device, bias.requires_grad
+                found += bias.shape, bias.stride(), bias.dtype, bias.device, bias.requires_grad
         return found
 
     def _traced(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
