@@ -71,3 +71,16 @@ def test_what_was_decided_is_decided_anew_for_changed_layers(change, under_autoc
         for one, other in zip(got, want, strict=True):
             assert one.dtype == other.dtype
             torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
+def test_nothing_is_decided_where_something_looks_at_operators(monkeypatch):
+    """Would catch a call that goes to an operator the first time and around it the next."""
+    monkeypatch.setattr(MODULE, "JOINED_ELEMENTS", 0)
+    monkeypatch.setattr(plans, "JOINED_ELEMENTS", 0)
+    monkeypatch.setattr(MODULE, "is_looked_at", lambda *_: True)
+    a, b = layers(8, 12)
+    x = torch.randn(3, 11, 16)
+    for _ in range(2):
+        torch.testing.assert_close(a(x), alone(a, x))
+        torch.testing.assert_close(b(x), alone(b, x))
+    assert a._shared_input._decided is None

@@ -215,11 +215,12 @@ def none_if_empty(t: torch.Tensor) -> torch.Tensor | None:
 
 def adapters_for(dtype: torch.dtype, lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B rounded to `dtype`; themselves if they have it."""
-    if lora_A.dtype != dtype:
-        lora_A = lora_A.to(dtype)
-    if lora_B.dtype != dtype:
-        lora_B = lora_B.to(dtype)
-    return lora_A, lora_B
+    return in_dtype(lora_A, dtype), in_dtype(lora_B, dtype)
+
+
+def in_dtype(t: Any, dtype: torch.dtype) -> Any:
+    """A tensor in `dtype`: itself if it has it. None of None."""
+    return t if t is None or t.dtype is dtype else t.to(dtype)
 
 
 def refuse_double_backward(operation: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import linear
 
 from peftkern.ops._base_product import add_base_backward, base
-from peftkern.ops._common import Ranks
+from peftkern.ops._common import Ranks, in_dtype
 from peftkern.ops._lora_linear_torch import (
     FEW_ROWS,
     Kept,
@@ -65,7 +65,7 @@ def forward(
     each = zip(group.weights, lora_Bs, biases, group.columns, scalings, strict=True)
     for weight, lora_B, bias, columns, scaling in each:
         y = base(x, weight, bias, group.dense_path)
-        y.addmm_(dense_rows(s[:, columns]), _to(lora_B, x.dtype).t(), alpha=scaling if few else 1.0)
+        y.addmm_(dense_rows(s[:, columns]), in_dtype(lora_B, x.dtype).t(), alpha=scaling if few else 1.0)
         ys.append(y)
     return ys, s, mask
 
@@ -91,7 +91,7 @@ def backward(
     for dy, weight, lora_B, columns, scaling, needs_b in each:
         dy = dense_rows(dy)
         if needs_x or needs_a:
-            parts.append(dy.mm(_to(lora_B, dtype)).mul_(scaling))
+            parts.append(dy.mm(in_dtype(lora_B, dtype)).mul_(scaling))
         if needs_x:
             dx = add_base_backward(dx, dy, weight, group.dense_path)
         db = gradient_of_b(dy, s[:, columns], 1.0, lora_B) if needs_b else None
@@ -111,8 +111,4 @@ def backward(
 
 def _joined(lora_As: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """A of all projections [R, K], rounded to `dtype`."""
-    return _to(torch.cat(tuple(lora_As)), dtype)
-
-
-def _to(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return t if t.dtype == dtype else t.to(dtype)
+    return in_dtype(torch.cat(tuple(lora_As)), dtype)

@@ -224,7 +224,7 @@ def backward_calls(
     da = lora_As[0].new_empty(R, K, dtype=dtype_of_all(lora_As)) if needs_a else None
     ds: Kept = None
     if dx is not None or da is not None:
-        ds = scratch_s(dys[0], dys[0].shape[0], sum(lora_A.shape[0] for lora_A in lora_As), group.path, arch)
+        ds = scratch_s(dys[0], M, R, group.path, arch)
     calls: Calls = []
     turns = Turns()
     common: dict[str, Any] = {"arch": arch, "precision": precision()}

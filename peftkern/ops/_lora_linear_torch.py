@@ -89,12 +89,10 @@ def apply_mask(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def multiplies_wide(x: torch.Tensor, lora_A: torch.Tensor) -> bool:
-    """Whether x [M, K] in 16 bits meets A [R, K] and B in fp32: where widening x and dy costs less than rounding fp32
+    """Whether x [M, K], of 16 bits, meets A [R, K] and B in fp32: where widening x and dy costs less than rounding fp32
     masters, or than oneDNN's products in bfloat16, of which each takes 20 us however small it is.
 
     Given dy [M, N] in x's place it says the same."""
-    if x.dtype.itemsize != 2:
-        return False
     M, (R, K) = x.shape[0], lora_A.shape
     if M > FEW_ROWS and M > R and M * K > WIDE_ELEMENTS:
         return False
@@ -105,9 +103,10 @@ def adapters_to_multiply(
     x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B as `forward` and `backward` take them: both in x's dtype, or both in fp32."""
-    if lora_A.dtype is lora_B.dtype and multiplies_wide(x, lora_A):
-        return adapters_for(torch.float32, lora_A, lora_B)
-    return adapters_for(x.dtype, lora_A, lora_B)
+    dtype = x.dtype
+    if dtype.itemsize == 2 and lora_A.dtype is lora_B.dtype and multiplies_wide(x, lora_A):
+        dtype = torch.float32
+    return adapters_for(dtype, lora_A, lora_B)
 
 
 def forward(

@@ -24,7 +24,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from peftkern.backend import backend_in_force
-from peftkern.ops._common import autocast_dtype, draw_seed
+from peftkern.ops._common import autocast_dtype, draw_seed, in_dtype
 from peftkern.ops._lora_linear_shared_operator import call_operator, flatten_all, unflatten_all
 from peftkern.ops.lora_linear import _operator as dense_operator
 from peftkern.ops.lora_linear import plan_for as plan_for_dense
@@ -151,7 +151,7 @@ def _first(
     if tracer is None or state is None:
         return _alone(x, weights[0], lora_As[0], lora_Bs[0], biases[0], scalings[0], path_alone, *options)
     As, Bs, used_biases = (fitting_dtypes(given, dtype, weights[0]) for given in (lora_As, lora_Bs, biases))
-    used_biases = [b if b is None or b.dtype == dtype else b.to(dtype) for b in used_biases]
+    used_biases = [in_dtype(b, dtype) for b in used_biases]
     seed = draw_seed(x.device) if dropout_p else None
     found = call_operator(x.to(dtype), weights, As, Bs, scalings, used_biases, dropout_p, seed, path)
     ys = [y.to(out_dtype) for y in found]

@@ -14,7 +14,7 @@ import torch
 from peftkern.adapter_pool import LayerAdapters, Layout
 from peftkern.ops import _multi_lora_linear_torch as plain
 from peftkern.ops._base_product import add_base_backward, base
-from peftkern.ops._common import is_plain, unflattened, without_autocast
+from peftkern.ops._common import in_dtype, is_plain, unflattened, without_autocast
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern_kernels.adapters import Adapters
 
@@ -74,7 +74,7 @@ def forward_shared(
     """
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     weights = [_in_dtype(call.weight, x.dtype) for call in calls]
-    biases = [bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype) for bias in biases]
+    biases = [in_dtype(bias, x.dtype) for bias in biases]
     run = _plain_forward if is_plain(calls[0].path) else _kernel_forward
     ys, ss = run(rows, weights, biases, calls, keeps)
     return (ys if x.dim() == 2 else [unflattened(y, x.shape[:-1]) for y in ys]), ss

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from peftkern.ops._adapter_groups import Group
+from peftkern.ops._common import in_dtype
 from peftkern.ops._lora_linear_torch import Kept, _as_number, apply_mask, dense_rows, keep_mask
 from peftkern_kernels.routing import slot_seed
 
@@ -88,8 +89,8 @@ def add_adapters(
         if mask is not None:
             part = apply_mask(part, mask)
         for each in projections:
-            a = _to(group.factors_a(each.pool_a), work)
-            b = _to(group.factors_b(each.pool_b, each.rows.shape[1]), work)
+            a = in_dtype(group.factors_a(each.pool_a), work)
+            b = in_dtype(group.factors_b(each.pool_b, each.rows.shape[1]), work)
             low = torch.bmm(part.view(P, L, -1), a.transpose(1, 2))
             scale = _scale(group, each.scalings, p if mask is not None else 0.0, low)
             if isinstance(scale, torch.Tensor):
@@ -123,20 +124,20 @@ def backward(
             dy, pool_a, pool_b = each.rows, each.pool_a, each.pool_b
             N, K = dy.shape[1], pool_a.shape[1]
             work = torch.float32 if wide else dy.dtype
-            part = _to(_take(dy, rows), work).view(P, L, N)
-            b = _to(group.factors_b(pool_b, N), work)
+            part = in_dtype(_take(dy, rows), work).view(P, L, N)
+            b = in_dtype(group.factors_b(pool_b, N), work)
             low = torch.bmm(part, b)
             low.mul_(_scale(group, each.scalings, p if mask is not None else 0.0, low))
             if dx is not None:
-                products.append((low, _to(group.factors_a(pool_a), work)))
+                products.append((low, in_dtype(group.factors_a(pool_a), work)))
             if needs:
                 if seen is None:
-                    seen = _to(_take(x, rows), work)
+                    seen = in_dtype(_take(x, rows), work)
                     seen = seen if mask is None else apply_mask(seen, mask)
                 da = torch.bmm(low.transpose(1, 2), seen.view(P, L, K))
                 s_part = _take(each.s, rows)[:, : group.rank]
-                db = torch.bmm(part.transpose(1, 2), _to(s_part, work).view(P, L, group.rank))
-                _collect(each.wanted, group.slots, _to(da, pool_a.dtype), _to(db, pool_b.dtype))
+                db = torch.bmm(part.transpose(1, 2), in_dtype(s_part, work).view(P, L, group.rank))
+                _collect(each.wanted, group.slots, in_dtype(da, pool_a.dtype), in_dtype(db, pool_b.dtype))
         if dx is not None and products:
             _add_products(dx, rows, products, mask, wide)
 
@@ -189,10 +190,6 @@ def _lying(t: torch.Tensor, rows: slice) -> torch.Tensor:
     return t if rows.start == 0 and rows.stop == t.shape[0] else t[rows]
 
 
-def _to(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return t if t.dtype == dtype else t.to(dtype)
-
-
 def _scale(group: Group, scalings: Sequence[float], p: float, like: torch.Tensor) -> float | torch.Tensor:
     """What multiplies S of each piece: a number, or [P, 1, 1]."""
     numbers = [scalings[slot] for slot in group.slots]
@@ -204,7 +201,7 @@ def _scale(group: Group, scalings: Sequence[float], p: float, like: torch.Tensor
 
 
 def _write(s: torch.Tensor, rows: slice | torch.Tensor, rank: int, low: torch.Tensor) -> None:
-    flat = _to(low, s.dtype).view(-1, rank)
+    flat = in_dtype(low, s.dtype).view(-1, rank)
     if isinstance(rows, slice):
         s[rows, :rank] = flat
     else:

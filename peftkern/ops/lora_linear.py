@@ -26,6 +26,7 @@ from peftkern.ops._common import (
     dropout_in_force,
     dropout_seed,
     fake_gradients,
+    in_dtype,
     kept_s,
     needs_operator,
     none_if_empty,
@@ -192,7 +193,7 @@ def _backward(
 
         dropout, arch = kernels.dropout(seed, dropout_p), device_info(dy.device).arch
         dx, da, db = kernels.backward(grad, rows, base, lora_A, lora_B, s, scaling, dropout, path, arch, wanted)
-    da, db = _in_dtype(da, lora_A.dtype), _in_dtype(db, lora_B.dtype)
+    da, db = in_dtype(da, lora_A.dtype), in_dtype(db, lora_B.dtype)
     if dx is not None and not flat:
         dx = dx.view(*dy.shape[:-1], dx.shape[1])
     dw = (grad.t() @ rows).to(weight.dtype) if needs_w and rows is not None else None
@@ -256,14 +257,10 @@ class _Products(torch.autograd.Function):
         wanted = (needs_x, needs_a, needs_b)
         dx, da, db = _lora_linear_torch.backward(grad, rows, weight, a, b, s, None, ctx.scaling, 0.0, wanted)
         if converted:
-            da, db = _in_dtype(da, lora_A.dtype), _in_dtype(db, lora_B.dtype)
+            da, db = in_dtype(da, lora_A.dtype), in_dtype(db, lora_B.dtype)
         if dx is not None and not flat:
             dx = dx.view(*dy.shape[:-1], dx.shape[1])
         return dx, None, da, db, None, None, None
-
-
-def _in_dtype(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return gradient if gradient is None or gradient.dtype is dtype else gradient.to(dtype)
 
 
 # -- the operator -------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from peftkern.ops._common import (
     check_adapters,
     dropout_in_force,
     dropout_seed,
+    in_dtype,
     kept_s,
     needs_operator,
     number,
@@ -127,25 +128,41 @@ def run(
     if path == APART or any(t.requires_grad for t in learned):
         each = zip(weights, lora_As, lora_Bs, scalings, biases, strict=True)
         return tuple(lora_linear(x, *parts, dropout_p=p, seed=seed) for parts in each)
-    biases = [b if b is None or b.dtype == x.dtype else b.to(x.dtype) for b in biases]
-    stored: list[Any] = [w.tensors()[0] for w in weights if not isinstance(w, torch.Tensor)]  # the others are alike
-    if needs_operator(x, *lora_As, *lora_Bs, *learned, *stored):
+    biases = [in_dtype(bias, x.dtype) for bias in biases]
+    if is_looked_at(x, weights, lora_As, lora_Bs, biases):
         return call_operator(x, weights, lora_As, lora_Bs, scalings, biases, p, seed, path)
-    columns = remembered_columns(tuple([A.shape[0] for A in lora_As]), x.dtype, x.device, path)
-    return run_group(x, Group(tuple(weights), tuple(scalings), columns, p, path), lora_As, lora_Bs, biases, seed)
+    return run_eagerly(x, weights, lora_As, lora_Bs, scalings, biases, p, seed, path)
 
 
-def run_group(
+def is_looked_at(
     x: torch.Tensor,
-    group: Group,
+    weights: Sequence[Weight],
     lora_As: Sequence[torch.Tensor],
     lora_Bs: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
+) -> bool:
+    """`needs_operator` of all that `run` is given."""
+    frozen: list[Any] = [w if isinstance(w, torch.Tensor) else w.tensors()[0] for w in weights]  # the others are alike
+    return needs_operator(x, *lora_As, *lora_Bs, *frozen, *(bias for bias in biases if bias is not None))
+
+
+def run_eagerly(
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    scalings: Sequence[float],
+    biases: Sequence[torch.Tensor | None],
+    p: float,
     seed: torch.Tensor | None,
+    path: str,
 ) -> tuple[torch.Tensor, ...]:
-    """`run` by the eager door, of weights and biases in x's dtype that do not learn."""
+    """`run` by the eager door: biases are in x's dtype, they and the weights do not learn, and the path is no APART."""
+    seed = None if p == 0.0 else dropout_seed(seed, x.device)
+    columns = remembered_columns(tuple([A.shape[0] for A in lora_As]), x.dtype, x.device, path)
+    group = Group(tuple(weights), tuple(scalings), columns, p, path)
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in (*lora_As, *lora_Bs))):
-        dense = [w if isinstance(w, torch.Tensor) else None for w in group.weights]
+        dense = [w if isinstance(w, torch.Tensor) else None for w in weights]
         return apply_directly(_LoraLinearShared, x, seed, group, *dense, *lora_As, *lora_Bs, *biases)
     ys, _, _ = forward_shared(x, group, lora_As, lora_Bs, biases, seed)
     return tuple(ys)
@@ -222,8 +239,8 @@ class _LoraLinearShared(torch.autograd.Function):
         das: list[Any] = list(absent)
         for i, lora_A, columns in zip(live, lora_As, rank_columns(lora_As), strict=True):
             if da is not None and each_a[i]:
-                das[i] = da[columns] if da.dtype is lora_A.dtype else da[columns].to(lora_A.dtype)
+                das[i] = in_dtype(da[columns], lora_A.dtype)
         all_dbs: list[Any] = list(absent)
         for i, lora_B, db in zip(live, lora_Bs, dbs, strict=True):
-            all_dbs[i] = db if db is None or db.dtype is lora_B.dtype else db.to(lora_B.dtype)
+            all_dbs[i] = in_dtype(db, lora_B.dtype)
         return (dx, None, None, *absent, *das, *all_dbs, *absent)

@@ -22,11 +22,9 @@ from torch.nn.modules import module as torch_module
 
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear_shared, multi_lora_linear_shared
-from peftkern.ops._common import adapters_fit, autocast_dtype, draw_seed, needs_operator, storage, stream_of
+from peftkern.ops._common import adapters_fit, autocast_dtype, needs_operator, storage, stream_of
 from peftkern.ops._lora_linear_traced import fitting_dtypes, traced_first, traced_next
-from peftkern.ops._projection_group import Group
-from peftkern.ops._rank_rows import remembered_columns
-from peftkern.ops.lora_linear_shared import launched_apart, run_group, shared_plan_for
+from peftkern.ops.lora_linear_shared import is_looked_at, launched_apart, run_eagerly, shared_plan_for
 from peftkern.ops.lora_linear_shared import run as lora_linear_shared_on
 from peftkern.ops.multi_lora_linear_shared import shared_plan_for as shared_plan_for_many
 from peftkern.ops.plan import APART, DECODE_PATHS, JOINED_ELEMENTS, MOST_PROJECTIONS, Plan, plan_shared
@@ -119,24 +117,15 @@ class SharedInput:
         situation = None if needs_operator(x, *As, *Bs) else self._situation(x, each)
         decided = self._decided
         if decided is not None and decided.situation == situation:
-            seed = None if ps[0] == 0.0 else draw_seed(x.device)
-            group = Group(weights, scalings, decided.columns, ps[0], decided.path)
-            return run_group(x, group, As, Bs, biases, seed), keys, weights
-        ys = self._outputs_in_general(x, weights, As, Bs, scalings, biases, ps, situation)
+            return run_eagerly(x, weights, As, Bs, scalings, biases, ps[0], None, decided.path), keys, weights
+        ys = self._outputs_in_general(x, each, situation)
         return None if ys is None else (ys, keys, weights)
 
     def _outputs_in_general(
-        self,
-        x: torch.Tensor,
-        weights: Sequence[Any],
-        As: Sequence[torch.Tensor],
-        Bs: Sequence[torch.Tensor],
-        scalings: Sequence[float],
-        biases: Sequence[torch.Tensor | None],
-        ps: Sequence[float],
-        situation: list[Any] | None,
+        self, x: torch.Tensor, each: Sequence[Any], situation: list[Any] | None
     ) -> tuple[torch.Tensor, ...] | None:
         """The outputs, whatever is to be decided, converted or refused first; see `_Decided` for `situation`."""
+        weights, As, Bs, scalings, biases, ps = zip(*each, strict=True)
         dtype = self._dtype(x, weights)
         if len(set(ps)) > 1 or dtype is None:
             return None
@@ -150,9 +139,9 @@ class SharedInput:
         if fit and autocast_dtype(rows) in (None, rows.dtype):
             learned = any(isinstance(t, torch.Tensor) and t.requires_grad for t in (*weights, *biases))
             as_given = all(map(operator.is_, given, (rows, *As, *Bs, *biases)))
-            if situation is not None and as_given and not learned:
-                columns = remembered_columns(tuple([A.shape[0] for A in As]), dtype, x.device, path)
-                self._decided = _Decided(situation, path, columns)
+            looked_at = is_looked_at(x, weights, As, Bs, biases)
+            if situation is not None and as_given and not learned and not looked_at:
+                self._decided = _Decided(situation, path)
             ys = lora_linear_shared_on(rows, weights, As, Bs, scalings, biases, ps[0], None, path)
         else:  # autocast to another dtype, or something to be refused
             ys = lora_linear_shared(rows, weights, As, Bs, scalings, biases, dropout_p=ps[0])
@@ -251,7 +240,6 @@ class _Decided(NamedTuple):
 
     situation: list[Any]
     path: str
-    columns: tuple[slice, ...]
 
 
 class _Left:
