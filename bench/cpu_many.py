@@ -6,9 +6,11 @@ The model is a Llama of four layers with eight LoRA adapters of rank 16 on all l
 rows of 1 token (decoding) and of 256 (a prompt), each row with an adapter of its own, in an order that is not the
 adapters'. Both libraries have the same weights and adapters; logits are compared before anything is timed. Forwards
 run in pairs, one of each library, the first of a pair taking turns, and after each pair the same rows through the
-model without adapters; the figure is the median of the pairs' ratios. Training one batch of all eight is timed too,
-beside the eight steps (forward and backward) that PEFT needs for it, whose loop does not train. Each case runs in a
-fresh process. The result goes to bench/results/cpu-<processor>/mixed.json.
+model without adapters; the figure is the median of the pairs' ratios. Each has weights of its own, so that in such pairs
+all of a model comes from memory, the host's objects too; a decoding loop runs one model, token after token, and its
+case has turns of 16 forwards, beside the case with turns of one. Training one batch of all eight is timed too, beside
+the eight steps (forward and backward) that PEFT needs for it, whose loop does not train. Each case runs in a fresh
+process. The result goes to bench/results/cpu-<processor>/mixed.json.
 """
 
 from __future__ import annotations
@@ -40,16 +42,18 @@ NAMES = [f"adapter{i}" for i in range(ADAPTERS)]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Rows of `tokens` tokens in a dtype, through forward alone or in a training step."""
+    """Rows of `tokens` tokens in a dtype, through forward alone or in a training step, so many times in a row."""
 
     tokens: int
     dtype: torch.dtype
     training: bool = False
+    in_a_row: int = 1
 
     @property
     def key(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
-        return f"{name}, {ADAPTERS} rows of {self.tokens} tokens, {'training' if self.training else 'inference'}"
+        what = "training" if self.training else "inference" if self.in_a_row == 1 else f"{self.in_a_row} in a row"
+        return f"{name}, {ADAPTERS} rows of {self.tokens} tokens, {what}"
 
     def targets(self) -> dict[str, float]:
         """The acceptance figures: least that PEFT's time may be of peftkern's."""
@@ -57,10 +61,10 @@ class Case:
 
 
 CASES = [
-    Case(tokens, dtype, training)
+    Case(tokens, dtype, training, in_a_row)
     for training in (False, True)
     for dtype in (torch.float32, torch.bfloat16)
-    for tokens in (1, 256)
+    for tokens, in_a_row in ((1, 1), (256, 1), *(() if training else ((1, 16),)))
 ]
 
 
@@ -168,8 +172,9 @@ def measure_case(size: Size, case: Case, pairs: int, threads: int) -> dict[str, 
     for i in range(pairs):
         for name in [*(("peftkern", "peft") if i % 2 == 0 else ("peft", "peftkern")), "frozen"]:
             start = time.perf_counter()
-            timed[name]()
-            taken[name].append(time.perf_counter() - start)
+            for _ in range(case.in_a_row):
+                timed[name]()
+            taken[name].append((time.perf_counter() - start) / case.in_a_row)
     ratios = sorted(b / a for a, b in zip(taken["peftkern"], taken["peft"], strict=True))
     last = len(ratios) - 1
     return {
@@ -177,6 +182,7 @@ def measure_case(size: Size, case: Case, pairs: int, threads: int) -> dict[str, 
         "dtype": str(case.dtype).removeprefix("torch."),
         "tokens": case.tokens,
         "training": case.training,
+        "in_a_row": case.in_a_row,
         **{f"{name}_ms": 1e3 * statistics.median(seconds) for name, seconds in taken.items()},
         "speedup": statistics.median(ratios),
         "speedup_p10": ratios[round(0.1 * last)],

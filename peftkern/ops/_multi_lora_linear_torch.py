@@ -92,7 +92,7 @@ def add_adapters(
             a = in_dtype(group.factors_a(each.pool_a), work)
             b = in_dtype(group.factors_b(each.pool_b, each.rows.shape[1]), work)
             low = torch.bmm(part.view(P, L, -1), a.transpose(1, 2))
-            scale = _scale(group, each.scalings, p if mask is not None else 0.0, low)
+            scale = scale_of(group, each.scalings, p if mask is not None else 0.0, low)
             if isinstance(scale, torch.Tensor):
                 low, scale = low.mul_(scale), 1.0
             if each.s is not None:
@@ -127,7 +127,7 @@ def backward(
             part = in_dtype(_take(dy, rows), work).view(P, L, N)
             b = in_dtype(group.factors_b(pool_b, N), work)
             low = torch.bmm(part, b)
-            low.mul_(_scale(group, each.scalings, p if mask is not None else 0.0, low))
+            low.mul_(scale_of(group, each.scalings, p if mask is not None else 0.0, low))
             if dx is not None:
                 products.append((low, in_dtype(group.factors_a(pool_a), work)))
             if needs:
@@ -190,7 +190,7 @@ def _lying(t: torch.Tensor, rows: slice) -> torch.Tensor:
     return t if rows.start == 0 and rows.stop == t.shape[0] else t[rows]
 
 
-def _scale(group: Group, scalings: Sequence[float], p: float, like: torch.Tensor) -> float | torch.Tensor:
+def scale_of(group: Group, scalings: Sequence[float], p: float, like: torch.Tensor) -> float | torch.Tensor:
     """What multiplies S of each piece: a number, or [P, 1, 1]."""
     numbers = [scalings[slot] for slot in group.slots]
     if numbers.count(numbers[0]) == len(numbers):

@@ -50,7 +50,19 @@ class AdapterBatch:
         self._routings: dict[tuple[int, int | None], Routing] = {}  # by rows, and stream
         self._places: torch.Tensor | None = None
         self._row_places: dict[Any, torch.Tensor] = {}
+        # How `multi_lora_linear` repeats a layer's last forward, by the layer's pool.
+        self.repeated: dict[Any, Any] = {}
         self._captured = is_capturing(ids)
+        self._stream = stream_of(ids)
+
+    def is_again(self, host: Sequence[int], slots: int, device: torch.device | str) -> bool:
+        """Whether a batch of these slots would be this one, and could take here what has been made for it."""
+        ids = self.ids
+        if self.host != tuple(host) or self.slots != slots or ids.device != torch.device(device):
+            return False
+        if ids.is_inference() is not torch.is_inference_mode_enabled():  # autograd cannot keep an inference tensor
+            return False
+        return not self._captured and not is_capturing(ids) and stream_of(ids) == self._stream
 
     def __len__(self) -> int:
         return self.ids.shape[0]

@@ -29,6 +29,7 @@ from peftkern.ops._common import (
     taken_s,
 )
 from peftkern.ops._multi_lora_linear_call import WHOLE_POOL, Call, Owner, backward, forward
+from peftkern.ops._repeated_forward import RepeatedForward
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.ops.lora_linear_quantized import flatten, unflatten
 from peftkern.ops.plan import Plan, plan_multi_lora_linear
@@ -78,6 +79,10 @@ def multi_lora_linear(
         ValueError: shapes, devices or a number do not fit.
         RuntimeError: `use_backend("triton")` is in force and Triton kernels cannot run there.
     """
+    if type(bank) is LayerAdapters and isinstance(adapter_ids, AdapterBatch) and not torch.compiler.is_compiling():
+        repeated = adapter_ids.repeated.get(bank)
+        if repeated is not None and repeated.serves(x, weight, bias, bank, dropout_p):
+            return repeated.run(x)
     if not isinstance(bank, LayerAdapters | Adapters):
         raise TypeError(f"multi_lora_linear: bank: expected LayerAdapters, got {type(bank).__name__}")
     cast = autocast_dtype(x)
@@ -107,7 +112,12 @@ def multi_lora_linear(
         wanted = [x, *params, *(tensors if dense else []), *([] if bias is None else [bias])]
         if any(t.requires_grad for t in wanted):
             return apply_directly(_MultiLoraLinear, x, weight if dense else None, bias, call, *params)
-    return forward(x, bias, call, keep=False)[0]
+    y = forward(x, bias, call, keep=False)[0]
+    repeats = batch is adapter_ids and seed is None and cast is None and not torch.is_grad_enabled()
+    if repeats and type(bank) is LayerAdapters and is_plain(path) and RepeatedForward.can_be(x, weight, path):
+        in_order = batch.in_order(M, bank.layout)
+        batch.repeated[bank] = RepeatedForward(x, weight, bias, bank, path, in_order)
+    return y
 
 
 def plan_for(x: torch.Tensor, weight: Weight, max_rank: int, backend: str) -> Plan:

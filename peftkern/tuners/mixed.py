@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -51,6 +51,9 @@ class LayerRows:
 
     def decide(self, layer: Any) -> None:
         """Settle, before the model runs, what the layer's forward needs to know and a compiled one should not ask."""
+
+    def begin(self) -> None:
+        """Serve another forward, for which all has been found unchanged."""
 
     def slots_present(self) -> Sequence[int]:
         """Slots that rows take, in order; all of them where rows were told by slots."""
@@ -101,6 +104,8 @@ class MixedRows:
     def __init__(self, model: nn.Module, slots: int, layer_class: type) -> None:
         self.names: list[str | None] = [None] * slots
         self._model, self._layer_class = model, layer_class
+        self._last_batch: AdapterBatch | None = None
+        self._last_use: _Use | None = None
         self.find_layers()
 
     @property
@@ -143,6 +148,11 @@ class MixedRows:
         self._layers = [module for module in found if isinstance(module, ModulesToSaveWrapper) or is_tuned(module)]
         self._tuned: list[Any] = [layer for layer in self._layers if isinstance(layer, self._layer_class)]
         self._order = TokenOrder(self._model, self._layers)
+        self._last_use = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is remembered of a forward of the original."""
+        return self.__dict__ | {"_last_batch": None, "_last_use": None}
 
     def sync(self) -> None:
         """Bring what is kept here of the layers' adapters up to date."""
@@ -164,7 +174,13 @@ class MixedRows:
             raise TypeError(f"adapter_names: expected a list of names, got {adapters!r}")
         slots = {name: -1 if name == BASE else self.slot_of(name) for name in dict.fromkeys(adapters)}
         host = [slots[name] for name in adapters]
-        return AdapterBatch(torch.tensor(host, dtype=torch.int64, device=device), self.slots, host)
+        last, compiling = self._last_batch, torch.compiler.is_compiling()
+        if not compiling and last is not None and last.is_again(host, self.slots, device):
+            return last
+        batch = AdapterBatch(torch.tensor(host, dtype=torch.int64, device=device), self.slots, host)
+        if not compiling:
+            self._last_batch = batch
+        return batch
 
     @contextlib.contextmanager
     def use(
@@ -186,30 +202,78 @@ class MixedRows:
             ValueError: adapters are merged or disabled, so that none could be taken. In the block, a layer's input
                 that has not as many rows as the batch, or rows of which it is not known whose they are.
         """
-        self.sync()
         for layer in self._layers:
             if getattr(layer, "merged_adapters", None):
                 raise ValueError("adapter_names: adapters are merged into the base weights: call unmerge_adapter first")
             if layer.disable_adapters:
                 raise ValueError("adapter_names: adapters are disabled, so that no row could take one")
-        names = tuple(self.names)
+        rows = self._rows(batch, encoder, encoder_batch)
         before = [layer.__dict__.get("_mixed") for layer in self._layers]
-        inside = set() if encoder is None or encoder_batch is None else set(encoder.modules())
-        views = self._order.views(batch)
-        if encoder_batch is not None:
-            encoder_views = self._order.views(encoder_batch)
-            views |= {layer: encoder_views.get(layer, encoder_batch) for layer in self._layers if layer in inside}
-        for layer in self._layers:
-            layer._mixed = self.rows_for(layer, views.get(layer, batch), names)
         handles = list(self._order.watch())
         try:
-            for layer in self._tuned:
-                layer._mixed.decide(layer)
+            for layer, own in zip(self._layers, rows, strict=True):
+                _hand(layer, "_mixed", own)
             yield
         finally:
             for handle in handles:
                 handle.remove()
             recorded = torch.is_grad_enabled()
-            for layer, old in zip(self._layers, before, strict=True):
-                layer._mixed_before = layer._mixed if recorded else None
-                layer._mixed = old
+            for layer, own, old in zip(self._layers, rows, before, strict=True):
+                _hand(layer, "_mixed_before", own if recorded else None)
+                _hand(layer, "_mixed", old)
+
+    def _rows(
+        self, batch: AdapterBatch, encoder: nn.Module | None, encoder_batch: AdapterBatch | None
+    ) -> list[LayerRows]:
+        """The batch as each layer sees it, all decided; those of the last time if nothing has changed since."""
+        passing = encoder is not None or torch.compiler.is_compiling() or torch.is_grad_enabled()
+        last = None if passing else self._last_use
+        if last is not None and last.batch is batch and last.is_again(self.names):
+            return last.rows
+        self._last_use = None
+        self.sync()
+        names = tuple(self.names)
+        inside = set() if encoder is None or encoder_batch is None else set(encoder.modules())
+        views = self._order.views(batch)
+        plain = not views
+        if encoder_batch is not None:
+            encoder_views = self._order.views(encoder_batch)
+            views |= {layer: encoder_views.get(layer, encoder_batch) for layer in self._layers if layer in inside}
+        rows = [self.rows_for(layer, views.get(layer, batch), names) for layer in self._layers]
+        for layer, own in zip(self._layers, rows, strict=True):
+            if isinstance(layer, self._layer_class):
+                own.decide(layer)
+        if plain and not passing:
+            unchanged = self.unchanged(rows)
+            self._last_use = None if unchanged is None else _Use(batch, names, rows, unchanged, threading.get_ident())
+        return rows
+
+    def unchanged(self, rows: Sequence[LayerRows]) -> Callable[[], bool] | None:
+        """What tells whether all is still as it was when a batch's rows were decided; None if that cannot be told."""
+        return None
+
+
+class _Use(NamedTuple):
+    """What the last batch found, for the next one that is the same."""
+
+    batch: AdapterBatch
+    names: tuple[str | None, ...]
+    rows: list[LayerRows]
+    unchanged: Callable[[], bool]
+    thread: int
+
+    def is_again(self, names: list[str | None]) -> bool:
+        """Whether the rows serve now."""
+        if self.names != tuple(names) or self.thread != threading.get_ident() or not self.unchanged():
+            return False
+        for own in self.rows:
+            own.begin()
+        return True
+
+
+def _hand(layer: Any, name: str, rows: LayerRows | None) -> None:
+    """Set an attribute of a layer; `nn.Module` takes ten times as long for it."""
+    if torch.compiler.is_compiling():
+        setattr(layer, name, rows)
+    else:
+        layer.__dict__[name] = rows

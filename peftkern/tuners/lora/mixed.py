@@ -7,7 +7,7 @@ plain PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import nn
 from peftkern.adapter_pool import LayerAdapters
 from peftkern.ops import multi_lora_linear
 from peftkern.ops.adapter_route import AdapterBatch
-from peftkern.tuners.fusing import bare_weight, base_alone, compute_dtype, why_plain
+from peftkern.tuners.fusing import bare_quantized_weight, bare_weight, base_alone, compute_dtype, why_plain
+from peftkern.tuners.lora.unchanged import Unchanged
 from peftkern.tuners.mixed import LayerRows, MixedRows
 
 _PARAMETERS = frozenset((nn.Parameter,))
@@ -123,6 +124,14 @@ class MixedAdapters(MixedRows):
                 pool.adopt_kind(pool.pool_a.new_empty(0, device=device))
         return LayerBatch(batch, names, pool, self._apart.get(layer, ()))
 
+    def unchanged(self, rows: Sequence[Any]) -> Callable[[], bool] | None:
+        """See `MixedRows`; of layers that `is_simple` holds for, with all of their adapters."""
+        for layer in self._layers:
+            if not isinstance(layer, self._layer_class) or not _is_simple(layer, list(layer.scaling)):
+                return None
+        holds = Unchanged(self._layers).holds
+        return lambda: not why_plain() and holds()
+
 
 def _adapters_now(layer: Any) -> tuple[Any, ...] | None:
     """The adapters of a layer as a sync finds them, by name, identity, address and scaling; None of any but plain
@@ -160,6 +169,9 @@ class LayerBatch(LayerRows):
         self.apart = apart
         self._fresh = True
 
+    def begin(self) -> None:
+        self._fresh = True
+
     def decide(self, layer: Any) -> None:
         """How the linear layer's forward will run: told by `fused`, `empty`, `dropout_p` and `biased`.
 
@@ -187,10 +199,12 @@ class LayerBatch(LayerRows):
 
 
 def _is_simple(layer: Any, names: list[str]) -> bool:
-    """A quick yes to `_why_not_fused`: a bare linear layer, adapters of bare ones, and their weights in the pool."""
+    """A quick yes to `_why_not_fused`: a bare linear layer, dense or quantized, and adapters of bare ones."""
     held = layer._modules
     base = bare_weight(held["base_layer"])
-    if base is None or layer.fan_in_fan_out or why_plain():
+    if base is None and bare_quantized_weight(held["base_layer"]) is None:
+        return False
+    if layer.fan_in_fan_out or why_plain():
         return False
     As, Bs, dropouts = held["lora_A"]._modules, held["lora_B"]._modules, held["lora_dropout"]._modules
     for name in names:
@@ -203,7 +217,7 @@ def _is_simple(layer: Any, names: list[str]) -> bool:
             if inside["_backward_hooks"] or inside["_backward_pre_hooks"] or "_hf_hook" in inside:
                 return False
         dtype = As[name]._parameters["weight"].dtype
-        if dtype is not base.dtype and dtype is not torch.float32:
+        if base is not None and dtype is not base.dtype and dtype is not torch.float32:
             return False
     return True
 
@@ -225,7 +239,7 @@ def linear_forward(layer: Any, mixed: LayerBatch, x: torch.Tensor, args: tuple[A
         return add_parts(layer, layer.base_layer(x, *args, **kwargs), x, mixed)
     mixed.settle()
     weight, base = layer._weight_by_rows(), layer._modules["base_layer"]
-    bias = base.bias
+    bias = base._parameters["bias"] if type(base) is nn.Linear else base.bias
     if isinstance(weight, torch.Tensor):
         y = multi_lora_linear(x, weight, pool, mixed.batch, bias, dropout_p=p)
     else:
