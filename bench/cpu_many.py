@@ -6,11 +6,11 @@ The model is a Llama of four layers with eight LoRA adapters of rank 16 on all l
 rows of 1 token (decoding) and of 256 (a prompt), each row with an adapter of its own, in an order that is not the
 adapters'. Both libraries have the same weights and adapters; logits are compared before anything is timed. Forwards
 run in pairs, one of each library, the first of a pair taking turns, and after each pair the same rows through the
-model without adapters; the figure is the median of the pairs' ratios. Each has weights of its own, so that in such pairs
-all of a model comes from memory, the host's objects too; a decoding loop runs one model, token after token, and its
-case has turns of 16 forwards, beside the case with turns of one. Training one batch of all eight is timed too, beside
-the eight steps (forward and backward) that PEFT needs for it, whose loop does not train. Each case runs in a fresh
-process. The result goes to bench/results/cpu-<processor>/mixed.json.
+model without adapters; the figure is the median of the pairs' ratios. Each has weights of its own, so that in such
+pairs all of a model comes from memory, the host's objects too; a decoding loop runs one model, token after token, and
+its case has turns of 16 forwards, beside the case with turns of one. Training one batch of all eight is timed too,
+beside the eight steps (forward and backward) that PEFT needs for it, whose loop does not train. Each case runs in a
+fresh process. The result goes to bench/results/cpu-<processor>/mixed.json.
 """
 
 from __future__ import annotations

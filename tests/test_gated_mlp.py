@@ -24,6 +24,12 @@ MODELS = {"llama": {}, "gemma": {}, "qwen3": {}, "phi3": {}, "glm": {"partial_ro
 MODELS |= {"mistral": {"hidden_act": "gelu"}}
 
 
+@pytest.fixture(autouse=True)
+def no_tokens_are_few(monkeypatch):
+    """Small models and few tokens as if they were many: else a CPU would have the MLP's own forward for them."""
+    monkeypatch.setattr(MODULE, "FEW_ELEMENTS", -1)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The activation of each call of `gated_lora_linear`."""
@@ -345,6 +351,21 @@ def test_explain_says_so():
     assert "made again in backward" in rows["down_proj"] and "made again" not in rows["up_proj"]
     peftkern.fuse_mlps(model, enabled=False)
     assert not any("made again" in row.reason for row in peftkern.explain(model).rows)
+
+
+def test_a_few_tokens_on_a_cpu_take_the_own_forward(calls, monkeypatch):
+    """Would catch a product that is made twice where that saves next to nothing, and an explanation of the other."""
+    model = adapted()
+    tokens = ids().numel()
+    many = results(model)
+    assert len(calls) == 2
+    monkeypatch.setattr(MODULE, "FEW_ELEMENTS", 32 * tokens)
+    few = results(model)
+    assert len(calls) == 2
+    for one, other in zip(few, many, strict=True):
+        torch.testing.assert_close(one, other)
+    few, many = ([r.reason for r in peftkern.explain(model, n).rows if "down" in r.name] for n in (tokens, 99))
+    assert not any("made again" in reason for reason in few) and all("made again" in reason for reason in many)
 
 
 @pytest.mark.parametrize("case", ["dora", "two adapters", "hook", "instance", "class"])

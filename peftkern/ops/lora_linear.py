@@ -108,9 +108,41 @@ def lora_linear(
     base_learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or base_learns):
         if common and path == "torch" and seed is None and not base_learns:
-            return apply_in_two(_Products, lora_A, x, weight, lora_A, lora_B, bias, scaling)
+            return multiply(x, weight, lora_A, lora_B, bias, scaling)
         return apply_in_two(_LoraLinear, lora_A, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
     return _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)[0]
+
+
+def multiply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """`lora_linear` on the plain path of operands that fit as they are, without dropout, weight and bias frozen."""
+    if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad):
+        return apply_in_two(_Products, lora_A, x, weight, lora_A, lora_B, bias, scaling)
+    return _multiplied(x, weight, lora_A, lora_B, bias, scaling, None)[0]
+
+
+def _multiplied(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    later: Later,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [..., N] and S [M, R] of `multiply`."""
+    flat = x.dim() == 2
+    rows = x if flat else x.reshape(-1, x.shape[-1])
+    if x.dtype.itemsize == 2 or lora_A.dtype is not x.dtype:
+        lora_A, lora_B = _lora_linear_torch.adapters_to_multiply(rows, lora_A, lora_B)
+    y, s, _ = _lora_linear_torch.forward(rows, weight, lora_A, lora_B, scaling, bias, 0.0, None, later)
+    return (y if flat else unflattened(y, x.shape[:-1])), s
 
 
 def plan_for(x: torch.Tensor, weight: torch.Tensor, rank: int, backend: str) -> Plan:
@@ -229,17 +261,12 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, weight, lora_A, lora_B, bias, scaling, later):
-        flat = x.dim() == 2
-        rows = x if flat else x.reshape(-1, x.shape[-1])
-        a, b = lora_A, lora_B
-        if x.dtype.itemsize == 2 or a.dtype is not x.dtype:
-            a, b = _lora_linear_torch.adapters_to_multiply(rows, a, b)
-        y, s, _ = _lora_linear_torch.forward(rows, weight, a, b, scaling, bias, 0.0, None, later)
+        y, s = _multiplied(x, weight, lora_A, lora_B, bias, scaling, later)
         _, _, needs_a, needs_b, _, _, _ = ctx.needs_input_grad
         # S first, where `_LoraLinear` has it last: that tells what `kept_s` tells, and costs nothing.
         keep(ctx, 2, s if needs_b else None, x if needs_a else None, weight, lora_A, lora_B)
         ctx.scaling = scaling
-        return y if flat else unflattened(y, x.shape[:-1])
+        return y
 
     @staticmethod
     @without_autocast

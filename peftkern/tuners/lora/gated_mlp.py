@@ -4,7 +4,8 @@ An MLP's `forward` is taken over where its class's code is that of transformers'
 instructions (143 classes of transformers 5.23); one that computes anything else is left alone. From then on the end of
 the MLP, from the outputs of gate and up on, is `ops.gated_lora_linear`, in eager mode; the projections of gate and up
 are called as they were. Whatever looks at the modules in between (hooks on the activation or on down_proj, adapters
-that are merged, disabled or several) or compiles the model gets the class's own forward.
+that are merged, disabled or several) or compiles the model gets the class's own forward, and so do a few tokens on a
+CPU, where making the product again takes longer than anything that it saves.
 
 `get_peft_model` does so for every such MLP whose last projection has an adapter; `fuse_mlps` undoes it.
 """
@@ -22,11 +23,13 @@ from torch.nn.modules import module as torch_module
 from peftkern.ops import gated_lora_linear
 from peftkern.ops._common import autocast_dtype
 from peftkern.ops._lora_linear_traced import fitting_dtypes
+from peftkern.ops.plan import JOINED_ELEMENTS
 from peftkern.tuners.fusing import compute_dtype, is_nested
 from peftkern.tuners.lora.layer import Linear
 from peftkern.utils.other import batch_in_force
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+FEW_ELEMENTS = JOINED_ELEMENTS  # of the MLP's input: on a CPU up to so many are few
 _LEFT_ALONE = "_peftkern_own_forward"  # of an MLP that `fuse_mlps(enabled=False)` was told of
 
 
@@ -126,10 +129,15 @@ def _fitting(down: Any, operands: tuple[Any, ...], gate: torch.Tensor, up: torch
     return weight, A, B, scaling, bias
 
 
+def _is_left(x: Any) -> bool:
+    """Whether an MLP's input is left to its class's own forward."""
+    return is_nested(x) or (isinstance(x, torch.Tensor) and x.is_cpu and x.numel() <= FEW_ELEMENTS)
+
+
 def _forward(mlp: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """The forward of a known MLP, of one tensor."""
     kind = type(mlp)
-    in_one = None if kwargs or len(args) != 1 or is_nested(args[0]) else _is_in_one(kind.forward)
+    in_one = None if kwargs or len(args) != 1 or _is_left(args[0]) else _is_in_one(kind.forward)
     # A compiler makes act(gate) and the product again by itself where that is cheaper than to keep them.
     end = None if in_one is None or torch.compiler.is_compiling() else _end_of(mlp)
     if end is None or batch_in_force(end[0]) is not None:
@@ -219,8 +227,11 @@ class _EndOf:
     def __init__(self, mlp: nn.Module) -> None:
         self.mlp = mlp
 
-    def is_in_force(self) -> bool:
+    def is_in_force(self, tokens: int) -> bool:
         """Whether its forward would be the operation now: no other method's or hooks' turn, no other forward."""
+        down: Any = self.mlp._modules["down_proj"]
+        if down.base_layer.weight.is_cpu and tokens * down.out_features <= FEW_ELEMENTS:
+            return False
         known = _is_in_one(type(self.mlp).forward) is not None
         return known and is_fused(self.mlp) and _end_of(self.mlp) is not None
 

@@ -21,7 +21,7 @@ from peftkern.backend import current_backend
 from peftkern.ops import lora_linear
 from peftkern.ops._common import autocast_dtype
 from peftkern.ops.dora_linear import plan_for as plan_for_dora
-from peftkern.ops.lora_linear import plan_for
+from peftkern.ops.lora_linear import multiply, plan_for
 from peftkern.ops.lora_linear_quantized import plan_for as plan_for_quantized
 from peftkern.ops.multi_lora_linear import plan_for as plan_for_many
 from peftkern.ops.plan import Plan
@@ -46,6 +46,7 @@ from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.loftq import initialize_loftq
 from peftkern.tuners.lora.merging import delta_weight, merge_adapters, unmerge_adapters
 from peftkern.tuners.lora.mixed import linear_forward
+from peftkern.tuners.lora.simple_call import SimpleCall
 from peftkern.tuners.targets import linear_sizes
 from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, refuse_adapter_names
 from peftkern.utils.linear_layers import conv1d_class
@@ -247,6 +248,8 @@ class Linear(LoraLayer, nn.Module):
 
     # The `SharedInput` of layers that are called with the same x, if this is one of them.
     _shared_input: Any = None
+    # What the last forward found, where the next may be the same.
+    _simple_call: SimpleCall | None = None
     # What `gated_mlp` knows of the MLP whose last projection this is, if it took the MLP's forward over.
     _ends_mlp: Any = None
 
@@ -337,7 +340,7 @@ class Linear(LoraLayer, nn.Module):
         plan = self.plan_alone(tokens)
         if self._shared_input is not None:
             plan = self._shared_input.plan(plan, tokens)
-        if self._ends_mlp is not None and plan.path != "unfused" and self._ends_mlp.is_in_force():
+        if self._ends_mlp is not None and plan.path != "unfused" and self._ends_mlp.is_in_force(tokens):
             plan = Plan(plan.path, f"{plan.reason}; its input, act(gate) * up, is made again in backward, not kept")
         return plan
 
@@ -376,6 +379,12 @@ class Linear(LoraLayer, nn.Module):
         return weight_by_rows(self._modules["base_layer"], self.fan_in_fan_out)  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not args and not kwargs:
+            known = self._simple_call
+            operands = None if known is None else known.operands(self.__dict__, x)
+            if operands is not None:
+                return multiply(x, *operands)
         if self._mixed is not None or self._mixed_before is not None:
             mixed = batch_in_force(self)
             if mixed is not None:
@@ -388,6 +397,9 @@ class Linear(LoraLayer, nn.Module):
             operands = self._operands_if_simple()
             if operands is not None:
                 weight, A, B, scaling, bias, p = operands
+                if not compiling:
+                    known = SimpleCall(self, operands, x.dtype) if SimpleCall.can_be(x, operands) else None
+                    self.__dict__["_simple_call"] = known
                 if type(weight) is nn.Parameter or self._casts_nothing(x, A, bias):
                     return lora_linear(x, weight, A, B, scaling, bias, dropout_p=p)
         return self._forward_in_general(x, *args, **kwargs)

@@ -69,7 +69,7 @@ class SharedInput:
         """
         if torch.compiler.is_compiling():
             return None if mixed is not None or not isinstance(x, torch.Tensor) else self._traced(layer, x)
-        if not isinstance(x, torch.Tensor) or (self._left is None and _is_few(x)):
+        if not isinstance(x, torch.Tensor) or self.leaves(x):
             return None
         if x.is_inference() and self._hooked():
             return None
@@ -84,6 +84,10 @@ class SharedInput:
         if y is None:
             return None
         return y if key == (_key(layer._operands()) if mixed is None else _key_of_many(layer, mixed)) else None
+
+    def leaves(self, x: torch.Tensor) -> bool:
+        """Whether each layer is to compute its output of x by itself: none wait, and x has few elements."""
+        return self._left is None and _is_few(x)
 
     def _hooked(self) -> bool:
         """Whether anything runs between the layers' calls that could change x in place, beside the model's own code."""
