@@ -128,6 +128,13 @@ def calls_are_changed() -> bool:
     return torch._C._is_any_autocast_enabled() or _get_current_dispatch_mode() is not None
 
 
+def makes_plain_tensors() -> bool:
+    """Whether what a call makes here is a tensor that means the same later: no compiler, mode or transform is on."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return _get_current_dispatch_mode() is None
+
+
 def stream_of(t: torch.Tensor) -> int | None:
     """The CUDA stream on which t's device computes now; None where there is none. What is kept from one call for
     another holds on its own stream only: work on another does not wait for it."""

@@ -16,7 +16,7 @@ from peftkern.adapter_pool import LayerAdapters
 from peftkern.backend import backend_in_force
 from peftkern.ops._adapter_groups import Group, InOrder
 from peftkern.ops._base_product import base
-from peftkern.ops._common import calls_are_changed, in_dtype
+from peftkern.ops._common import in_dtype, makes_plain_tensors
 from peftkern.ops._lora_linear_torch import dense_rows
 from peftkern.ops._multi_lora_linear_torch import scale_of
 
@@ -64,7 +64,9 @@ class RepeatedForward:
         dtype, weight_dtype, backend = self._kind
         if x.dtype is not dtype or weight.dtype is not weight_dtype or not x.is_cpu:
             return False
-        return not calls_are_changed() and backend_in_force() == backend
+        if torch._C._is_any_autocast_enabled() or not makes_plain_tensors():
+            return False
+        return backend_in_force() == backend
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., N] of x [..., K], for which `serves` holds."""

@@ -23,6 +23,7 @@ from peftkern.ops._common import (
     dropout_seed,
     is_plain,
     kept_s,
+    makes_plain_tensors,
     needs_operator,
     refuse_double_backward,
     stream_of,
@@ -114,7 +115,8 @@ def multi_lora_linear(
             return apply_directly(_MultiLoraLinear, x, weight if dense else None, bias, call, *params)
     y = forward(x, bias, call, keep=False)[0]
     repeats = batch is adapter_ids and seed is None and cast is None and not torch.is_grad_enabled()
-    if repeats and type(bank) is LayerAdapters and is_plain(path) and RepeatedForward.can_be(x, weight, path):
+    repeats = repeats and is_plain(path) and makes_plain_tensors()
+    if repeats and type(bank) is LayerAdapters and RepeatedForward.can_be(x, weight, path):
         in_order = batch.in_order(M, bank.layout)
         batch.repeated[bank] = RepeatedForward(x, weight, bias, bank, path, in_order)
     return y

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from peftkern.ops._common import makes_plain_tensors
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.tuners.token_order import TokenOrder
 from peftkern.tuners.tuner_layer import is_tuned
@@ -174,11 +175,11 @@ class MixedRows:
             raise TypeError(f"adapter_names: expected a list of names, got {adapters!r}")
         slots = {name: -1 if name == BASE else self.slot_of(name) for name in dict.fromkeys(adapters)}
         host = [slots[name] for name in adapters]
-        last, compiling = self._last_batch, torch.compiler.is_compiling()
-        if not compiling and last is not None and last.is_again(host, self.slots, device):
+        last, plain = self._last_batch, makes_plain_tensors()
+        if plain and last is not None and last.is_again(host, self.slots, device):
             return last
         batch = AdapterBatch(torch.tensor(host, dtype=torch.int64, device=device), self.slots, host)
-        if not compiling:
+        if plain:
             self._last_batch = batch
         return batch
 
