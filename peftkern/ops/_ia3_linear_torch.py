@@ -49,8 +49,9 @@ def scaled(a: torch.Tensor, scale: torch.Tensor, ids: torch.Tensor | None) -> to
 def column_sums(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
     """The sum over rows of a * b [M, C] in scale's shape and dtype: of all rows, or of each slot's."""
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-    if ids is None and a.dtype is scale.dtype is wide and a.shape[0] <= BLOCK_ROWS:
-        return (a * b).sum(0)
+    if ids is None and a.shape[0] <= BLOCK_ROWS:
+        sums = (a.to(wide) * b).sum(0)
+        return sums if scale.dtype is wide else sums.to(scale.dtype)
     if ids is None:
         total = a.new_zeros(scale.shape, dtype=wide)
         for rows in _row_blocks(a.shape[0]):

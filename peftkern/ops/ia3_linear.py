@@ -120,7 +120,7 @@ def _apply(
     is_feedforward: bool,
 ) -> torch.Tensor:
     # In the common case, told by a few comparisons, nothing more is to be checked or converted.
-    common = ids is None and _fits(x, weight, scale, bias, is_feedforward) and not calls_are_changed()
+    common = ids is None and _fits(x, weight, scale, bias, is_feedforward, ()) and not calls_are_changed()
     if not common:
         cast = autocast_dtype(x)
         if cast is not None:
@@ -137,14 +137,42 @@ def _apply(
         if needs_operator(x, scale, *tensors):
             return _operator(x, tensors, scale, bias, ids, numbers, is_feedforward, path, keep_x, keep_z)[0]
     base_learns = weight_learns or (bias is not None and bias.requires_grad)
+    if common and path == "torch" and dense is not None and not base_learns:
+        return _multiply(x, dense, scale, bias, is_feedforward)
     if learns and (x.requires_grad or scale.requires_grad or base_learns):
         rest = (weight, is_feedforward, path, keep_x, keep_z)
         return apply_in_two(_IA3Linear, scale, x, dense, scale, bias, ids, rest)
     return _forward(x, weight, scale, bias, ids, is_feedforward, path, False)[0]
 
 
-def _fits(x: Any, weight: Any, scale: Any, bias: Any, is_feedforward: bool) -> bool:
-    """Whether the common case holds: plain tensors, one dtype or an fp32 scale, shapes that agree."""
+def ia3_linear_by_parameter(
+    x: torch.Tensor, weight: torch.Tensor, vector: torch.Tensor, bias: torch.Tensor | None, is_feedforward: bool
+) -> torch.Tensor:
+    """`ia3_linear` with the vector as PEFT stores it, [out_features, 1] or [1, in_features] for a feed-forward layer.
+
+    Where plain PyTorch multiplies and nothing else, it is not flattened, which autograd would have to undo."""
+    learns = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    fits = not learns and _fits(x, weight, vector, bias, is_feedforward, (1,)) and not calls_are_changed()
+    if fits and plan_for(x, weight, is_feedforward, backend_in_force()).path == "torch":
+        return _multiply(x, weight, vector, bias, is_feedforward)
+    return ia3_linear(x, weight, vector.flatten(), bias, is_feedforward=is_feedforward)
+
+
+def _multiply(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, is_feedforward: bool
+) -> torch.Tensor:
+    """`ia3_linear` on the plain path of operands that fit as they are, weight and bias frozen; scale of any shape."""
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+        return apply_in_two(_Products, scale, x, weight, scale, bias, is_feedforward)
+    flat = x.dim() == 2
+    rows = x if flat else x.reshape(-1, x.shape[-1])
+    y, _ = _ia3_linear_torch.forward(rows, weight, scale.flatten(), bias, None, is_feedforward, "torch", False)
+    return y if flat else unflattened(y, x.shape[:-1])
+
+
+def _fits(x: Any, weight: Any, scale: Any, bias: Any, is_feedforward: bool, ones: tuple[int, ...]) -> bool:
+    """Whether the common case holds: plain tensors, one dtype or an fp32 scale, shapes that agree; `ones` are what the
+    scale's shape has beside its length."""
     for t in (x, weight, scale):
         if type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
             return False
@@ -154,7 +182,8 @@ def _fits(x: Any, weight: Any, scale: Any, bias: Any, is_feedforward: bool) -> b
     if weight.dim() != 2 or x.dim() == 0 or weight.device != device or scale.device != device:
         return False
     N, K = weight.shape
-    if N == 0 or K == 0 or x.shape[-1] != K or scale.shape != (K if is_feedforward else N,):
+    shape = (*ones, K) if is_feedforward else (N, *ones)
+    if N == 0 or K == 0 or x.shape[-1] != K or scale.shape != shape:
         return False
     if bias is None:
         return True
@@ -407,6 +436,41 @@ class _IA3Linear(torch.autograd.Function):
         x, dense, scale, z, ids = ctx.saved_tensors
         weight = dense if ctx.weight is None else ctx.weight
         return (*_backward(dy, x, weight, scale, z, ids, *ctx.numbers), None, None, None)
+
+
+class _Products(torch.autograd.Function):
+    """The eager door where the plain path only multiplies, a dense weight and one vector. Where tensors are small, what
+    `_IA3Linear` asks about them costs as much as a product."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, scale, bias, is_feedforward, later):
+        flat = x.dim() == 2
+        rows = x if flat else x.reshape(-1, x.shape[-1])
+        needs_scale = ctx.needs_input_grad[2]
+        arguments = (rows, weight, scale.flatten(), bias, None, is_feedforward, "torch", needs_scale)
+        if later is None or not is_feedforward:
+            y, z = _ia3_linear_torch.forward(*arguments)
+        else:  # all that is kept is there already
+            y, z = rows.new_empty(rows.shape[0], weight.shape[0]), None
+            later.append(lambda: y.copy_(_ia3_linear_torch.forward(*arguments)[0]))
+        ctx.save_for_backward(x if is_feedforward and needs_scale else None, weight, scale, z)
+        ctx.is_feedforward = is_feedforward
+        return y if flat else unflattened(y, x.shape[:-1])
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, dy):
+        refuse_double_backward("ia3_linear")
+        x, weight, scale, z = ctx.saved_tensors
+        needs_x, _, needs_scale, _, _, _ = ctx.needs_input_grad
+        flat = dy.dim() == 2
+        grad = dy if flat else dy.reshape(-1, dy.shape[-1])
+        rows = x if x is None or flat else x.reshape(-1, x.shape[-1])
+        saved = (rows, weight, scale.flatten(), z, None, ctx.is_feedforward, "torch")
+        dx, dscale, _ = _ia3_linear_torch.backward(grad, *saved, (needs_x, needs_scale, False))
+        if dx is not None and not flat:
+            dx = dx.view(*dy.shape[:-1], dx.shape[1])
+        return dx, None, None if dscale is None else dscale.view(scale.shape), None, None, None
 
 
 # -- the operator -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import nn
 
 from peftkern.backend import current_backend
 from peftkern.ops import ia3_linear, multi_ia3_linear
-from peftkern.ops.ia3_linear import plan_for
+from peftkern.ops.ia3_linear import ia3_linear_by_parameter, plan_for
 from peftkern.ops.plan import Plan
 from peftkern.tuners.fusing import (
     ExplainRow,
@@ -250,7 +250,7 @@ class Linear(IA3Layer, nn.Module):
                 vector: Any = self._modules["ia3_l"]._parameters.get(names[0])
                 if type(vector) is nn.Parameter and vector.dtype in (weight.dtype, torch.float32):
                     bias: Any = self._modules["base_layer"]._parameters["bias"]
-                    return ia3_linear(x, weight, vector.flatten(), bias, is_feedforward=self.is_feedforward)
+                    return ia3_linear_by_parameter(x, weight, vector, bias, self.is_feedforward)
         return self._forward_in_general(x, *args, **kwargs)
 
     def _forward_in_general(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
