@@ -164,6 +164,16 @@ def test_other_inputs_and_modes_are_seen():
     assert made.base_layer.weight.grad is not None
 
 
+def test_adapters_in_another_dtype_are_refused_as_they_were():
+    """Would catch an adapter that was cast behind the layer's back, and is now cast back without a word."""
+    made = layer()
+    x = torch.randn(5, 24)
+    made(x)
+    for module in (made.lora_A["default"], made.lora_B["default"]):
+        module.weight.data = module.weight.data.bfloat16()
+    assert not serves(made, x)
+
+
 def test_transforms_and_tracing_are_seen():
     """Would catch operations that torch.func, forward-mode differentiation or torch.jit.trace cannot look into."""
     made = layer().eval()

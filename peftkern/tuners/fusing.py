@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.hooks import RemovableHandle
 
 from peftkern.backend import backend_in_force
 from peftkern.ops.linear_quantized import linear_quantized
@@ -62,6 +64,13 @@ def why_plain() -> str:
     if forward_ad._current_level >= 0:
         return "differentiated in forward mode"
     return "" if torch._C._get_tracing_state() is None else "torch.jit is tracing"
+
+
+def hook_number() -> float:
+    """The number that torch gives the next hook, on whichever module: while it stays, nobody has registered any. NaN,
+    which equals nothing, from a torch that gives none."""
+    number: float = getattr(RemovableHandle, "next_id", math.nan)
+    return number
 
 
 def is_nested(x: Any) -> bool:

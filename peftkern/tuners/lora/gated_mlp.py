@@ -229,11 +229,12 @@ class _EndOf:
 
     def is_in_force(self, tokens: int) -> bool:
         """Whether its forward would be the operation now: no other method's or hooks' turn, no other forward."""
-        down: Any = self.mlp._modules["down_proj"]
-        if down.base_layer.weight.is_cpu and tokens * down.out_features <= FEW_ELEMENTS:
-            return False
         known = _is_in_one(type(self.mlp).forward) is not None
-        return known and is_fused(self.mlp) and _end_of(self.mlp) is not None
+        end = _end_of(self.mlp) if known and is_fused(self.mlp) else None
+        if end is None:
+            return False
+        down, (weight, *_), _ = end
+        return weight.device.type != "cpu" or tokens * down.out_features > FEW_ELEMENTS
 
 
 def _take(mlp: Any) -> None:

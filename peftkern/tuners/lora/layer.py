@@ -397,9 +397,8 @@ class Linear(LoraLayer, nn.Module):
             operands = self._operands_if_simple()
             if operands is not None:
                 weight, A, B, scaling, bias, p = operands
-                if not compiling:
-                    known = SimpleCall(self, operands, x.dtype) if SimpleCall.can_be(x, operands) else None
-                    self.__dict__["_simple_call"] = known
+                if not compiling and SimpleCall.can_be(x, operands, self._shared_input):
+                    self.__dict__["_simple_call"] = SimpleCall(self, operands, x.dtype)
                 if type(weight) is nn.Parameter or self._casts_nothing(x, A, bias):
                     return lora_linear(x, weight, A, B, scaling, bias, dropout_p=p)
         return self._forward_in_general(x, *args, **kwargs)

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
-from torch.utils.hooks import RemovableHandle
 
 from peftkern.backend import current_backend, device_info
 from peftkern.ops._common import adapters_fit, calls_are_changed
 from peftkern.ops.lora_linear import plan_for
+from peftkern.tuners.fusing import hook_number, why_plain
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _deciding = operator.itemgetter("_active_adapter", "merged_adapters", "scaling", "_modules")  # of a layer
@@ -52,14 +51,16 @@ class SimpleCall:
         self._found = (containers, [dict(container) for container in containers], modules)
         lengths, kinds = [*map(len, self._insides)], [*map(type, modules)]
         own = (weight, A, B, bias, scaling)
-        self._states = (dtype, weight.shape[1], current_backend(), layer._shared_input, lengths, kinds, own)
-        self._hooks = RemovableHandle.next_id
+        self._states = (dtype, A.dtype, weight.shape[1], current_backend(), layer._shared_input, lengths, kinds, own)
+        self._hooks = hook_number()
 
     @staticmethod
-    def can_be(x: Any, operands: tuple[Any, ...]) -> bool:
-        """Whether a forward of these is only products of plain PyTorch, of whatever number of rows."""
+    def can_be(x: Any, operands: tuple[Any, ...], shared: Any) -> bool:
+        """Whether a forward of these, by itself in its group if it is in one, is only products of plain PyTorch."""
         weight, A, B, _, bias, p = operands
-        if p != 0.0 or type(weight) is not nn.Parameter or type(x) is not torch.Tensor or not x.is_cpu:
+        if type(x) is not torch.Tensor or not x.is_cpu or p != 0.0 or type(weight) is not nn.Parameter:
+            return False
+        if shared is not None and not shared.leaves(x):
             return False
         if calls_are_changed() or not adapters_fit(x, weight, A, B, bias):
             return False
@@ -71,10 +72,10 @@ class SimpleCall:
         """What the forward of the layer with this `__dict__` multiplies x with; None if anything is not as it was.
 
         Not under torch.compile."""
-        dtype, K, backend, shared, lengths, kinds, operands = self._states
+        dtype, adapter_dtype, K, backend, shared, lengths, kinds, operands = self._states
         if type(x) is not torch.Tensor or x.dtype is not dtype or not x.is_cpu or x.is_nested:
             return None
-        if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        if why_plain() or calls_are_changed() or current_backend() != backend:
             return None
         shape = x.shape
         if not shape or shape[-1] != K or _deciding(layer) != self._decided:
@@ -90,26 +91,22 @@ class SimpleCall:
             return None
         if not all(map(operator.is_, map(dict.get, parameters, _NAMES), weights)):
             return None
-        weight, _, _, bias, _ = operands
-        if weight.dtype is not dtype or not weight.is_cpu:
+        weight, A, B, bias, _ = operands
+        if weight.dtype is not dtype or A.dtype is not adapter_dtype or B.dtype is not adapter_dtype:
+            return None
+        if not weight.is_cpu:
             return None
         dropout = insides[3]
         if dropout["training"] and dropout.get("p"):
             return None
         if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
             return None
-        if RemovableHandle.next_id != self._hooks and not self._has_no_hooks():
-            return None
-        if torch._C._is_any_autocast_enabled() or torch._C._len_torch_dispatch_stack():
-            return None
-        if forward_ad._current_level >= 0 or current_backend() != backend:
-            return None
-        return operands
+        return operands if hook_number() == self._hooks or self._has_no_hooks() else None
 
     def _has_no_hooks(self) -> bool:
         if any(inside[kind] for inside in self._insides for kind in _HOOKS):
             return False
-        self._hooks = RemovableHandle.next_id
+        self._hooks = hook_number()
         return True
 
     def __reduce__(self) -> tuple[Any, ...]:

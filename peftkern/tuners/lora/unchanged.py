@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
+
+from peftkern.tuners.fusing import hook_number
 
 _CONTAINERS = ("lora_A", "lora_B", "lora_dropout")
 _HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -26,7 +27,7 @@ class Unchanged:
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        self._hooks = RemovableHandle.next_id
+        self._hooks = hook_number()
         self._layers = [layer.__dict__ for layer in layers]
         self._children = self._look_for_children()
         self._modules = [*itertools.chain.from_iterable(self._children)]
@@ -41,10 +42,10 @@ class Unchanged:
         """Whether nothing has changed."""
         if self._look_for_children() != self._children:
             return False
-        if RemovableHandle.next_id != self._hooks:
+        if hook_number() != self._hooks:
             if any(itertools.chain.from_iterable(map(_HOOKS, self._insides))):
                 return False
-            self._hooks = RemovableHandle.next_id
+            self._hooks = hook_number()
         weights = self._look_for_weights()
         return all(map(operator.is_, self._weights, weights)) and self._look(weights) == self._found
 
