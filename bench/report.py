@@ -121,6 +121,17 @@ def mixed_table(result: dict[str, Any]) -> str:
     return markdown_table(header, lines)
 
 
+def tokens_table(result: dict[str, Any]) -> str:
+    """A few tokens through a model, forward and in training."""
+    header = ["pass", "peftkern ms", "PEFT ms", "frozen ms", "ratio", "10-90 %", "frozen over PEFT's"]
+    lines = []
+    for row in result["rows"]:
+        times = [f"{row[f'{name}_ms']:.2f}" for name in ("peftkern", "peft", "frozen")]
+        spread = f"{row['ratio_p10']:.2f}-{row['ratio_p90']:.2f}"
+        lines.append([row["case"], *times, f"{row['ratio']:.2f}", spread, f"{row['frozen_ratio']:.2f}"])
+    return markdown_table(header, lines)
+
+
 def experts_table(result: dict[str, Any]) -> str:
     """A mixture's training step with LoRA on its stacked experts."""
     header = [
@@ -147,6 +158,7 @@ def experts_table(result: dict[str, Any]) -> str:
 def table(result: dict[str, Any]) -> str:
     """A result as Markdown, with its conditions; "" for a kind that has no table."""
     own = {"headline": headline_table, "step": step_table, "mixed": mixed_table, "experts": experts_table}
+    own["tokens"] = tokens_table
     tables = {**own, **report_quantized.TABLES, **report_many.TABLES, "ia3": layers_table, "dora": layers_table}
     if result["kind"] in ("experts", "dora") and result["environment"]["device_type"] == "cuda":
         tables[result["kind"]] = layers_table  # on a CPU a whole model's step has that name

@@ -308,6 +308,19 @@ def test_many_adapters_run_end_to_end(tmp_path, capsys):
     assert cpu_many.main(["--smoke"]) == 2
 
 
+def test_a_few_tokens_run_end_to_end(tmp_path, capsys):
+    """Bug: a benchmark of small batches that times a wrong result, or no longer runs."""
+    pytest.importorskip("peft")
+    from bench import cpu_tokens
+
+    assert cpu_tokens.main(["--smoke", "--out", str(tmp_path)]) == 0
+    rows = records.read(tmp_path / "tokens.json")["rows"]
+    assert [(row["method"], row["training"]) for row in rows] == [("LoRA", True), ("IA3", False)]
+    assert all(row["ratio"] > 0 and row["frozen_ms"] > 0 for row in rows)
+    assert report.main([str(tmp_path)]) == 0 and "LoRA, float32, 1 tokens, training" in capsys.readouterr().out
+    assert cpu_tokens.main(["--smoke"]) == 2
+
+
 def test_experts_run_end_to_end(tmp_path, capsys):
     """Bug: a benchmark of stacked experts that times a wrong result, or no longer runs."""
     pytest.importorskip("peft")
