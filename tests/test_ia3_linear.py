@@ -49,6 +49,33 @@ def test_output_and_gradients_match_fp64(M, N, K, dtype, masters, is_feedforward
 
 
 @BOTH
+@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M, N, K", SHAPES)
+def test_a_frozen_layer_matches_fp64(M, N, K, dtype, masters, short, is_feedforward, monkeypatch):
+    """Would catch torch's own operations, which few rows take, multiplying or summing in 16 bits."""
+    if not short:
+        monkeypatch.setattr(MODULE, "SHORT_ROWS", 0)
+    x, weight, scale, bias = make(M, N, K, is_feedforward, dtype, masters=masters)
+    x = x.detach().contiguous().requires_grad_()
+    tensors = (x, weight.requires_grad_(False), scale, bias.requires_grad_(False))
+    called, function = [], MODULE._IA3Linear.forward
+    monkeypatch.setattr(MODULE._IA3Linear, "forward", lambda *args: (called.append(1), function(*args))[1])
+    dy = padded_randn(M, N, pad=5, dtype=dtype)
+    y = ia3_linear(*tensors, is_feedforward=is_feedforward)
+    y.backward(dy)
+    assert bool(called) is not (short and scale.dtype is torch.float32)
+    with torch.no_grad():
+        without = ia3_linear(*tensors, is_feedforward=is_feedforward)
+    assert torch.equal(without, y)
+    truths, magnitudes = truth_and_magnitude(tensors, dy, is_feedforward)
+    for i, out in ((0, y.detach()), (1, x.grad), (3, scale.grad)):
+        rounded = ROUNDED[is_feedforward][i] * torch.finfo(dtype).eps / torch.finfo(out.dtype).eps
+        assert_rounded(out, truths[i], magnitudes[i], terms=M + N + K, rounded=rounded)
+
+
+@BOTH
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M, N, K, slots", [(65, 33, 40, 4), (9, 17, 5, 1), (33, 48, 70, 9)])

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 
 from peftkern.backend import backend_in_force, device_info
 from peftkern.ops import _ia3_linear_torch
@@ -42,6 +43,7 @@ from peftkern.ops.plan import Plan, plan_ia3_linear
 from peftkern.weights import DENSE_DTYPES, Weight, Weight4bit, Weight8bit
 
 Needs = tuple[bool, bool, bool, bool]  # x, weight, scale, bias
+SHORT_ROWS = 1024  # up to which torch's own operations are the quicker ones on a CPU
 DENSE = [0]  # a dense weight's numbers: not none, for torch takes an empty list for one of tensors
 
 
@@ -137,7 +139,7 @@ def _apply(
         if needs_operator(x, scale, *tensors):
             return _operator(x, tensors, scale, bias, ids, numbers, is_feedforward, path, keep_x, keep_z)[0]
     base_learns = weight_learns or (bias is not None and bias.requires_grad)
-    if common and path == "torch" and dense is not None and not base_learns:
+    if common and dense is not None and _is_short(x, dense, scale, bias, path):
         return _multiply(x, dense, scale, bias, is_feedforward)
     if learns and (x.requires_grad or scale.requires_grad or base_learns):
         rest = (weight, is_feedforward, path, keep_x, keep_z)
@@ -148,12 +150,9 @@ def _apply(
 def ia3_linear_by_parameter(
     x: torch.Tensor, weight: torch.Tensor, vector: torch.Tensor, bias: torch.Tensor | None, is_feedforward: bool
 ) -> torch.Tensor:
-    """`ia3_linear` with the vector as PEFT stores it, [out_features, 1] or [1, in_features] for a feed-forward layer.
-
-    Where plain PyTorch multiplies and nothing else, it is not flattened, which autograd would have to undo."""
-    learns = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    fits = not learns and _fits(x, weight, vector, bias, is_feedforward, (1,)) and not calls_are_changed()
-    if fits and plan_for(x, weight, is_feedforward, backend_in_force()).path == "torch":
+    """`ia3_linear` with the vector as PEFT stores it, [out_features, 1] or [1, in_features] for a feed-forward layer."""
+    fits = _fits(x, weight, vector, bias, is_feedforward, (1,)) and not calls_are_changed()
+    if fits and _is_short(x, weight, vector, bias, plan_for(x, weight, is_feedforward, backend_in_force()).path):
         return _multiply(x, weight, vector, bias, is_feedforward)
     return ia3_linear(x, weight, vector.flatten(), bias, is_feedforward=is_feedforward)
 
@@ -161,13 +160,32 @@ def ia3_linear_by_parameter(
 def _multiply(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, is_feedforward: bool
 ) -> torch.Tensor:
-    """`ia3_linear` on the plain path of operands that fit as they are, weight and bias frozen; scale of any shape."""
-    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
-        return apply_in_two(_Products, scale, x, weight, scale, bias, is_feedforward)
-    flat = x.dim() == 2
-    rows = x if flat else x.reshape(-1, x.shape[-1])
-    y, _ = _ia3_linear_torch.forward(rows, weight, scale.flatten(), bias, None, is_feedforward, "torch", False)
-    return y if flat else unflattened(y, x.shape[:-1])
+    """`ia3_linear` by torch's own operations, of operands that `_is_short` holds for; scale of any shape.
+
+    They keep for backward what the operation keeps."""
+    row = scale if is_feedforward or scale.dim() == 1 else scale.t()
+    if is_feedforward:
+        u = x * row
+        return linear(u if u.dtype is x.dtype else u.to(x.dtype), weight, bias)
+    z = linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return z.mul_(row)
+    y = z * row
+    return y if y.dtype is x.dtype else y.to(x.dtype)
+
+
+def _is_short(x: torch.Tensor, weight: Any, scale: torch.Tensor, bias: torch.Tensor | None, path: str) -> bool:
+    """Whether x has so few rows on the plain path that an autograd function costs more than it saves, which is that
+    products are widened block by block. Weight and bias must be frozen, and a scale of 16 bits would not widen them."""
+    if scale.dtype.itemsize < 4:
+        return False
+    if path != "torch" or not isinstance(weight, torch.Tensor) or not x.is_cpu:
+        return False
+    if x.dim() < 2 or not x.is_contiguous():
+        return False
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return False
+    return x.numel() <= SHORT_ROWS * x.shape[-1]
 
 
 def _fits(x: Any, weight: Any, scale: Any, bias: Any, is_feedforward: bool, ones: tuple[int, ...]) -> bool:
@@ -436,41 +454,6 @@ class _IA3Linear(torch.autograd.Function):
         x, dense, scale, z, ids = ctx.saved_tensors
         weight = dense if ctx.weight is None else ctx.weight
         return (*_backward(dy, x, weight, scale, z, ids, *ctx.numbers), None, None, None)
-
-
-class _Products(torch.autograd.Function):
-    """The eager door where the plain path only multiplies, a dense weight and one vector. Where tensors are small, what
-    `_IA3Linear` asks about them costs as much as a product."""
-
-    @staticmethod
-    def forward(ctx: Any, x, weight, scale, bias, is_feedforward, later):
-        flat = x.dim() == 2
-        rows = x if flat else x.reshape(-1, x.shape[-1])
-        needs_scale = ctx.needs_input_grad[2]
-        arguments = (rows, weight, scale.flatten(), bias, None, is_feedforward, "torch", needs_scale)
-        if later is None or not is_feedforward:
-            y, z = _ia3_linear_torch.forward(*arguments)
-        else:  # all that is kept is there already
-            y, z = rows.new_empty(rows.shape[0], weight.shape[0]), None
-            later.append(lambda: y.copy_(_ia3_linear_torch.forward(*arguments)[0]))
-        ctx.save_for_backward(x if is_feedforward and needs_scale else None, weight, scale, z)
-        ctx.is_feedforward = is_feedforward
-        return y if flat else unflattened(y, x.shape[:-1])
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, dy):
-        refuse_double_backward("ia3_linear")
-        x, weight, scale, z = ctx.saved_tensors
-        needs_x, _, needs_scale, _, _, _ = ctx.needs_input_grad
-        flat = dy.dim() == 2
-        grad = dy if flat else dy.reshape(-1, dy.shape[-1])
-        rows = x if x is None or flat else x.reshape(-1, x.shape[-1])
-        saved = (rows, weight, scale.flatten(), z, None, ctx.is_feedforward, "torch")
-        dx, dscale, _ = _ia3_linear_torch.backward(grad, *saved, (needs_x, needs_scale, False))
-        if dx is not None and not flat:
-            dx = dx.view(*dy.shape[:-1], dx.shape[1])
-        return dx, None, None if dscale is None else dscale.view(scale.shape), None, None, None
 
 
 # -- the operator -------------------------------------------------------------------------------------------------
