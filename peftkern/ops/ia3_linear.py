@@ -150,7 +150,7 @@ def _apply(
 def ia3_linear_by_parameter(
     x: torch.Tensor, weight: torch.Tensor, vector: torch.Tensor, bias: torch.Tensor | None, is_feedforward: bool
 ) -> torch.Tensor:
-    """`ia3_linear` with the vector as PEFT stores it: [out_features, 1], or [1, in_features] of a feed-forward layer."""
+    """`ia3_linear` with the vector as PEFT stores it: [out_features, 1], or [1, in_features] if feed-forward."""
     fits = _fits(x, weight, vector, bias, is_feedforward, (1,)) and not calls_are_changed()
     if fits and _is_short(x, weight, vector, bias, plan_for(x, weight, is_feedforward, backend_in_force()).path):
         return _multiply(x, weight, vector, bias, is_feedforward)
