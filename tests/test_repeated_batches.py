@@ -163,13 +163,27 @@ def one_more(model, layer):
     randomize(model, seed=5)
 
 
+def bias_of_an_adapter(model, layer):
+    layer.lora_B["one"].bias = nn.Parameter(torch.ones(layer.out_features))
+    layer.lora_bias["one"] = True
+
+
 def set_scale(model, layer):
     layer.set_scale("one", 3.0)
 
 
 CHANGES = [new_parameter, data_elsewhere, values, scaling, another_module, hook_on_an_adapter, hook_after_others]
 CHANGES += [forward_of_its_own, class_of_its_own, parametrized, dropout_of_its_own, hook_on_the_base]
-CHANGES += [other_base_weight, other_base_layer, other_base_bias, doubled, deleted_and_added, one_more, set_scale]
+CHANGES += [
+    bias_of_an_adapter,
+    other_base_weight,
+    other_base_layer,
+    other_base_bias,
+    doubled,
+    deleted_and_added,
+    one_more,
+    set_scale,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -98,6 +100,10 @@ CHANGES = {
         setattr(m.lora_B[A], "weight", nn.Parameter(torch.randn(33, 2))),
     ],
     "another container": lambda m: setattr(m, "lora_A", nn.ModuleDict({A: nn.Linear(24, 4, bias=False)})),
+    "a bias of B": lambda m: [
+        setattr(m.lora_B[A], "bias", nn.Parameter(torch.ones(33))),
+        m.lora_bias.__setitem__(A, True),
+    ],
     "scaling": lambda m: m.scaling.__setitem__(A, 9.0),
     "a hook on B": lambda m: m.lora_B[A].register_forward_hook(lambda module, args, out: 3 * out),
     "a hook before A": lambda m: m.lora_A[A].register_forward_pre_hook(lambda module, args: (3 * args[0],)),
@@ -207,6 +213,18 @@ def test_a_copy_of_the_layer_has_none(how):
     with torch.no_grad():
         other.lora_B["default"].weight.zero_()
     assert not torch.allclose(other(x), want) and torch.equal(made(x), want)
+
+
+def test_a_deleted_adapter_is_not_kept_alive():
+    """Would catch memory of an adapter that is gone, held by a layer that has none."""
+    made = layer()
+    x = torch.randn(5, 24)
+    made(x)
+    held = weakref.ref(made.lora_A["default"].weight)
+    made.delete_adapter("default")
+    made(x)
+    gc.collect()
+    assert held() is None
 
 
 def test_a_model_trains_and_switches_adapters_by_it():

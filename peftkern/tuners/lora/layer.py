@@ -401,7 +401,13 @@ class Linear(LoraLayer, nn.Module):
                     self.__dict__["_simple_call"] = SimpleCall(self, operands, x.dtype)
                 if type(weight) is nn.Parameter or self._casts_nothing(x, A, bias):
                     return lora_linear(x, weight, A, B, scaling, bias, dropout_p=p)
+        if not compiling:
+            self.__dict__.pop("_simple_call", None)  # which would keep what has been deleted or replaced
         return self._forward_in_general(x, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is remembered of a forward: a copy's, or a pickle's, would be the original's."""
+        return {name: value for name, value in self.__dict__.items() if name != "_simple_call"}
 
     def _casts_nothing(self, x: Any, A: torch.Tensor, bias: torch.Tensor | None) -> bool:
         """Whether the quantized base layer, which computes in a dtype of its own, finds x, A, B and bias in it (A and B

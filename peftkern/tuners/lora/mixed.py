@@ -129,6 +129,8 @@ class MixedAdapters(MixedRows):
         for layer in self._layers:
             if not isinstance(layer, self._layer_class) or not _is_simple(layer, list(layer.scaling)):
                 return None
+            if _adapters_now(layer) is None:  # no plain parameters, which have no address
+                return None
         holds = Unchanged(self._layers).holds
         return lambda: not why_plain() and holds()
 

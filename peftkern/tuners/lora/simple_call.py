@@ -19,12 +19,13 @@ from peftkern.ops.lora_linear import plan_for
 from peftkern.tuners.fusing import hook_number
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_deciding = operator.itemgetter("_active_adapter", "merged_adapters", "scaling", "_modules")  # of a layer
+# Of a layer's own attributes.
+_deciding = operator.itemgetter("_active_adapter", "merged_adapters", "scaling", "lora_bias", "use_dora", "_modules")
 _NAMES = ("bias", "weight", "weight", "weight")  # of the parameters of the base layer, A and B
 
 
 class SimpleCall:
-    """What a forward found, for the next one. It is the layer's own: a copy of the layer has none.
+    """What a forward found, for the next one. It is the layer's own: a copy of the layer has none (`Linear`).
 
     Compared are lists, by few calls: what Python does between products takes several times what it takes in a loop.
     Hooks are told by the number that torch gives each: none was given to anyone since there was none here.
@@ -114,10 +115,3 @@ class SimpleCall:
             return False
         self._hooks = hook_number()
         return True
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
-
-
-def _nothing() -> None:
-    """What a copy of a `SimpleCall` is."""

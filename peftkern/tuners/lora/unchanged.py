@@ -68,5 +68,8 @@ class Unchanged:
             [*map(type, self._modules)],
             [*map(len, self._insides)],  # a forward of a module's own is one attribute more
             [(inside["p"], inside["training"]) for inside in self._dropouts],
-            [(inside["training"], [*inside["scaling"].items()]) for inside in self._layers],
+            [
+                (inside["training"], *inside["scaling"].items(), *inside["lora_bias"].values())
+                for inside in self._layers
+            ],
         ]
