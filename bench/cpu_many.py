@@ -19,7 +19,6 @@ import copy
 import math
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -29,9 +28,9 @@ import torch
 from torch import nn
 
 from bench import records
-from bench.check import WrongResultError, tolerance
-from bench.cpu_program import begun, caller, cpu_parser, folder_of
-from bench.models import ALPHA, RANK, Size, llama
+from bench.check import WrongResultError, relative_error, tolerance
+from bench.cpu_program import begun, caller, cpu_parser, folder_of, in_turns, ratio_fields
+from bench.models import ALPHA, RANK, Size, learn_from_embeddings, llama
 from bench.run import save
 
 ADAPTERS = 8
@@ -136,8 +135,7 @@ def runners(case: Case, size: Size) -> tuple[dict[str, Callable[[], Any]], dict[
             loss_of(theirs, ids[i : i + 1]).backward()
 
     frozen = copy.deepcopy(base).requires_grad_(False)
-    embeddings: Any = frozen.get_input_embeddings()  # type: ignore[operator]
-    embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_())
+    learn_from_embeddings(frozen)
     together()
     one_by_one()
     flat = [
@@ -154,7 +152,7 @@ def _error(got: torch.Tensor, want: torch.Tensor, case: Case, what: str) -> floa
 
     Two models of many rounded layers are compared, so many layers' bounds are allowed, in 16 bits of errors that grow.
     """
-    error = ((got - want).norm() / want.norm()).item()
+    error = relative_error(got, want)
     allowed = 8 * tolerance(case.dtype, 1024)
     if not error <= allowed:
         raise WrongResultError(f"{case.key}: {what} differ from PEFT's by {error:.2e}, allowed {allowed:.2e}")
@@ -165,18 +163,7 @@ def measure_case(size: Size, case: Case, pairs: int, threads: int) -> dict[str, 
     """The row of one case: times in milliseconds, and PEFT's over peftkern's pair by pair."""
     torch.set_num_threads(threads)
     timed, errors = runners(case, size)
-    taken: dict[str, list[float]] = {name: [] for name in timed}
-    for _ in range(3):
-        for run in timed.values():
-            run()
-    for i in range(pairs):
-        for name in [*(("peftkern", "peft") if i % 2 == 0 else ("peft", "peftkern")), "frozen"]:
-            start = time.perf_counter()
-            for _ in range(case.in_a_row):
-                timed[name]()
-            taken[name].append((time.perf_counter() - start) / case.in_a_row)
-    ratios = sorted(b / a for a, b in zip(taken["peftkern"], taken["peft"], strict=True))
-    last = len(ratios) - 1
+    taken = in_turns(timed, pairs, case.in_a_row)
     return {
         "case": case.key,
         "dtype": str(case.dtype).removeprefix("torch."),
@@ -184,9 +171,7 @@ def measure_case(size: Size, case: Case, pairs: int, threads: int) -> dict[str, 
         "training": case.training,
         "in_a_row": case.in_a_row,
         **{f"{name}_ms": 1e3 * statistics.median(seconds) for name, seconds in taken.items()},
-        "speedup": statistics.median(ratios),
-        "speedup_p10": ratios[round(0.1 * last)],
-        "speedup_p90": ratios[round(0.9 * last)],
+        **ratio_fields("speedup", taken["peft"], taken["peftkern"]),
         "over_frozen": statistics.median(a / b for a, b in zip(taken["peftkern"], taken["frozen"], strict=True)),
         "pairs": pairs,
         "errors": errors,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,35 @@ def begun(kind: str, size: dict[str, Any], threads: int, **more: Any) -> dict[st
         **more,
         "rows": [],
         "missing": [],
+    }
+
+
+def in_turns(timed: Mapping[str, Callable[[], Any]], pairs: int, in_a_row: int = 1) -> dict[str, list[float]]:
+    """Seconds of each of "peftkern", "peft" and "frozen", pair by pair, after three warm-up calls of each.
+
+    The first two take turns in being the first of a pair. A figure is the mean of `in_a_row` calls.
+    """
+    for function in timed.values():
+        for _ in range(3):
+            function()
+    taken: dict[str, list[float]] = {name: [] for name in timed}
+    for i in range(pairs):
+        for name in [*(("peftkern", "peft") if i % 2 == 0 else ("peft", "peftkern")), "frozen"]:
+            start = time.perf_counter()
+            for _ in range(in_a_row):
+                timed[name]()
+            taken[name].append((time.perf_counter() - start) / in_a_row)
+    return taken
+
+
+def ratio_fields(name: str, above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """The median of the pairs' ratios, and where a tenth of them ends and begins, as fields of a row."""
+    ratios = sorted(a / b for a, b in zip(above, below, strict=True))
+    last = len(ratios) - 1
+    return {
+        name: statistics.median(ratios),
+        f"{name}_p10": ratios[round(0.1 * last)],
+        f"{name}_p90": ratios[round(0.9 * last)],
     }
 
 

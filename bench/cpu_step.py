@@ -33,8 +33,8 @@ from torch import nn
 
 from bench import measure, records
 from bench.check import WrongResultError, tolerance
-from bench.cpu_program import begun, caller, folder_of, steps_parser
-from bench.models import ALPHA, RANK, Size, adapt, adapted_layers, adapters_of, llama
+from bench.cpu_program import begun, caller, folder_of, ratio_fields, steps_parser
+from bench.models import ALPHA, RANK, Size, adapt, adapted_layers, adapters_of, learn_from_embeddings, llama
 from bench.run import save
 from peftkern.backend import device_info
 from peftkern.ops.plan import Plan
@@ -148,7 +148,7 @@ class Untrained(Trainee):
 
     def __init__(self, base: nn.Module, size: Size, mode: Mode) -> None:
         model: Any = copy.deepcopy(base).requires_grad_(False).train()
-        model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+        learn_from_embeddings(model)
         self.model, self.mode, self.ids = model, mode, batch(size)
 
     def step(self) -> None:
@@ -300,8 +300,6 @@ def saved_fields(ours: tuple[int, int], theirs: tuple[int, int]) -> dict[str, An
 def row_of(mode: Mode, times: list[Times], found: dict[str, Any]) -> dict[str, Any]:
     """The row of a mode from the times of its processes, pooled."""
     pooled = {name: [second for share in times for second in share[name]] for name in times[0]}
-    ratios = sorted(a / b for a, b in zip(pooled["peftkern"], pooled["peft"], strict=True))
-    last = len(ratios) - 1
     return {
         "mode": mode.key,
         "dtype": str(mode.dtype).removeprefix("torch."),
@@ -311,10 +309,8 @@ def row_of(mode: Mode, times: list[Times], found: dict[str, Any]) -> dict[str, A
         "path": mode.path,
         "checkpointed": mode.checkpointed,
         **{f"{name}_ms": 1e3 * statistics.median(seconds) for name, seconds in pooled.items()},
-        "ratio": statistics.median(ratios),
-        "ratio_p10": ratios[round(0.1 * last)],
-        "ratio_p90": ratios[round(0.9 * last)],
-        "pairs": len(ratios),
+        **ratio_fields("ratio", pooled["peftkern"], pooled["peft"]),
+        "pairs": len(pooled["peft"]),
         "ratio_by_process": [
             statistics.median(a / b for a, b in zip(t["peftkern"], t["peft"], strict=True)) for t in times
         ],

@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,9 +24,9 @@ import torch
 from torch import nn
 
 from bench import records
-from bench.check import WrongResultError, tolerance
-from bench.cpu_program import begun, caller, cpu_parser, folder_of
-from bench.models import Size, adapt, adapters_of, llama
+from bench.check import WrongResultError, relative_error, tolerance
+from bench.cpu_program import begun, caller, cpu_parser, folder_of, in_turns, ratio_fields
+from bench.models import Size, adapt, adapters_of, learn_from_embeddings, llama
 from bench.run import save
 
 IA3_TARGETS = ["k_proj", "v_proj", "down_proj"]
@@ -98,14 +97,13 @@ def passes(case: Case, size: Size) -> dict[str, Callable[[], Any]]:
         grads = [p.grad.double().flatten() for _, p in adapters_of(model) if p.grad is not None]
         results.append([logits.detach(), torch.cat(grads)])
     for got, want in zip(*results, strict=True):
-        error = ((got - want).double().norm() / want.double().norm()).item()
+        error = relative_error(got, want.double())
         allowed = 8 * tolerance(case.dtype, 1024)
         if not error <= allowed:
             raise WrongResultError(f"{case.key}: differs from PEFT's by {error:.2e}, allowed {allowed:.2e}")
     base.requires_grad_(False)
-    embeddings: Any = base.get_input_embeddings()  # type: ignore[operator]
     if case.training:
-        embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_())
+        learn_from_embeddings(base)
         return {name: _trained(model, ids) for name, model in (models | {"frozen": base}).items()}
     return {name: _asked(model.eval(), ids) for name, model in (models | {"frozen": base}).items()}
 
@@ -130,16 +128,7 @@ def measure_case(size: Size, case: Case, pairs: int, threads: int) -> dict[str, 
     """The row of one case: milliseconds of a pass, and peftkern's over PEFT's pair by pair."""
     torch.set_num_threads(threads)
     timed = passes(case, size)
-    taken: dict[str, list[float]] = {name: [] for name in timed}
-    for i in range(pairs + 2):  # two to warm up
-        for name in [*(("peftkern", "peft") if i % 2 == 0 else ("peft", "peftkern")), "frozen"]:
-            start = time.perf_counter()
-            for _ in range(case.in_a_row):
-                timed[name]()
-            if i >= 2:
-                taken[name].append((time.perf_counter() - start) / case.in_a_row)
-    ratios = sorted(a / b for a, b in zip(taken["peftkern"], taken["peft"], strict=True))
-    last = len(ratios) - 1
+    taken = in_turns(timed, pairs, case.in_a_row)
     return {
         "case": case.key,
         "method": case.method,
@@ -148,9 +137,7 @@ def measure_case(size: Size, case: Case, pairs: int, threads: int) -> dict[str, 
         "training": case.training,
         "in_a_row": case.in_a_row,
         **{f"{name}_ms": 1e3 * statistics.median(seconds) for name, seconds in taken.items()},
-        "ratio": statistics.median(ratios),
-        "ratio_p10": ratios[round(0.1 * last)],
-        "ratio_p90": ratios[round(0.9 * last)],
+        **ratio_fields("ratio", taken["peftkern"], taken["peft"]),
         "frozen_ratio": statistics.median(a / b for a, b in zip(taken["frozen"], taken["peft"], strict=True)),
         "pairs": pairs,
     }

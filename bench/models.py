@@ -73,6 +73,11 @@ def adapt(library: Any, base: nn.Module, dropout: float, fp32_adapters: bool, us
     return model.train()
 
 
+def learn_from_embeddings(model: Any) -> None:
+    """Have a frozen model's embeddings give what asks for a gradient, so that backward goes through all layers."""
+    model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+
+
 def adapters_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Name and parameter of everything that is trained, in order of name."""
     return sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)

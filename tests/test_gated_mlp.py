@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
-import io
 import types
 
 import pytest
@@ -16,7 +14,7 @@ from torch import nn
 import peftkern
 from peftkern.nn import LoraLinear
 from peftkern.tuners.lora.gated_mlp import is_fused
-from tiny_models import VOCAB, fingerprint, ids, randomize, tiny_llama
+from tiny_models import VOCAB, copied, fingerprint, ids, randomize, tiny_llama
 
 MODULE = importlib.import_module("peftkern.tuners.lora.gated_mlp")
 # Each of the three codes, each activation: model_type and what its configuration needs beside the sizes.
@@ -224,13 +222,7 @@ def test_compiles_to_what_it_was():
 def test_a_copy_is_by_itself(how):
     """Would catch a copy whose MLPs run the original's layers."""
     model = adapted()
-    if how == "deepcopy":
-        other = copy.deepcopy(model)
-    else:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        other = torch.load(buffer, weights_only=False)
+    other = copied(model, how)
     same(results(model), results(other))
     assert len(mlps(other)) == 2
     for mlp in mlps(other):

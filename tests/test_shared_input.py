@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
-import io
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from peftkern.nn import LoraLinear, share_input
 from peftkern.ops import plan as plans
 from peftkern.tuners.lora.shared_input import MODEL_TYPES, MOST_MISSES
 from peftkern.utils.quantized_modules import Linear4bit
-from tiny_models import VOCAB, ids, randomize, tiny_llama
+from tiny_models import VOCAB, copied, ids, randomize, tiny_llama
 
 MODULE = importlib.import_module("peftkern.tuners.lora.shared_input")
 
@@ -396,10 +394,7 @@ def test_copies_and_pickles_in_the_middle_of_a_forward():
     made = nn.ModuleList(layers(8, 12))
     x = torch.randn(7, 16)
     made[0](x)
-    stream = io.BytesIO()
-    torch.save(made, stream)
-    stream.seek(0)
-    for other in (copy.deepcopy(made), torch.load(stream, weights_only=False)):
+    for other in (copied(made, "deepcopy"), copied(made, "pickle")):
         group = other[0]._shared_input
         assert group is other[1]._shared_input and group.layers == tuple(other) and group._left is None
         torch.testing.assert_close(other[1](x), alone(made[1], x))

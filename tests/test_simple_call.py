@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import io
 import weakref
 
 import pytest
@@ -14,7 +12,7 @@ from torch import nn
 import peftkern
 from peftkern.nn import LoraLinear
 from peftkern.tuners.lora.layer import Linear
-from tiny_models import ids, randomize, tiny_llama
+from tiny_models import copied, ids, randomize, tiny_llama
 
 
 def layer(dtype=torch.float32, adapter_dtype=None, dropout=0.0, bias=True):
@@ -202,13 +200,7 @@ def test_a_copy_of_the_layer_has_none(how):
     x = torch.randn(5, 24)
     want = made(x)
     assert serves(made, x)
-    if how == "copy":
-        other = copy.deepcopy(made)
-    else:
-        buffer = io.BytesIO()
-        torch.save(made, buffer)
-        buffer.seek(0)
-        other = torch.load(buffer, weights_only=False)
+    other = copied(made, how)
     assert other.__dict__.get("_simple_call") is None
     with torch.no_grad():
         other.lora_B["default"].weight.zero_()

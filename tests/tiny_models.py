@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from typing import Any
 
 import torch
@@ -53,6 +55,16 @@ def randomize(model: nn.Module, names: tuple[str, ...] = ("lora_", "modules_to_s
     for name, parameter in sorted(model.named_parameters()):
         if any(part in name for part in names):
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def copied(module: nn.Module, how: str) -> Any:
+    """A copy: by "pickle", through a file of torch's, or else by `copy.deepcopy`."""
+    if how != "pickle":
+        return copy.deepcopy(module)
+    stream = io.BytesIO()
+    torch.save(module, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def add_adapters(
     work = torch.float32 if wide else x.dtype
     for group, mask in zip(groups, kept, strict=True):
         P, L, rows = len(group.slots), group.length, group.rows
-        part = _take(x, rows)
+        part = take(x, rows)
         if part.dtype != work:
             part = part.to(work)
         if mask is not None:
@@ -97,7 +97,7 @@ def add_adapters(
                 low, scale = low.mul_(scale), 1.0
             if each.s is not None:
                 _write(each.s, rows, group.rank, low * scale)
-            _add_products(each.rows, rows, [(low, b.transpose(1, 2))], None, wide, scale)
+            add_products(each.rows, rows, [(low, b.transpose(1, 2))], None, wide, scale)
 
 
 def backward(
@@ -124,7 +124,7 @@ def backward(
             dy, pool_a, pool_b = each.rows, each.pool_a, each.pool_b
             N, K = dy.shape[1], pool_a.shape[1]
             work = torch.float32 if wide else dy.dtype
-            part = in_dtype(_take(dy, rows), work).view(P, L, N)
+            part = in_dtype(take(dy, rows), work).view(P, L, N)
             b = in_dtype(group.factors_b(pool_b, N), work)
             low = torch.bmm(part, b)
             low.mul_(scale_of(group, each.scalings, p if mask is not None else 0.0, low))
@@ -132,17 +132,17 @@ def backward(
                 products.append((low, in_dtype(group.factors_a(pool_a), work)))
             if needs:
                 if seen is None:
-                    seen = in_dtype(_take(x, rows), work)
+                    seen = in_dtype(take(x, rows), work)
                     seen = seen if mask is None else apply_mask(seen, mask)
                 da = torch.bmm(low.transpose(1, 2), seen.view(P, L, K))
-                s_part = _take(each.s, rows)[:, : group.rank]
+                s_part = take(each.s, rows)[:, : group.rank]
                 db = torch.bmm(part.transpose(1, 2), in_dtype(s_part, work).view(P, L, group.rank))
                 _collect(each.wanted, group.slots, in_dtype(da, pool_a.dtype), in_dtype(db, pool_b.dtype))
         if dx is not None and products:
-            _add_products(dx, rows, products, mask, wide)
+            add_products(dx, rows, products, mask, wide)
 
 
-def _add_products(
+def add_products(
     out: torch.Tensor,
     rows: slice | torch.Tensor,
     products: Sequence[tuple[torch.Tensor, torch.Tensor]],
@@ -180,7 +180,7 @@ def _collect(wanted: Gradients, slots: Sequence[int], da: torch.Tensor, db: torc
             sums[i] = part if have is None else have + part
 
 
-def _take(t: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
+def take(t: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
     """These rows of t [M, C], as a product's operand: a view where they lie together."""
     return dense_rows(_lying(t, rows)) if isinstance(rows, slice) else t.index_select(0, rows)
 

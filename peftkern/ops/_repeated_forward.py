@@ -18,7 +18,7 @@ from peftkern.ops._adapter_groups import Group, InOrder
 from peftkern.ops._base_product import base
 from peftkern.ops._common import in_dtype, makes_plain_tensors
 from peftkern.ops._lora_linear_torch import dense_rows
-from peftkern.ops._multi_lora_linear_torch import scale_of
+from peftkern.ops._multi_lora_linear_torch import add_products, scale_of, take
 
 
 class RepeatedForward:
@@ -41,7 +41,7 @@ class RepeatedForward:
         self._shapes = (x.shape, (rows, K), (*x.shape[:-1], pool.N))
         self._path = path.rpartition(":")[2]
         self._order, self._back, groups = in_order
-        self._parts = [_Part(group, pool, x.dtype, rows) for group in groups]
+        self._parts = [_Part(group, pool, x.dtype) for group in groups]
 
     @staticmethod
     def can_be(x: torch.Tensor, weight: Any, path: str) -> bool:
@@ -84,13 +84,10 @@ class RepeatedForward:
 class _Part:
     """What one group of rows adds to y."""
 
-    __slots__ = ("_alpha", "_factors", "_group", "_inputs", "_outputs", "_pool", "_rows", "_scales")
+    __slots__ = ("_alpha", "_factors", "_group", "_pieces", "_pool", "_scales")
 
-    def __init__(self, group: Group, pool: LayerAdapters, dtype: torch.dtype, rows: int) -> None:
-        own: Any = group.rows
-        self._rows: Any = None if isinstance(own, slice) and own.start == 0 and own.stop == rows else own
-        P, L = len(group.slots), group.length
-        self._inputs, self._outputs = (P, L, pool.K), (P, L, pool.N)
+    def __init__(self, group: Group, pool: LayerAdapters, dtype: torch.dtype) -> None:
+        self._pieces = (len(group.slots), group.length, pool.K)
         self._group, self._pool = group, (pool.pool_a.detach(), pool.pool_b.detach(), pool.N, dtype)
         # Views, unless the adapters have to be copied together or cast: that is done anew each time.
         self._factors = self._read() if group.offsets is None and pool.pool_a.dtype is dtype else None
@@ -106,16 +103,9 @@ class _Part:
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """x [M, K] -> y [M, N], added to in place."""
-        own, out, rows = x, y, self._rows
-        gathered = isinstance(rows, torch.Tensor)
-        if gathered:
-            own, out = x.index_select(0, rows), y.index_select(0, rows)
-        elif rows is not None:
-            own, out = x[rows], y[rows]
+        rows = self._group.rows
         a, b = self._factors or self._read()
-        low = torch.bmm(own.view(self._inputs), a)
+        low = torch.bmm(take(x, rows).view(self._pieces), a)
         if self._scales is not None:
             low.mul_(self._scales)
-        out.view(self._outputs).baddbmm_(low, b, alpha=self._alpha)
-        if gathered:
-            y.index_copy_(0, rows, out)
+        add_products(y, rows, [(low, b)], None, False, self._alpha)

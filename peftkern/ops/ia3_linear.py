@@ -120,15 +120,22 @@ def _apply(
     bias: torch.Tensor | None,
     ids: torch.Tensor | None,
     is_feedforward: bool,
+    by_parameter: bool = False,
 ) -> torch.Tensor:
+    """The operations; `by_parameter` where `scale` is as PEFT stores it."""
     # In the common case, told by a few comparisons, nothing more is to be checked or converted.
-    common = ids is None and _fits(x, weight, scale, bias, is_feedforward, ()) and not calls_are_changed()
+    common = ids is None and _fits(x, weight, scale, bias, is_feedforward, by_parameter) and not calls_are_changed()
+    path = plan_for(x, weight, is_feedforward, backend_in_force()).path if common else ""
+    if common and isinstance(weight, torch.Tensor) and _is_short(x, weight, scale, bias, path):
+        return _multiply(x, weight, scale, bias, is_feedforward)
+    if by_parameter:
+        scale = scale.flatten()
     if not common:
         cast = autocast_dtype(x)
         if cast is not None:
             x = x.to(cast)
         _check(operation, x, weight, scale, bias, ids, is_feedforward, mixed=cast is not None)
-    path = plan_for(x, weight, is_feedforward, backend_in_force(), gathers=ids is not None).path
+        path = plan_for(x, weight, is_feedforward, backend_in_force(), gathers=ids is not None).path
     dense = weight if isinstance(weight, torch.Tensor) else None
     learns = torch.is_grad_enabled()
     weight_learns = learns and dense is not None and dense.requires_grad
@@ -139,8 +146,6 @@ def _apply(
         if needs_operator(x, scale, *tensors):
             return _operator(x, tensors, scale, bias, ids, numbers, is_feedforward, path, keep_x, keep_z)[0]
     base_learns = weight_learns or (bias is not None and bias.requires_grad)
-    if common and dense is not None and _is_short(x, dense, scale, bias, path):
-        return _multiply(x, dense, scale, bias, is_feedforward)
     if learns and (x.requires_grad or scale.requires_grad or base_learns):
         rest = (weight, is_feedforward, path, keep_x, keep_z)
         return apply_in_two(_IA3Linear, scale, x, dense, scale, bias, ids, rest)
@@ -151,10 +156,7 @@ def ia3_linear_by_parameter(
     x: torch.Tensor, weight: torch.Tensor, vector: torch.Tensor, bias: torch.Tensor | None, is_feedforward: bool
 ) -> torch.Tensor:
     """`ia3_linear` with the vector as PEFT stores it: [out_features, 1], or [1, in_features] if feed-forward."""
-    fits = _fits(x, weight, vector, bias, is_feedforward, (1,)) and not calls_are_changed()
-    if fits and _is_short(x, weight, vector, bias, plan_for(x, weight, is_feedforward, backend_in_force()).path):
-        return _multiply(x, weight, vector, bias, is_feedforward)
-    return ia3_linear(x, weight, vector.flatten(), bias, is_feedforward=is_feedforward)
+    return _apply("ia3_linear", x, weight, vector, bias, None, is_feedforward, by_parameter=True)
 
 
 def _multiply(
@@ -174,23 +176,19 @@ def _multiply(
     return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
-def _is_short(x: torch.Tensor, weight: Any, scale: torch.Tensor, bias: torch.Tensor | None, path: str) -> bool:
-    """Whether x has so few rows on the plain path that an autograd function costs more than it saves, which is that
-    products are widened block by block. Weight and bias must be frozen, and a scale of 16 bits would not widen them."""
-    if scale.dtype.itemsize < 4:
-        return False
-    if path != "torch" or not isinstance(weight, torch.Tensor) or not x.is_cpu:
-        return False
-    if x.dim() < 2 or not x.is_contiguous():
+def _is_short(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, path: str) -> bool:
+    """Whether x, of operands that fit, has so few rows on the plain path that an autograd function costs more than it
+    saves, which is that products are widened block by block. Weight and bias must be frozen, and a scale of 16 bits
+    would not widen them."""
+    if path != "torch" or not x.is_cpu or scale.dtype.itemsize < 4 or x.dim() < 2 or not x.is_contiguous():
         return False
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return False
     return x.numel() <= SHORT_ROWS * x.shape[-1]
 
 
-def _fits(x: Any, weight: Any, scale: Any, bias: Any, is_feedforward: bool, ones: tuple[int, ...]) -> bool:
-    """Whether the common case holds: plain tensors, one dtype or an fp32 scale, shapes that agree; `ones` are what the
-    scale's shape has beside its length."""
+def _fits(x: Any, weight: Any, scale: Any, bias: Any, is_feedforward: bool, by_parameter: bool) -> bool:
+    """Whether the common case holds: plain tensors, one dtype or an fp32 scale, shapes that agree."""
     for t in (x, weight, scale):
         if type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
             return False
@@ -200,7 +198,9 @@ def _fits(x: Any, weight: Any, scale: Any, bias: Any, is_feedforward: bool, ones
     if weight.dim() != 2 or x.dim() == 0 or weight.device != device or scale.device != device:
         return False
     N, K = weight.shape
-    shape = (*ones, K) if is_feedforward else (N, *ones)
+    shape: tuple[int, ...] = (K,) if is_feedforward else (N,)
+    if by_parameter:
+        shape = (1, K) if is_feedforward else (N, 1)
     if N == 0 or K == 0 or x.shape[-1] != K or scale.shape != shape:
         return False
     if bias is None:

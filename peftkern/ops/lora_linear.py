@@ -105,10 +105,11 @@ def lora_linear(
     path = plan_for(x, weight, lora_A.shape[0], backend_in_force()).path
     if not common and needs_operator(x, weight, lora_A, lora_B):
         return _operator(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)[0]
-    base_learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or base_learns):
-        if common and path == "torch" and seed is None and not base_learns:
-            return multiply(x, weight, lora_A, lora_B, bias, scaling)
+    learns = torch.is_grad_enabled()
+    base_learns = learns and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if common and path == "torch" and seed is None and not base_learns:
+        return multiply(x, weight, lora_A, lora_B, bias, scaling)
+    if base_learns or (learns and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad)):
         return apply_in_two(_LoraLinear, lora_A, x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)
     return _forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, path)[0]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,9 +67,35 @@ def why_plain() -> str:
     return "" if torch._C._get_tracing_state() is None else "torch.jit is tracing"
 
 
-def hook_number() -> float:
-    """The number that torch gives the next hook, on whichever module: while it stays, nobody has registered any. NaN,
-    which equals nothing, from a torch that gives none."""
+def has_hooks(module: dict[str, Any]) -> bool:
+    """Whether the module with this `__dict__` has hooks, of forward or of backward."""
+    forward = module["_forward_hooks"] or module["_forward_pre_hooks"]
+    return bool(forward or module["_backward_hooks"] or module["_backward_pre_hooks"])
+
+
+class Unhooked:
+    """Modules, by their `__dict__`s, that have no hooks when this is made.
+
+    Torch gives hooks numbers, whichever module they are for: while the next one's stays, nobody has registered any.
+    """
+
+    __slots__ = ("_modules", "_next")
+
+    def __init__(self, modules: Sequence[dict[str, Any]]) -> None:
+        self._modules, self._next = modules, _next_hook()
+
+    def still(self) -> bool:
+        """Whether they have none now."""
+        following = _next_hook()
+        if following != self._next:
+            if any(map(has_hooks, self._modules)):
+                return False
+            self._next = following
+        return True
+
+
+def _next_hook() -> float:
+    """The number of the next hook. NaN, which equals nothing, from a torch that gives none."""
     number: float = getattr(RemovableHandle, "next_id", math.nan)
     return number
 
@@ -83,7 +110,7 @@ def bare_weight(module: nn.Module) -> torch.Tensor | None:
 
     A quick yes to `why_called_as_is` and `plain_weight`, for the route that every call takes.
     """
-    if type(module) is not nn.Linear or not _is_bare(module):  # a parametrization changes the class
+    if type(module) is not nn.Linear or not is_bare(module):  # a parametrization changes the class
         return None
     weight = module.__dict__["_parameters"].get("weight")
     return weight if type(weight) is nn.Parameter and not weight.is_meta else None
@@ -92,7 +119,7 @@ def bare_weight(module: nn.Module) -> torch.Tensor | None:
 def bare_quantized_weight(module: nn.Module) -> Weight4bit | Weight8bit | None:
     """The same of a quantized layer of bitsandbytes or peftkern, and no subclass of it."""
     kind: Any = type(module)
-    return quantized_weight(module) if _is_quantized_class(kind) and _is_bare(module) else None
+    return quantized_weight(module) if _is_quantized_class(kind) and is_bare(module) else None
 
 
 @functools.cache
@@ -101,12 +128,10 @@ def _is_quantized_class(kind: Any) -> bool:
     return kind.__name__ in _QUANTIZED_CLASSES and kind.__module__.startswith(_QUANTIZED_PACKAGES)
 
 
-def _is_bare(module: nn.Module) -> bool:
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling a module is calling its class's forward: it has no hooks, and no forward of its own."""
     held = module.__dict__
-    if "_hf_hook" in held or "forward" in held:
-        return False
-    hooks = held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"]
-    return not (hooks or held["_backward_pre_hooks"])
+    return not ("_hf_hook" in held or "forward" in held or has_hooks(held))
 
 
 def why_called_as_is(module: nn.Module, forward: Any) -> str:
@@ -120,7 +145,7 @@ def why_called_as_is(module: nn.Module, forward: Any) -> str:
     held = module.__dict__
     if "_hf_hook" in held:
         return "an accelerate hook is on it"
-    if held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]:
+    if has_hooks(held):
         return "it has hooks"
     if "forward" in held or type(module).forward is not forward:
         return f"{type(module).__name__} has a forward of its own"

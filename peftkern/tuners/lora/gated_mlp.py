@@ -24,11 +24,10 @@ from peftkern.ops import gated_lora_linear
 from peftkern.ops._common import autocast_dtype
 from peftkern.ops._lora_linear_traced import fitting_dtypes
 from peftkern.ops.plan import JOINED_ELEMENTS
-from peftkern.tuners.fusing import compute_dtype, is_nested
+from peftkern.tuners.fusing import compute_dtype, is_bare, is_nested
 from peftkern.tuners.lora.layer import Linear
 from peftkern.utils.other import batch_in_force
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 FEW_ELEMENTS = JOINED_ELEMENTS  # of the MLP's input: on a CPU up to so many are few
 _LEFT_ALONE = "_peftkern_own_forward"  # of an MLP that `fuse_mlps(enabled=False)` was told of
 
@@ -72,7 +71,7 @@ def _is_in_one(forward: Any) -> bool | None:
 def _activation(module: Any) -> str | None:
     """The name that `gated_lora_linear` has for an activation of torch or transformers; None of any other."""
     held = module.__dict__
-    if "forward" in held or "_hf_hook" in held or any(held[hooks] for hooks in _HOOKS):
+    if not is_bare(module):
         return None
     kind = type(module)
     if kind is nn.SiLU:
@@ -97,8 +96,7 @@ def _end_of(mlp: Any) -> tuple[Any, tuple[Any, ...], str] | None:
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return None
     down = mlp._modules["down_proj"]
-    held = down.__dict__
-    if not _is_lora(down) or "forward" in held or "_hf_hook" in held or any(held[hooks] for hooks in _HOOKS):
+    if not _is_lora(down) or not is_bare(down):
         return None
     operands = down._operands()
     activation = None if operands is None else _activation(_act_of(mlp))

@@ -16,7 +16,7 @@ from torch import nn
 from peftkern.adapter_pool import LayerAdapters
 from peftkern.ops import multi_lora_linear
 from peftkern.ops.adapter_route import AdapterBatch
-from peftkern.tuners.fusing import bare_quantized_weight, bare_weight, base_alone, compute_dtype, why_plain
+from peftkern.tuners.fusing import bare_quantized_weight, bare_weight, base_alone, compute_dtype, is_bare, why_plain
 from peftkern.tuners.lora.unchanged import Unchanged
 from peftkern.tuners.mixed import LayerRows, MixedRows
 
@@ -211,12 +211,10 @@ def _is_simple(layer: Any, names: list[str]) -> bool:
     As, Bs, dropouts = held["lora_A"]._modules, held["lora_B"]._modules, held["lora_dropout"]._modules
     for name in names:
         for module in (As[name], Bs[name], dropouts[name]):
-            kind, inside = type(module), module.__dict__
+            kind = type(module)
             if kind is not nn.Linear and kind is not nn.Identity and kind is not nn.Dropout:
                 return False
-            if inside["_forward_hooks"] or inside["_forward_pre_hooks"] or "forward" in inside:
-                return False
-            if inside["_backward_hooks"] or inside["_backward_pre_hooks"] or "_hf_hook" in inside:
+            if not is_bare(module):
                 return False
         dtype = As[name]._parameters["weight"].dtype
         if base is not None and dtype is not base.dtype and dtype is not torch.float32:

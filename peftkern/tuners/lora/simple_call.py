@@ -16,9 +16,8 @@ from torch.autograd import forward_ad
 from peftkern.backend import current_backend, device_info
 from peftkern.ops._common import adapters_fit, calls_are_changed
 from peftkern.ops.lora_linear import plan_for
-from peftkern.tuners.fusing import hook_number
+from peftkern.tuners.fusing import Unhooked
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Of a layer's own attributes.
 _deciding = operator.itemgetter("_active_adapter", "merged_adapters", "scaling", "lora_bias", "use_dora", "_modules")
 _NAMES = ("bias", "weight", "weight", "weight")  # of the parameters of the base layer, A and B
@@ -28,7 +27,6 @@ class SimpleCall:
     """What a forward found, for the next one. It is the layer's own: a copy of the layer has none (`Linear`).
 
     Compared are lists, by few calls: what Python does between products takes several times what it takes in a loop.
-    Hooks are told by the number that torch gives each: none was given to anyone since there was none here.
 
     Args:
         layer: the `Linear`.
@@ -36,7 +34,7 @@ class SimpleCall:
         dtype: of x.
     """
 
-    __slots__ = ("_decided", "_found", "_hooks", "_insides", "_states", "_weights")
+    __slots__ = ("_decided", "_found", "_insides", "_states", "_unhooked", "_weights")
 
     def __init__(self, layer: Any, operands: tuple[Any, ...], dtype: torch.dtype) -> None:
         weight, A, B, scaling, bias, _ = operands
@@ -54,7 +52,7 @@ class SimpleCall:
         lengths, kinds = [*map(len, self._insides)], [*map(type, modules)]
         own = (weight, A, B, bias, scaling)
         self._states = (dtype, A.dtype, weight.shape[1], current_backend(), layer._shared_input, lengths, kinds, own)
-        self._hooks = hook_number()
+        self._unhooked = Unhooked(self._insides)
 
     @staticmethod
     def can_be(x: Any, operands: tuple[Any, ...], shared: Any) -> bool:
@@ -108,10 +106,4 @@ class SimpleCall:
             return None
         if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
             return None
-        return operands if hook_number() == self._hooks or self._has_no_hooks() else None
-
-    def _has_no_hooks(self) -> bool:
-        if any(inside[kind] for inside in self._insides for kind in _HOOKS):
-            return False
-        self._hooks = hook_number()
-        return True
+        return operands if self._unhooked.still() else None

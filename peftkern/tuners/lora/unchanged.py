@@ -13,25 +13,22 @@ from typing import Any
 
 import torch
 
-from peftkern.tuners.fusing import hook_number
+from peftkern.tuners.fusing import Unhooked
 
 _CONTAINERS = ("lora_A", "lora_B", "lora_dropout")
-_HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Unchanged:
     """What was found of `layers`: their modules, weights and where these lie, scalings, modes and dropouts; and that no
     module had hooks or a forward of its own, which has to be so when this is made.
-
-    Whether there can be hooks since then is told by the number that torch gives each: none was given to anyone.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        self._hooks = hook_number()
         self._layers = [layer.__dict__ for layer in layers]
         self._children = self._look_for_children()
         self._modules = [*itertools.chain.from_iterable(self._children)]
         self._insides = [module.__dict__ for module in self._modules]
+        self._unhooked = Unhooked(self._insides)
         parameters = [inside["_parameters"] for inside in self._insides]
         self._parameters = [held for held in parameters if held.get("weight") is not None]
         self._dropouts = [inside for inside in self._insides if "p" in inside]
@@ -40,12 +37,8 @@ class Unchanged:
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
-        if self._look_for_children() != self._children:
+        if self._look_for_children() != self._children or not self._unhooked.still():
             return False
-        if hook_number() != self._hooks:
-            if any(itertools.chain.from_iterable(map(_HOOKS, self._insides))):
-                return False
-            self._hooks = hook_number()
         weights = self._look_for_weights()
         return all(map(operator.is_, self._weights, weights)) and self._look(weights) == self._found
 
