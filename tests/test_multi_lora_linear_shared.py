@@ -134,8 +134,8 @@ def test_rows_are_taken_and_masked_once_a_group(monkeypatch):
     """Would catch what the operation is for on a CPU being lost: rows of x gathered and masked for each projection."""
     plain = importlib.import_module("peftkern.ops._multi_lora_linear_torch")
     taken, masked = [], []
-    take, apply = plain._take, plain.apply_mask
-    monkeypatch.setattr(plain, "_take", lambda t, rows: (taken.append(t.data_ptr()), take(t, rows))[1])
+    take, apply = plain.take, plain.apply_mask
+    monkeypatch.setattr(plain, "take", lambda t, rows: (taken.append(t.data_ptr()), take(t, rows))[1])
     monkeypatch.setattr(plain, "apply_mask", lambda t, mask: (masked.append(1), apply(t, mask))[1])
     x, held, ids = projections(20, 24)
     ys = together(x, held, ids, dropout_p=0.2)
