@@ -30,9 +30,12 @@ if TYPE_CHECKING:
     from peftkern.tuners.lora.gated_mlp import fuse_mlps
     from peftkern.tuners.lora.shared_input import share_inputs
     from peftkern.utils.adapter_error import AdapterFileError
+    from peftkern.utils.base_state_dict import get_base_model_state_dict, set_base_model_state_dict
+    from peftkern.utils.error import NoMatchingPeftModuleError, PeftError
     from peftkern.utils.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
     from peftkern.utils.peft_types import PeftType, TaskType
     from peftkern.utils.quantized_files import QuantizedFileError
+    from peftkern.utils.warning import PeftWarning
 
 __version__ = "0.1.0"
 
@@ -68,6 +71,8 @@ _HOMES = {
     "peftkern.tuners.lora.gated_mlp": ["fuse_mlps"],
     "peftkern.tuners.lora.shared_input": ["share_inputs"],
     "peftkern.utils.adapter_error": ["AdapterFileError"],
+    "peftkern.utils.base_state_dict": ["get_base_model_state_dict", "set_base_model_state_dict"],
+    "peftkern.utils.error": ["NoMatchingPeftModuleError", "PeftError"],
     "peftkern.utils.kbit": ["cast_mixed_precision_params", "prepare_model_for_kbit_training"],
     "peftkern.utils.peft_types": ["PeftType", "TaskType"],
     "peftkern.utils.quantized_files": ["QuantizedFileError"],
@@ -76,10 +81,22 @@ _HOMES = {
         "load_peft_weights",
         "set_peft_model_state_dict",
     ],
+    "peftkern.utils.warning": ["PeftWarning"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 # `peftkern.tuners.lora.LoraLayer` and the like work after `import peftkern` alone, as they do in PEFT.
-_SUBMODULES = {"nn", "ops", "auto", "config", "helpers", "mapping", "mapping_func", "optimizers", "peft_model"}
+_SUBMODULES = {
+    "nn",
+    "ops",
+    "auto",
+    "config",
+    "functional",
+    "helpers",
+    "mapping",
+    "mapping_func",
+    "optimizers",
+    "peft_model",
+}
 _SUBMODULES |= {"tuners", "utils"}
 
 __all__ = ["__version__", "nn", "ops", *_HOME_OF]

@@ -372,7 +372,8 @@ class AdapterBank:
         Raises:
             UnknownAdapterError: (a ValueError) a name that is not here.
             TypeError: neither names nor a tensor.
-            ValueError: adapters are merged or disabled; or, in the model's forward, a batch of another size.
+            ValueError: adapters are merged, or disabled in some layers; or, in the model's forward, a batch of another
+                size.
         """
         if not isinstance(adapters, torch.Tensor):
             if isinstance(adapters, str) or not all(isinstance(name, str) for name in adapters):

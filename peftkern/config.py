@@ -132,7 +132,7 @@ class PeftConfigMixin:
             known = ", ".join(t.value for t in TaskType)
             raise ValueError(f"task_type must be None or one of {known}, got {self.task_type!r}")
         if self.peft_type is not None and self.peft_type not in list(PeftType):
-            raise ValueError(f"peft_type must be one of {_known_methods()}, got {self.peft_type!r}")
+            raise ValueError(f"peft_type must be one of {known_methods()}, got {self.peft_type!r}")
         if self.method is not None and self.peft_type != self.method:
             name = type(self).__name__
             raise ValueError(f"peft_type of {name} must be {self.method.value!r}, got {self.peft_type!r}")
@@ -156,18 +156,23 @@ class PeftConfigMixin:
         """
         return _json_ready(self.to_dict())
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *, auto_mapping_dict: dict | None = None) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, auto_mapping_dict: dict | None = None, **kwargs: Any
+    ) -> None:
         """Writes `adapter_config.json` into `save_directory`, which is made when it does not exist.
 
         Args:
             save_directory: A folder.
             auto_mapping_dict: Written as `auto_mapping` in place of this config's own, which stays as it is.
+            **kwargs: See `peftkern.utils.hub.check_save_options`.
 
         Raises:
             ValueError: `save_directory` is a file.
         """
         from peftkern.utils.adapter_files import write_config
+        from peftkern.utils.hub import check_save_options
 
+        check_save_options(kwargs)
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory must be a folder, got the file {os.fspath(save_directory)!r}")
         os.makedirs(save_directory, exist_ok=True)
@@ -175,6 +180,12 @@ class PeftConfigMixin:
         if auto_mapping_dict is not None:
             content["auto_mapping"] = auto_mapping_dict
         write_config(os.fspath(save_directory), content)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Uploads `adapter_config.json` to a hub repository; see `peftkern.utils.hub.upload` for arguments and more."""
+        from peftkern.utils.hub import upload
+
+        return upload(self.save_pretrained, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -312,12 +323,21 @@ def check_is_config(name: str, value: Any) -> None:
     kind = cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
     message = f"{name}: expected a PeftConfig of peftkern's, got {kind}"
     if cls.__module__.partition(".")[0] == "peft" and hasattr(value, "to_dict"):
-        message += f": make one of it by peftkern.{cls.__name__}(**config.to_dict())"
+        built = cls.__name__ in _built_classes()
+        advice = f"make one of it by peftkern.{cls.__name__}(**config.to_dict())"
+        message += f": {advice}" if built else f", a method that is not built here (those that are: {known_methods()})"
     raise TypeError(message)
 
 
-def _known_methods() -> str:
+def _built_classes() -> set[str]:
+    """The names of the methods' configurations."""
+    from peftkern.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return {cls.__name__ for cls in PEFT_TYPE_TO_CONFIG_MAPPING.values()}
+
+
+def known_methods() -> str:
     """The methods that are built, for messages."""
     from peftkern.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    return ", ".join(sorted(map(str, PEFT_TYPE_TO_CONFIG_MAPPING)))
+    return ", ".join(sorted(str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING))

@@ -15,12 +15,14 @@ from torch import nn
 from peftkern.peft_model_base import PeftModel
 from peftkern.tuners.lora.dora import keeps_norms
 from peftkern.tuners.lora.layer import LoraLayer
+from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.utils.adapter_error import AdapterFileError
 from peftkern.utils.adapter_files import PathLike, read_config
 
 __all__ = [
     "DoraCaching",
     "check_if_peft_model",
+    "disable_input_dtype_casting",
     "rescale_adapter_scale",
     "update_forward_signature",
     "update_generate_signature",
@@ -95,6 +97,28 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator
     finally:
         for layer, scaling in before:
             layer.scaling = scaling
+
+
+@contextlib.contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Within the block, adapters whose modules are called one by one take their input in the dtype that it has.
+
+    For weights that lie in one dtype and compute in another, where hooks on each module cast them for its call
+    (diffusers' layerwise casting): the cast to the dtype in which a weight lies would come before that hook.
+
+    Args:
+        model: With adapters.
+        active: False: nothing is changed.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)] if active else []
+    before = [layer.cast_input_dtype_enabled for layer in layers]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.cast_input_dtype_enabled = enabled
 
 
 def update_forward_signature(model: PeftModel) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkern.config import PeftConfig, check_is_config
+from peftkern.config import PeftConfig, check_is_config, known_methods
 from peftkern.tuners.ia3 import IA3Config, IA3Model
 from peftkern.tuners.lora import LoraConfig, LoraModel
 from peftkern.tuners.tuners_utils import BaseTuner
@@ -31,7 +31,7 @@ def config_class(config: Mapping[str, Any]) -> type[PeftConfig]:
     Raises:
         ValueError: It is missing, unknown, or a method that is not built.
     """
-    known = ", ".join(sorted(map(str, PEFT_TYPE_TO_CONFIG_MAPPING)))
+    known = known_methods()
     peft_type = config.get("peft_type")
     if peft_type is None:
         raise ValueError(f"peft_type is missing from the configuration; the methods known here: {known}")

@@ -19,6 +19,7 @@ from peftkern.tuners.mixed import check_names
 from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.adapter_files import PathLike, blamed_on_config, reading, weights_file, write_adapter
+from peftkern.utils.hub import check_save_options, upload
 from peftkern.utils.model_card import update_model_card
 from peftkern.utils.model_snapshot import restored_on_error
 from peftkern.utils.other import check_is_module
@@ -334,6 +335,7 @@ class PeftModel(nn.Module):
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | None = None,
         state_dict: Mapping[str, torch.Tensor] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Save adapters as PEFT does: "default" in the folder itself, any other in a subfolder of its name.
 
@@ -347,10 +349,12 @@ class PeftModel(nn.Module):
             is_main_process: Only then is anything written. With FSDP2 every rank has to call.
             path_initial_model_for_weight_conversion: Not built; must be None.
             state_dict: The model's state dict, where it was gathered already.
+            kwargs: See `peftkern.utils.hub.check_save_options`.
 
         Raises:
             ValueError: `save_directory` is a file, or an adapter's name is unknown or leads out of the folder.
         """
+        check_save_options(kwargs)
         if not safe_serialization:
             raise ValueError("safe_serialization: only safetensors are written, so it must be True")
         if path_initial_model_for_weight_conversion is not None:
@@ -371,29 +375,30 @@ class PeftModel(nn.Module):
         if is_main_process:
             self.create_or_update_model_card(save_directory)
 
-    def create_or_update_model_card(self, output_dir: PathLike) -> None:
-        """Write README.md in `output_dir`, or bring the one there up to date (see `peftkern.utils.model_card`)."""
+    def create_or_update_model_card(self, output_dir: PathLike, tags: Sequence[str] = ()) -> None:
+        """Write README.md in `output_dir`, or bring the one there up to date (see `peftkern.utils.model_card`).
+
+        `tags` are added to those of the card and of the base model."""
         from peftkern import __version__
 
         base = self.get_base_model()
         name = getattr(base, "name_or_path", None)
-        tags = list(getattr(base, "model_tags", None) or ())
-        tags += ["lora"] if self.peft_type == PeftType.LORA else []
-        tags += ["transformers"] if any(c.__module__.startswith("transformers.") for c in type(base).__mro__) else []
-        tags += [f"base_model:adapter:{name}"] if name else []
+        every = [*tags, *(getattr(base, "model_tags", None) or ())]
+        every += ["lora"] if self.peft_type == PeftType.LORA else []
+        every += ["transformers"] if any(c.__module__.startswith("transformers.") for c in type(base).__mro__) else []
+        every += [f"base_model:adapter:{name}"] if name else []
         update_model_card(
-            output_dir, base_model=name or None, tags=tags, pipeline_tag=self._pipeline_tag, version=__version__
+            output_dir, base_model=name or None, tags=every, pipeline_tag=self._pipeline_tag, version=__version__
         )
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Save the adapters to a temporary folder and upload it; `kwargs` as for `peftkern.utils.hub.upload_folder`."""
-        import tempfile
+    def push_to_hub(self, repo_id: str, *, tags: Sequence[str] | None = None, **kwargs: Any) -> str:
+        """Upload the adapters, `tags` in their model card; see `peftkern.utils.hub.upload` for the rest."""
 
-        from peftkern.utils.hub import upload_folder
-
-        with tempfile.TemporaryDirectory() as folder:
+        def save(folder: str) -> None:
             self.save_pretrained(folder)
-            return upload_folder(folder, repo_id, **kwargs)
+            self.create_or_update_model_card(folder, [tags] if isinstance(tags, str) else tags or ())
+
+        return upload(save, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(

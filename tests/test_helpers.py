@@ -122,9 +122,54 @@ def test_names_are_where_peft_has_them():
     assert peftkern.utils.infer_device() == peft.utils.infer_device() == other.infer_device()
     assert other.prepare_model_for_kbit_training is peftkern.prepare_model_for_kbit_training
     assert peftkern.utils.cast_mixed_precision_params is peftkern.cast_mixed_precision_params
+    for kind in ("LORA_TARGET", "IA3_TARGET", "IA3_FEEDFORWARD"):
+        table = f"TRANSFORMERS_MODELS_TO_{kind}_MODULES_MAPPING"
+        held = [getattr(module, table) for module in (other, peftkern.utils, peftkern.utils.constants)]
+        assert held[0] is held[1] is held[2] and hasattr(peft.utils.other, table)
+    for name in ("PeftError", "PeftWarning", "NoMatchingPeftModuleError"):
+        assert getattr(peftkern, name) is getattr(peftkern.utils, name)
+        assert [c.__name__ for c in getattr(peftkern, name).__mro__] == [
+            c.__name__ for c in getattr(peft, name).__mro__
+        ]
     assert peftkern.helpers is helpers and peftkern.peft_model.get_layer_status is peftkern.get_layer_status
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = other.no_such_name
+
+
+def test_casting_of_inputs_can_be_left_to_hooks():
+    """Catches an input that is rounded to the dtype in which an adapter lies before a hook has widened it."""
+
+    def outputs(library, inside):
+        config = library.LoraConfig(target_modules=["up"])
+        model = library.get_peft_model(mlp(), config).eval()
+        randomize(model)
+        model.half()
+
+        def widen(module, _):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
+
+        def narrow(module, _, __):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.half()
+
+        for module in model.modules():
+            if list(module.parameters(recurse=False)):
+                module.register_forward_pre_hook(widen)
+                module.register_forward_hook(narrow)
+        with torch.no_grad(), library.helpers.disable_input_dtype_casting(model, active=inside):
+            return model(ids())
+
+    for library in (peftkern, peft):
+        with pytest.raises(RuntimeError, match="dtype"):
+            outputs(library, False)
+    got = outputs(peftkern, True)
+    assert got.dtype is torch.float32
+    torch.testing.assert_close(got, outputs(peft, True), rtol=0, atol=0)
+    model = adapted()
+    with helpers.disable_input_dtype_casting(model):
+        assert not model.base_model.model.up.cast_input_dtype_enabled
+    assert model.base_model.model.up.cast_input_dtype_enabled
 
 
 def test_from_json_file(tmp_path):

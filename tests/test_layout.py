@@ -23,7 +23,8 @@ FLOORS = {
     "peftkern.ops": 2,
     "peftkern.utils": 3,  # with config: what the tuners share
     "peftkern.config": 3,
-    "peftkern.utils.adapter_keys": 5,  # these three read and write the adapters of a whole model, so they know tuners
+    "peftkern.utils.adapter_keys": 5,  # these four read and write the adapters of a whole model, so they know tuners
+    "peftkern.utils.base_state_dict": 5,
     "peftkern.utils.expert_files": 5,
     "peftkern.utils.save_and_load": 5,
     "peftkern.tuners": 4,

@@ -255,8 +255,10 @@ def test_what_cannot_be_done_is_named():
         model(x, adapter_names=[1, 2, 1, 2])
     with pytest.raises(TypeError, match="adapter_names: expected a list of names, got 'one'"):
         model(x[:1], adapter_names="one")
-    with model.disable_adapter(), pytest.raises(ValueError, match="disabled"):
+    model.base_model.model.up.enable_adapters(False)
+    with pytest.raises(ValueError, match="disabled in some layers"):
         model(x, adapter_names=NAMES)
+    model.base_model.model.up.enable_adapters(True)
     model.merge_adapter(["one"])
     with pytest.raises(ValueError, match="unmerge_adapter"):
         model(x, adapter_names=NAMES)
@@ -266,6 +268,22 @@ def test_what_cannot_be_done_is_named():
     biased = adapted(peftkern, mlp(), {"bias": "all", "target_modules": ["up"]})
     with pytest.raises(NotImplementedError, match="biases of the base model"):
         biased(x, adapter_names=["one"] * 4)
+
+
+@pytest.mark.parametrize("whole", [[], ["lm_head"]])
+def test_disabled_adapters_mean_the_base_for_each_row(whole):
+    """Would catch a pass of the reference model (DPO's, say) over a batch with names that raises, or has adapters."""
+    made = [
+        adapted(library, tiny_llama(), {"r": 4}, {"r": 2}, target_modules=["q_proj"], modules_to_save=whole)
+        for library in (peftkern, peft)
+    ]
+    x = ids(4)
+    for model in made:
+        with model.disable_adapter():
+            y = model(input_ids=x, adapter_names=NAMES).logits
+        torch.testing.assert_close(y, tiny_llama()(input_ids=x).logits, rtol=0, atol=0)
+        with torch.no_grad():
+            assert not torch.allclose(model(input_ids=x, adapter_names=NAMES).logits, y)
 
 
 @torch.no_grad()

@@ -225,17 +225,25 @@ def test_modes_names_and_threads_are_seen():
     assert torch.equal(found[0], want) and torch.equal(run(model), want)
 
 
-def test_merged_and_disabled_adapters_are_refused_again():
-    """Would catch a second forward that adds an adapter which is inside the base weight already."""
+def test_merged_and_disabled_adapters_are_noticed_again():
+    """Would catch a second forward that adds an adapter which is inside the base weight already, or disabled."""
     model = adapted()
-    run(model)
+    mixed = run(model)
     model.merge_adapter(["one"])
     with pytest.raises(ValueError, match="merged into the base weights"):
         run(model)
     model.unmerge_adapter()
-    with model.disable_adapter(), pytest.raises(ValueError, match="adapters are disabled"):
+    torch.testing.assert_close(run(model), mixed)
+    for _ in range(2):
+        with model.disable_adapter():
+            base = run(model)
+            with torch.no_grad():
+                torch.testing.assert_close(base, model(ids(4)), rtol=0, atol=0)
+        assert not torch.equal(base, run(model))
+    first = next(m for m in model.modules() if hasattr(m, "enable_adapters"))
+    first.enable_adapters(False)
+    with pytest.raises(ValueError, match="adapters are disabled in some layers"):
         run(model)
-    assert run(model).isfinite().all()
 
 
 def test_training_after_inference_with_the_same_names():

@@ -200,14 +200,17 @@ class MixedRows:
             encoder, encoder_batch: a module, and the rows of the layers in it, where they are others.
 
         Raises:
-            ValueError: adapters are merged or disabled, so that none could be taken. In the block, a layer's input
-                that has not as many rows as the batch, or rows of which it is not known whose they are.
+            ValueError: adapters are merged, or disabled in some layers, so that none could be taken. In the block, a
+                layer's input that has not as many rows as the batch, or rows of which it is not known whose they are.
         """
+        if self._layers and all(layer.disable_adapters for layer in self._layers):
+            yield  # as in PEFT, `disable_adapter` has the last word: each row gets the base model
+            return
         for layer in self._layers:
             if getattr(layer, "merged_adapters", None):
                 raise ValueError("adapter_names: adapters are merged into the base weights: call unmerge_adapter first")
             if layer.disable_adapters:
-                raise ValueError("adapter_names: adapters are disabled, so that no row could take one")
+                raise ValueError("adapter_names: adapters are disabled in some layers: enable or disable all of them")
         rows = self._rows(batch, encoder, encoder_batch)
         before = [layer.__dict__.get("_mixed") for layer in self._layers]
         handles = list(self._order.watch())

@@ -24,6 +24,7 @@ from peftkern.utils.constants import (
     MIN_TARGET_MODULES_FOR_OPTIMIZATION,
     SEQ_CLS_HEAD_NAMES,
 )
+from peftkern.utils.error import NoMatchingPeftModuleError
 from peftkern.utils.linear_layers import conv1d_class, is_conv1d
 from peftkern.utils.other import AuxiliaryTrainingWrapper
 from peftkern.utils.peft_types import TaskType
@@ -155,9 +156,10 @@ def match_targets(
         parameters: Names of parameters that are adapted besides: patterns may be for them, and no module need match.
 
     Raises:
-        ValueError: None matched, or no default is known.
+        ValueError: None matched (NoMatchingPeftModuleError), or no default is known.
 
     Warns:
+        RuntimeWarning: `state_dict` names other modules than the config does.
         UserWarning: Names that were given and match nothing: entries of target_modules and exclude_modules, keys of
             rank_pattern and alpha_pattern.
     """
@@ -184,8 +186,9 @@ def match_targets(
         chosen = [key for key in names if key.removeprefix("_orig_mod.") in adapted]
         more, less = sorted(set(chosen) - set(matched)), sorted(set(matched) - set(chosen))
         if more or less:
-            message = f"state_dict adapts other modules than target_modules does: {more} more, {less} not"
-            warnings.warn(message, stacklevel=4)
+            found = [f"{shorten(keys, 3)} {where}" for keys, where in ((more, "by it alone"), (less, "not")) if keys]
+            message = f"state_dict decides which modules are adapted, not target_modules: {', '.join(found)}"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
         matched = chosen
     if parameters and not matched and config.target_modules:
         warnings.warn(f"target_modules={shown(config.target_modules, 300)} matched no module", stacklevel=4)
@@ -194,7 +197,7 @@ def match_targets(
     if not matched and not parameters:
         unlimited = dataclasses.replace(config, exclude_modules=None, modules_to_save=None)
         excluded = [k for k in names if is_excluded(config, k) and check_target_module_exists(unlimited, k)]
-        raise ValueError(no_match_message(config, names, excluded))
+        raise NoMatchingPeftModuleError(no_match_message(config, names, excluded))
     # The names of a state dict, or of a default (a saved configuration spells it out), are nobody's slip.
     given = asked is not None and not isinstance(asked, str) and state_dict is None and bool(matched)
     if given and set(asked) != set(defaults.get(_model_type(model) or "", ())):
@@ -245,7 +248,7 @@ def _default_targets(
         return None
     if default is None:
         of = "a model without a model_type" if model_type is None else f"model_type {model_type!r}"
-        raise ValueError(f"target_modules must be given: no default is known for {of}")
+        raise NoMatchingPeftModuleError(f"target_modules must be given: no default is known for {of}")
     return default if isinstance(default, str) else set(default)
 
 

@@ -35,6 +35,10 @@ class BaseTunerLayer:
     # Of `peftkern.nn`: in a model that is adapted such a layer is part of the base, with the adapter that it has.
     stands_alone: bool = False
 
+    # Whether an adapter whose modules are called one by one casts its input to its own dtype first:
+    # `helpers.disable_input_dtype_casting` has hooks see to it.
+    cast_input_dtype_enabled: bool = True
+
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"
     # Each layer's __init__ makes its own.
@@ -46,6 +50,10 @@ class BaseTunerLayer:
         while hasattr(layer, "base_layer"):
             layer = layer.base_layer
         return layer
+
+    def _cast_input_dtype(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """x in `dtype`, unless casting is left to hooks."""
+        return x.to(dtype) if self.cast_input_dtype_enabled else x
 
     @property
     def weight(self) -> torch.Tensor:

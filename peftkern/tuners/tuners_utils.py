@@ -20,6 +20,18 @@ from peftkern.config import PeftConfig
 from peftkern.tuners.merged_models import settle_merged
 from peftkern.tuners.merging_quantized import is_merged_into_dense, one_warning_for_all
 from peftkern.tuners.mixed import BASE, MixedRows, Turn, check_names
+from peftkern.tuners.switching import (
+    activate,
+    active_without,
+    cast_adapter_dtype,
+    delete_adapter,
+    holders_of,
+    layers_of,
+    refuse_merged,
+    remove,
+    set_adapter,
+    set_requires_grad,
+)
 from peftkern.tuners.targets import (
     check_target_module_exists,
     match_targets,
@@ -32,14 +44,22 @@ from peftkern.utils.other import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
     _get_submodules,
-    _set_adapter,
     check_is_module,
     check_modules_to_save,
     embeddings_of,
     wrap_modules_to_save,
 )
 
-__all__ = ["BaseTuner", "BaseTunerLayer", "check_adapters_to_merge", "check_target_module_exists"]
+__all__ = [
+    "BaseTuner",
+    "BaseTunerLayer",
+    "cast_adapter_dtype",
+    "check_adapters_to_merge",
+    "check_target_module_exists",
+    "delete_adapter",
+    "set_adapter",
+    "set_requires_grad",
+]
 
 
 class BaseTuner(nn.Module, ABC):
@@ -239,8 +259,7 @@ class BaseTuner(nn.Module, ABC):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Widens the weights of an adapter that have less than 32 bits to float32, if asked, as new parameters."""
-        if autocast_adapter_dtype:
-            cast_adapter_dtype(self.model, adapter_name)
+        cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -272,7 +291,7 @@ class BaseTuner(nn.Module, ABC):
             encoder_names: those of the rows that an encoder sees, where they are others: before beams are made of them.
 
         Raises:
-            ValueError: an unknown name, one of DoRA, or adapters that are merged or disabled.
+            ValueError: an unknown name, one of DoRA, or adapters that are merged, or disabled in some layers only.
             NotImplementedError: this method cannot; or an adapter has biases of the base model for its own.
         """
         with self.turn(), self._mixed_batch(adapter_names, encoder_names):
@@ -334,7 +353,7 @@ class BaseTuner(nn.Module, ABC):
             return self.model(*args, **{name: value for name, value in kwargs.items() if name != "adapter_names"})
 
     def _layers(self) -> list[Any]:
-        return [m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls) and is_tuned(m)]
+        return layers_of(self.model, self.tuner_layer_cls)
 
     def _named_layers(self) -> dict[str, Any]:
         named = self.model.named_modules()
@@ -356,9 +375,8 @@ class BaseTuner(nn.Module, ABC):
         self._enable_adapter_layers(False)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        for module in self.model.modules():
-            if is_tuned(module) or isinstance(module, ModulesToSaveWrapper):
-                module.enable_adapters(enabled)
+        for holder in holders_of(self.model):
+            holder.enable_adapters(enabled)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes the named adapters active, and only those trainable (none in inference mode); merged ones are unmerged.
@@ -368,20 +386,14 @@ class BaseTuner(nn.Module, ABC):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         self._check_names(names)
-        _set_adapter(self.model, names, inference_mode)
-        for layer in self._layers():
-            if layer.merged:
-                warnings.warn("adapters are merged: unmerged before others are set active", stacklevel=2)
-                layer.unmerge()
-            layer.set_adapter(names, inference_mode)
+        activate(self.model, names, inference_mode, self.tuner_layer_cls)
         self.active_adapter = adapter_name
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Sets `requires_grad` on the weights of the named adapters."""
         self._check_names([adapter_names] if isinstance(adapter_names, str) else adapter_names)
-        for module in self.model.modules():
-            if is_tuned(module) or isinstance(module, ModulesToSaveWrapper):
-                module.set_requires_grad(adapter_names, requires_grad)
+        for holder in holders_of(self.model):
+            holder.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter; if it was the only active one, another becomes active.
@@ -390,22 +402,11 @@ class BaseTuner(nn.Module, ABC):
             ValueError: No such adapter, or it is merged.
         """
         self._check_names([adapter_name])
-        if any(adapter_name in layer.merged_adapters for layer in self._layers()):
-            raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
+        refuse_merged(self.model, adapter_name)
         self.__dict__["_layers_changed"] = True
         del self.peft_config[adapter_name]
-        active = [name for name in self.active_adapters if name != adapter_name]
-        if not active and self.peft_config:
-            active = [min(self.peft_config)]
-            warnings.warn(f"the active adapter {adapter_name!r} was deleted; {active[0]!r} is active now", stacklevel=2)
-        for layer in self._layers():
-            # Every layer takes the model's choice, also one that never had the deleted adapter.
-            if adapter_name in layer.active_adapters:
-                layer.set_adapter(active)
-            layer.delete_adapter(adapter_name)
-        for module in self.model.modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                module.delete_adapter(adapter_name, active)
+        active = active_without(adapter_name, self.active_adapters, self.peft_config)
+        remove(self.model, adapter_name, active, self.tuner_layer_cls)
         self.active_adapter = active
 
     def _check_names(self, names: Iterable[str]) -> None:
@@ -544,17 +545,3 @@ def _mark_untied(model: Any) -> None:
         config.tie_word_embeddings = False
         message = "input and output embeddings differ after merging: tie_word_embeddings is now False"
         warnings.warn(message, stacklevel=3)
-
-
-def cast_adapter_dtype(model: nn.Module, adapter_name: str) -> None:
-    """Widens the weights of `adapter_name` in `model` that have less than 32 bits to float32, as new parameters."""
-    layers = [module for module in model.modules() if is_tuned(module)]
-    for container in [c for layer in layers for c in layer._containers() if adapter_name in c]:
-        # A ParameterDict holds the adapter's parameter itself, a ModuleDict a module that holds some.
-        owner: Any = container if isinstance(container, nn.ParameterDict) else container[adapter_name]
-        names = [adapter_name] if owner is container else [name for name, _ in owner.named_parameters(recurse=False)]
-        for name in names:
-            parameter = owner.get_parameter(name)
-            if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
-                wide = nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
-                owner.register_parameter(name, wide)

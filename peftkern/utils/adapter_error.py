@@ -6,10 +6,12 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from peftkern.utils.error import PeftError
+
 _MOST = 1000  # characters of a message: what a file says may be any length
 
 
-class AdapterFileError(ValueError):
+class AdapterFileError(PeftError, ValueError):
     """An adapter file cannot be used.
 
     Args:

@@ -122,15 +122,27 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _inside_adapter(model: nn.Module, name: str) -> bool:
     """Whether module `name` is part of an adapter (a `lora_B` with a bias, a copy of `modules_to_save`)."""
-    parts = name.split(".")
+    return base_name(model, name) is None
+
+
+def base_name(model: nn.Module, name: str) -> str | None:
+    """The name that a module or tensor of `model` has in the model without adapters; None of what is an adapter's.
+
+    Args:
+        model: A model with adapters.
+        name: As in `model.named_modules()` (without FSDP's additions) or `model.state_dict()`.
+    """
+    kept = []
     module: nn.Module | None = model
-    for part in parts:
-        if isinstance(module, BaseTunerLayer) and part != "base_layer":
-            return True
-        if isinstance(module, ModulesToSaveWrapper) and part != "original_module":
-            return True
+    for part in name.split("."):
+        own = {BaseTunerLayer: "base_layer", ModulesToSaveWrapper: "original_module"}
+        inner = next((child for kind, child in own.items() if isinstance(module, kind)), None)
+        if inner is None:
+            kept.append(part)
+        elif part != inner:
+            return None
         module = module._modules.get(part) if module is not None else None
         for wrapper in _WRAPPERS:
-            inner = module._modules.get(wrapper[:-1]) if module is not None else None
-            module = inner if inner is not None else module
-    return False
+            wrapped = module._modules.get(wrapper[:-1]) if module is not None else None
+            module = wrapped if wrapped is not None else module
+    return ".".join(kept)

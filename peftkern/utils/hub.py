@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
+import tempfile
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from peftkern.utils.adapter_error import AdapterFileError
 
+# Arguments of transformers' `save_pretrained` that mean nothing for an adapter: it is one file, and stays here.
+_WITHOUT_EFFECT = ("max_shard_size", "token")
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -52,13 +55,55 @@ def file_exists_on_hub(repo_id: str, filename: str, **kwargs: Any) -> bool | Non
         return None
 
 
-def upload_folder(folder: str | os.PathLike[str], repo_id: str, **kwargs: Any) -> str:
-    """Create repository `repo_id` where it is missing and upload the files of `folder`; return the commit's address.
+def check_save_options(options: Mapping[str, Any]) -> None:
+    """Look at what `save_pretrained` was given by transformers' names beside its own.
 
-    `kwargs`: `private`, `token`, `commit_message`, `revision`, `create_pr`.
+    Raises:
+        ValueError: `push_to_hub` is asked for: `push_to_hub(repo_id)` does that.
+        TypeError: An argument that transformers has not, or that would change what is written.
+    """
+    if options.get("push_to_hub"):
+        raise ValueError("push_to_hub: save_pretrained writes to a folder; to upload, call push_to_hub(repo_id)")
+    unknown = sorted(set(options) - {"push_to_hub", *_WITHOUT_EFFECT})
+    if unknown:
+        raise TypeError(f"save_pretrained: unknown arguments: {', '.join(unknown)}")
+
+
+def upload(
+    save: Callable[[str], object],
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str | None = None,
+) -> str:
+    """Upload what `save(folder)` writes; the arguments of transformers' `push_to_hub`.
+
+    Args:
+        save: Writes the files into a folder.
+        repo_id: The repository, made where it is missing.
+        commit_message, commit_description: Of the commit.
+        private: Of a repository that is made now.
+        token: To write with; by default the one that is logged in.
+        revision: The branch, made where it is missing.
+        create_pr: Open a pull request in place of a commit to the branch.
+        max_shard_size: Without effect: an adapter is one file.
+
+    Returns:
+        The commit's address.
     """
     from huggingface_hub import HfApi
 
-    api = HfApi(token=kwargs.pop("token", None))
-    repo = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
-    return str(api.upload_folder(repo_id=repo.repo_id, folder_path=folder, **kwargs))
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/") and not create_pr:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        options: dict[str, Any] = {"commit_message": commit_message, "commit_description": commit_description}
+        options |= {"revision": revision, "create_pr": create_pr}
+        return str(api.upload_folder(repo_id=name, folder_path=folder, **options))

@@ -19,6 +19,10 @@ from peftkern.utils.constants import SEQ_CLS_HEAD_NAMES
 
 # PEFT has these in this module too; here they live apart, and are imported when first asked for.
 _LATER = {"fsdp_auto_wrap_policy": "fsdp"}
+_LATER |= {
+    f"TRANSFORMERS_MODELS_TO_{kind}_MODULES_MAPPING": "constants"
+    for kind in ("LORA_TARGET", "IA3_TARGET", "IA3_FEEDFORWARD")
+}
 _LATER |= dict.fromkeys(("cast_mixed_precision_params", "prepare_model_for_kbit_training"), "kbit")
 
 

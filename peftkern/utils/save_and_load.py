@@ -169,7 +169,8 @@ def plan_load(
             unknown, so that some were changed.
 
     Warns:
-        UserWarning: Shapes that differ, with `ignore_mismatched_sizes`.
+        UserWarning: Shapes that differ, with `ignore_mismatched_sizes`; biases of the base model that the adapter's
+            `bias` does not name.
     """
     config = _config_of(model, adapter_name)
     if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
@@ -207,6 +208,11 @@ def plan_load(
         warnings.warn(f"{source}: not loaded (ignore_mismatched_sizes): {'; '.join(mismatched)}", stacklevel=2)
     missing = [key for key in adapter if key not in state_dict]
     unexpected = [key for key in state_dict if key not in places]
+    biases = [key for key in unexpected if key.endswith("bias") and key in held]
+    if biases:
+        own = getattr(config, "bias", "none")
+        text = f"biases of the base model, in which this adapter (bias={own!r}) has no part, not loaded"
+        warnings.warn(f"{source}: {text}: {shorten(biases, 3)}.", stacklevel=3)
     _refuse_holes(source, adapter, missing, unexpected)
     keys = {held: saved for saved, held in places.items()}
     return LoadPlan(tensors, [adapter[key] for key in missing], unexpected, keys)
@@ -272,7 +278,7 @@ def set_peft_model_state_dict(
         ValueError: As `plan_load`; nothing was written.
 
     Warns:
-        UserWarning: Values that are Inf in the adapter's dtype and were not in theirs, by name.
+        UserWarning: Values that are Inf in the adapter's dtype and were not in theirs, by name; and as `plan_load`.
     """
     plan = plan_load(
         model, peft_model_state_dict, adapter_name, source=source, ignore_mismatched_sizes=ignore_mismatched_sizes

@@ -237,7 +237,7 @@ def linear_with(layer: Any, y: torch.Tensor, x: torch.Tensor, adapter: str) -> t
     """
     A, B, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
     c = row_scale(layer, adapter)
-    x = x.to(A.weight.dtype)
+    x = layer._cast_input_dtype(x, A.weight.dtype)
     if isinstance(dropout, nn.Identity) or not layer.training:
         bias = getattr(layer.get_base_layer(), "bias", None)
         product = y if bias is None else y - bias

@@ -51,6 +51,7 @@ from peftkern.tuners.targets import linear_sizes
 from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, refuse_adapter_names
 from peftkern.utils.linear_layers import conv1d_class
 from peftkern.utils.other import batch_in_force
+from peftkern.utils.warning import PeftWarning
 from peftkern.weights import DENSE_DTYPES, Weight
 
 
@@ -277,7 +278,7 @@ class Linear(LoraLayer, nn.Module):
         if config.lora_bias and getattr(self.get_base_layer(), "bias", None) is None:
             kind = type(self.get_base_layer()).__name__
             message = f"lora_bias=True on a {kind} without a bias: the adapter can be trained but not merged"
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, PeftWarning, stacklevel=2)
 
     def _make_weights(self, adapter_name: str, r: int, lora_bias: bool) -> None:
         self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
@@ -542,4 +543,7 @@ class Linear(LoraLayer, nn.Module):
         A: Any = self.lora_A[name]
         if A.weight.is_meta and not x.is_meta and not hasattr(A, "_hf_hook"):
             raise ValueError(f"adapter {name!r} is on the meta device (low_cpu_mem_usage): load its values first")
-        return self.lora_B[name](A(self.lora_dropout[name](x.to(A.weight.dtype)))) * self.scaling[name]
+        return (
+            self.lora_B[name](A(self.lora_dropout[name](self._cast_input_dtype(x, A.weight.dtype))))
+            * self.scaling[name]
+        )
