@@ -125,6 +125,8 @@ class PeftConfigMixin:
             self.peft_type = self.method
         with short_messages():
             self.check()
+        if self.peft_type is not None:
+            self.peft_type = PeftType(self.peft_type)
 
     def check(self) -> None:
         """Raises ValueError or TypeError for a value that is not allowed; called again before an adapter is made."""

@@ -17,6 +17,7 @@ from peftkern.integrations.peft_bridge import bridge_wrappers, bridged_class
 from peftkern.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peftkern.tuners.mixed import check_names
 from peftkern.tuners.tuner_layer import is_tuned
+from peftkern.tuners.tuners_utils import refuse_foreign_adapter
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.adapter_files import PathLike, blamed_on_config, reading, weights_file, write_adapter
 from peftkern.utils.hub import check_save_options, upload
@@ -433,6 +434,7 @@ class PeftModel(nn.Module):
 
         Raises:
             AdapterFileError: (a ValueError) A file is missing or damaged, or does not fit `model`.
+            ValueError: `model` has an adapter of that name already, of another library.
 
         Warns:
             UserWarning: NaN or Inf, unknown names, or layers without tensors in the file; each by name.
@@ -442,6 +444,7 @@ class PeftModel(nn.Module):
         hub, _, options = PeftConfig._split_kwargs(kwargs)
         check_is_module("model", model)
         _check_adapter_name(adapter_name)
+        refuse_foreign_adapter(model, adapter_name)
         blame: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)

@@ -99,7 +99,9 @@ def test_saved_file_goes_both_ways(tmp_path):
     assert peft.PeftConfig.from_pretrained(str(tmp_path / "ours")) == theirs
     read = PeftConfig.from_pretrained(tmp_path / "theirs")
     assert type(read) is LoraConfig and read == LoraConfig(**arguments)
-    assert read.target_modules == {"q", "v"} and read.peft_type == PeftType.LORA
+    assert read.target_modules == {"q", "v"} and read.peft_type is PeftType.LORA
+    # As in PEFT a member however it was given; the task stays the string that it was.
+    assert LoraConfig(peft_type="LORA").peft_type is PeftType.LORA
 
 
 def test_runtime_config_is_not_saved_and_auto_mapping_can_be_given(tmp_path):

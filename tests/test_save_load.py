@@ -510,6 +510,23 @@ def test_auto_classes(tmp_path):
         peftkern.AutoPeftModel.from_pretrained(tmp_path / "None")
 
 
+def test_a_base_that_transformers_adapted_already_is_told_of(tmp_path):
+    """Would catch the blame on a sound file, without a remedy, where transformers had put the adapter in by itself."""
+    transformers = pytest.importorskip("transformers")
+    base = tmp_path / "base"
+    tiny_llama().save_pretrained(base)
+    model = get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    folder = save(model, tmp_path / "adapter")
+    adapted = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    want = output(adapted)
+    with pytest.raises(ValueError, match="^model: it has an adapter 'default' that is not peftkern's.*by its own name"):
+        PeftModel.from_pretrained(adapted, folder)
+    assert torch.equal(output(adapted), want)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_models_whose_embeddings_raise(tmp_path, tied):
     """Would catch models of images, speech or two towers that cannot be saved, loaded or merged: transformers gives

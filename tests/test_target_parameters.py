@@ -429,9 +429,9 @@ def test_parameters_of_the_model_itself():
 
 def test_half_a_match_is_warned_about():
     """Catches a name that matches nothing without a word where another field matched."""
-    with pytest.warns(UserWarning, match=r"target_parameters=\['no.where'\] matched no parameter"):
+    with pytest.warns(RuntimeWarning, match=r"target_parameters=\['no.where'\] matched no parameter"):
         peftkern.get_peft_model(net(), peftkern.LoraConfig(target_modules=["first"], target_parameters=["no.where"]))
-    with pytest.warns(UserWarning, match=r"target_modules=\{'nobody'\} matched no module"):
+    with pytest.warns(RuntimeWarning, match=r"target_modules=\{'nobody'\} matched no module"):
         fields = dict(target_modules=["nobody"], target_parameters=["odd.matrix"])
         peftkern.get_peft_model(net(), peftkern.LoraConfig(**fields))
 

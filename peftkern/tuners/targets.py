@@ -191,9 +191,13 @@ def match_targets(
             warnings.warn(message, RuntimeWarning, stacklevel=4)
         matched = chosen
     if parameters and not matched and config.target_modules:
-        warnings.warn(f"target_modules={shown(config.target_modules, 300)} matched no module", stacklevel=4)
+        warnings.warn(
+            f"target_modules={shown(config.target_modules, 300)} matched no module", RuntimeWarning, stacklevel=4
+        )
     if matched and asked_parameters and not parameters:
-        warnings.warn(f"target_parameters={shown(asked_parameters, 300)} matched no parameter", stacklevel=4)
+        warnings.warn(
+            f"target_parameters={shown(asked_parameters, 300)} matched no parameter", RuntimeWarning, stacklevel=4
+        )
     if not matched and not parameters:
         unlimited = dataclasses.replace(config, exclude_modules=None, modules_to_save=None)
         excluded = [k for k in names if is_excluded(config, k) and check_target_module_exists(unlimited, k)]

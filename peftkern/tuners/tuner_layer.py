@@ -228,7 +228,10 @@ def check_adapter_name(name: str) -> None:
 def refuse_adapter_names(kwargs: dict[str, Any]) -> None:
     """Raises for PEFT's per-row adapters, rather than letting every row take the active one."""
     if kwargs.pop("adapter_names", None) is not None:
-        raise NotImplementedError("adapter_names (an adapter for each row of a batch) is not built in peftkern")
+        raise NotImplementedError(
+            "adapter_names (an adapter for each row of a batch) goes to the model, PeftModel's forward or generate, or "
+            "to AdapterBank.batch: a layer by itself does not take it"
+        )
 
 
 def check_adapters_to_merge(layer: BaseTunerLayer, adapter_names: list[str] | None = None) -> list[str]:

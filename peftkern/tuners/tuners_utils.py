@@ -103,8 +103,7 @@ class BaseTuner(nn.Module, ABC):
         held = getattr(model, "peft_config", None)
         if held:
             warnings.warn(f"the model has adapters already ({sorted(held)}): {adapter_name!r} joins them", stacklevel=3)
-            if adapter_name in held and not isinstance(held[adapter_name], PeftConfig):
-                raise ValueError(f"the model has an adapter {adapter_name!r} that is not peftkern's")
+            refuse_foreign_adapter(model, adapter_name)
             new = {**held, **new}
         self.model = model
         self.peft_config: dict[str, PeftConfig] = new
@@ -545,3 +544,13 @@ def _mark_untied(model: Any) -> None:
         config.tie_word_embeddings = False
         message = "input and output embeddings differ after merging: tie_word_embeddings is now False"
         warnings.warn(message, stacklevel=3)
+
+
+def refuse_foreign_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Raise ValueError if the model has an adapter of that name, and from another library."""
+    held = getattr(model, "peft_config", None) or {}
+    if adapter_name in held and not isinstance(held[adapter_name], PeftConfig):
+        raise ValueError(
+            f"model: it has an adapter {adapter_name!r} that is not peftkern's. transformers puts in one of PEFT's "
+            "where it is given an adapter's folder: load the base model by its own name (base_model_name_or_path)"
+        )

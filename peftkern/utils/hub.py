@@ -9,8 +9,9 @@ from typing import Any
 
 from peftkern.utils.adapter_error import AdapterFileError
 
-# Arguments of transformers' `save_pretrained` that mean nothing for an adapter: it is one file, and stays here.
-_WITHOUT_EFFECT = ("max_shard_size", "token")
+# Arguments of transformers' `save_pretrained` that mean nothing for an adapter: it is one file in PEFT's format, stays
+# here, and is written by safetensors (accelerate's examples pass `save_function=accelerator.save`).
+_WITHOUT_EFFECT = ("max_shard_size", "save_function", "save_peft_format", "token")
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
