@@ -261,6 +261,11 @@ class PeftModel(nn.Module):
             TypeError: `peft_config` is no configuration of peftkern's.
             ValueError: The name is taken, or the method is not that of the first adapter. The model is unchanged.
         """
+        with restored_on_error(self):
+            self._add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+
+    def _add_adapter(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool, widen: bool) -> None:
+        """`add_adapter`, where the caller restores the model after an error."""
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name: an adapter {adapter_name!r} exists already")
         check_is_config("peft_config", peft_config)
@@ -269,13 +274,10 @@ class PeftModel(nn.Module):
         _check_adapter_name(adapter_name)
         _warn_of_adapter_name(adapter_name, peft_config)
         self._add_heads(peft_config)
-        with restored_on_error(self):
-            self.peft_config[adapter_name] = peft_config
-            self.base_model.inject_adapter(self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-            self.base_model._cast_adapter_dtype(
-                adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
-            )
-            bridge_wrappers(self)
+        self.peft_config[adapter_name] = peft_config
+        self.base_model.inject_adapter(self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        self.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=widen)
+        bridge_wrappers(self)
 
     def _add_heads(self, config: PeftConfig) -> None:
         """Have the task's new head trained and saved whole."""
@@ -508,7 +510,7 @@ class PeftModel(nn.Module):
             if not known:
                 config.inference_mode = not is_trainable
                 with blamed_on_config(model_id, hub):
-                    self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+                    self._add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
                 if is_trainable:
                     self.set_requires_grad(adapter_name)
             result = self._load_tensors(tensors, adapter_name, model_id, hub, options, low_cpu_mem_usage)

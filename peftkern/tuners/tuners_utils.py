@@ -181,7 +181,8 @@ class BaseTuner(nn.Module, ABC):
                 )
             self.check_target(config, key, model.get_submodule(key))
         whole = getattr(config, "modules_to_save", None) or []
-        check_modules_to_save(model, whole)
+        if whole:
+            check_modules_to_save(model, whole)
         if any(adapter_name in m.merged_adapters for m in model.modules() if is_tuned(m)):
             raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before making it anew")
         warn_of_tied_targets(model, config, [*keys, *(name.rpartition(".")[0] for name in names)])

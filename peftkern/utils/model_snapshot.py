@@ -20,9 +20,11 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
     others does; they are then merged again, so that base weights are within a rounding of what they were. Costs a few
     references for each module.
     """
-    modules = [(module, type(module), _shallow(module.__dict__)) for module in model.modules()]
-    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    merged = [(m, list(m.merged_adapters), m._modules["base_layer"]) for m in model.modules() if _is_merged(m)]
+    modules = [(module, type(module), module.__dict__.copy()) for module in model.modules()]
+    contents = [_contents(attributes) for _, _, attributes in modules]
+    parameters = (p for module, _, _ in modules for p in module._parameters.values() if p is not None)
+    grads = [(parameter, parameter.requires_grad) for parameter in parameters]
+    merged = [(m, list(m.merged_adapters), m._modules["base_layer"]) for m, _, _ in modules if _is_merged(m)]
     try:
         yield
     except BaseException:
@@ -31,10 +33,10 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
             # A quantized base stands aside while a dense one is merged into: putting that back is enough.
             if lost and layer._modules["base_layer"] is base:
                 layer.merge(adapter_names=lost)
-        for module, cls, attributes in modules:
+        for (module, cls, attributes), filled in zip(modules, contents, strict=True):
             module.__class__ = cls
             module.__dict__.clear()
-            module.__dict__.update({name: _refill(value, content) for name, (value, content) in attributes.items()})
+            module.__dict__.update({name: _refill(value, filled.get(name)) for name, value in attributes.items()})
         for parameter, requires_grad in grads:
             parameter.requires_grad_(requires_grad)
         raise
@@ -45,15 +47,20 @@ def _is_merged(module: nn.Module) -> TypeGuard[Any]:
     return bool(module.__dict__.get("merged_adapters"))
 
 
-def _shallow(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Each attribute with a copy of its content, where it is a plain container."""
-    kinds = (dict, list, set, OrderedDict)
-    return {name: (value, value.copy() if type(value) in kinds else None) for name, value in attributes.items()}
+_CONTAINERS = (dict, list, set, OrderedDict)
+
+
+def _contents(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Copies of the attributes that are containers with something in them. Most of a module's hooks are empty, and a
+    copy of each would be thousands of objects in a large model, which the garbage collector then walks."""
+    return {name: value.copy() for name, value in attributes.items() if type(value) in _CONTAINERS and value}
 
 
 def _refill(value: Any, content: Any) -> Any:
-    """The very container that was there (hook handles hold on to it), with the content that it had."""
-    if content is not None:
+    """The very container that was there (hook handles hold on to it), with the content that it had: none, if that was
+    not kept."""
+    if type(value) in _CONTAINERS:
         value.clear()
-        value.extend(content) if isinstance(value, list) else value.update(content)
+        if content is not None:
+            value.extend(content) if isinstance(value, list) else value.update(content)
     return value

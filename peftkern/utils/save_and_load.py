@@ -150,6 +150,7 @@ class LoadPlan(NamedTuple):
     missing: list[str]  # names in model.state_dict() of this adapter's tensors that the file lacks
     unexpected: list[str]  # names in the file that the model has no place for
     keys: dict[str, str]  # names in model.state_dict() -> names in the file
+    held: dict[str, torch.Tensor]  # model.state_dict()
 
 
 def plan_load(
@@ -215,7 +216,7 @@ def plan_load(
         warnings.warn(f"{source}: {text}: {shorten(biases, 3)}.", stacklevel=3)
     _refuse_holes(source, adapter, missing, unexpected)
     keys = {held: saved for saved, held in places.items()}
-    return LoadPlan(tensors, [adapter[key] for key in missing], unexpected, keys)
+    return LoadPlan(tensors, [adapter[key] for key in missing], unexpected, keys, held)
 
 
 def _refuse_holes(source: PathLike, adapter: dict[str, str], missing: list[str], unexpected: list[str]) -> None:
@@ -287,7 +288,7 @@ def set_peft_model_state_dict(
     if low_cpu_mem_usage:
         # In the dtypes that were settled when they were made. What has values (copies of modules, biases, embeddings,
         # which may be tied) is written to as ever.
-        empty = {key: held for key, held in model.state_dict().items() if held.is_meta and key in tensors}
+        empty = {key: held for key, held in plan.held.items() if held.is_meta and key in tensors}
         taken = {key: tensors[key].to(held.dtype) for key, held in empty.items()}
         model.load_state_dict(taken, strict=False, assign=True)
         for module in model.modules():
@@ -296,13 +297,14 @@ def set_peft_model_state_dict(
                 module._fill_adapter(adapter_name, _config_of(model, adapter_name))
         tensors = {key: value for key, value in tensors.items() if key not in taken}
     model.load_state_dict(tensors, strict=False)
-    _warn_of_overflow(model, plan, source)
+    _warn_of_overflow(plan, model.state_dict() if low_cpu_mem_usage else plan.held, source)
     return _IncompatibleKeys(plan.missing, plan.unexpected)
 
 
-def _warn_of_overflow(model: nn.Module, plan: LoadPlan, source: PathLike) -> None:
-    """Warn, as of a file's own NaN and Inf, of values that became Inf in the dtype that the model holds them in."""
-    held, bad = model.state_dict(), {}
+def _warn_of_overflow(plan: LoadPlan, held: Mapping[str, torch.Tensor], source: PathLike) -> None:
+    """Warn, as of a file's own NaN and Inf, of values that became Inf in the dtype in which the model's state dict,
+    `held`, has them now."""
+    bad = {}
     for key, value in plan.tensors.items():
         now = held[key]
         if value.dtype == now.dtype or not value.is_floating_point() or now.is_meta:
