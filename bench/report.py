@@ -132,6 +132,18 @@ def tokens_table(result: dict[str, Any]) -> str:
     return markdown_table(header, lines)
 
 
+def adapters_table(result: dict[str, Any]) -> str:
+    """What is done to adapters around forwards: made, loaded, switched, saved, merged."""
+    header = ["operation", "peftkern ms", "PEFT ms", "ratio", "10-90 %"]
+    lines = []
+    for row in result["rows"]:
+        times = [f"{row[f'{name}_ms']:.0f}" for name in ("peftkern", "peft")]
+        lines.append(
+            [row["operation"], *times, f"{row['ratio']:.2f}", f"{row['ratio_p10']:.2f}-{row['ratio_p90']:.2f}"]
+        )
+    return markdown_table(header, lines)
+
+
 def experts_table(result: dict[str, Any]) -> str:
     """A mixture's training step with LoRA on its stacked experts."""
     header = [
@@ -158,7 +170,7 @@ def experts_table(result: dict[str, Any]) -> str:
 def table(result: dict[str, Any]) -> str:
     """A result as Markdown, with its conditions; "" for a kind that has no table."""
     own = {"headline": headline_table, "step": step_table, "mixed": mixed_table, "experts": experts_table}
-    own["tokens"] = tokens_table
+    own |= {"tokens": tokens_table, "adapters": adapters_table}
     tables = {**own, **report_quantized.TABLES, **report_many.TABLES, "ia3": layers_table, "dora": layers_table}
     if result["kind"] in ("experts", "dora") and result["environment"]["device_type"] == "cuda":
         tables[result["kind"]] = layers_table  # on a CPU a whole model's step has that name

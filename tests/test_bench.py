@@ -321,6 +321,31 @@ def test_a_few_tokens_run_end_to_end(tmp_path, capsys):
     assert cpu_tokens.main(["--smoke"]) == 2
 
 
+def test_adapters_run_end_to_end(tmp_path, capsys):
+    """Bug: a benchmark of loading and merging that no longer runs, or whose result the report leaves out."""
+    pytest.importorskip("peft")
+    from bench import cpu_adapters
+
+    assert cpu_adapters.main(["--smoke", "--out", str(tmp_path)]) == 0
+    rows = records.read(tmp_path / "adapters.json")["rows"]
+    assert {"get_peft_model", "load_adapter", "merge_and_unload", "from_pretrained"} <= {r["operation"] for r in rows}
+    assert all(row["ratio"] > 0 and row["peft_ms"] > 0 for row in rows)
+    assert report.main([str(tmp_path)]) == 0 and "merge_and_unload" in capsys.readouterr().out
+    assert cpu_adapters.main(["--smoke"]) == 2
+
+
+def test_adapters_that_are_loaded_wrong_are_seen(tmp_path, monkeypatch):
+    """Bug: a benchmark that times how fast a file is not loaded."""
+    pytest.importorskip("peft")
+    from bench import cpu_adapters
+
+    size = cpu_adapters.Size(hidden=64, intermediate=96, layers=1, heads=2, vocabulary=128, batch=1, tokens=4)
+    made = iter(range(9))
+    monkeypatch.setattr(cpu_adapters, "logits", lambda *_: torch.full((2, 2), float(next(made))))
+    with pytest.raises(cpu_adapters.WrongResultError, match="loaded by peftkern differs"):
+        cpu_adapters.check(size, tmp_path)
+
+
 def test_experts_run_end_to_end(tmp_path, capsys):
     """Bug: a benchmark of stacked experts that times a wrong result, or no longer runs."""
     pytest.importorskip("peft")
