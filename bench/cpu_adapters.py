@@ -5,8 +5,9 @@
 What a program waits for around its forwards. The model is a Llama of 32 layers as large models have them, but narrow
 (hidden 64), so that what is timed is the work for each of its 224 adapted layers and not copying: LoRA on all linear
 layers. A round goes through the operations below on fresh models, first with one library and then with the other, which
-take turns in being the first; the figure is the median of the rounds' ratios. Before, both libraries have loaded the
-same file, and their logits are compared. The result goes to bench/results/cpu-<processor>/adapters.json.
+take turns in being the first; the figure is the median of the rounds' ratios. The last loads eight adapters into one
+model, peftkern's by `AdapterBank.from_pretrained`. Before, both libraries have loaded the same file, and their logits
+are compared. The result goes to bench/results/cpu-<processor>/adapters.json.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from bench.models import Size, llama
 from bench.run import save
 
 SIZE = Size(hidden=64, intermediate=96, layers=32, heads=4, vocabulary=512, batch=2, tokens=8)
+MANY = 8
 Timed = Callable[[str, Callable[[], Any]], Any]
 
 
@@ -70,6 +72,18 @@ def walk(library: Any, size: Size, folder: Path, timed: Timed) -> None:
     timed("unmerge_adapter", model.unmerge_adapter)
     timed("merge_and_unload", model.merge_and_unload)
     timed("from_pretrained", lambda: library.PeftModel.from_pretrained(other, folder))
+    served = llama(size, torch.float32)
+    names = [f"a{i}" for i in range(MANY)]
+
+    def load_many() -> None:
+        if hasattr(library, "AdapterBank"):
+            library.AdapterBank.from_pretrained(served, dict.fromkeys(names, folder), progress=False)
+            return
+        model = library.PeftModel.from_pretrained(served, folder, adapter_name=names[0])
+        for name in names[1:]:
+            model.load_adapter(folder, name)
+
+    timed(f"{MANY} adapters", load_many)
 
 
 def check(size: Size, folder: Path) -> None:

@@ -30,6 +30,7 @@ from peftkern.utils.adapter_error import AdapterFileError, shorten, shown
 from peftkern.utils.adapter_files import PathLike, blamed_on_config, reading, write_adapter
 from peftkern.utils.adapter_keys import PREFIX
 from peftkern.utils.model_snapshot import restored_on_error
+from peftkern.utils.module_tree import modules_of, named_modules_of
 from peftkern.utils.other import ModulesToSaveWrapper, check_is_module
 from peftkern.utils.save_and_load import (
     check_lora_tensors,
@@ -169,7 +170,7 @@ class AdapterBank:
             bank = cls(model, slots, highest if max_rank is None else max_rank, target_modules=targets)
             for name, (config, tensors) in read.items():
                 with blamed_on_config(adapters[name], hub):
-                    bank._make(name, config, tensors, trainable, weights_file(adapters[name], **hub))
+                    bank._put(name, config, tensors, trainable, weights_file(adapters[name], **hub))
             bank._seat()
         if not trainable:
             bank.model.eval()
@@ -222,7 +223,7 @@ class AdapterBank:
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of one adapter, by their names in `bank.model`."""
         self._slot(name)
-        every = self._tuner.model.modules()
+        every = modules_of(self._tuner.model)
         modules = [m for m in every if isinstance(m, ModulesToSaveWrapper) or is_tuned(m)]
         mine = {id(p) for module in modules for p in _parameters_of(module, name)}
         return ((key, p) for key, p in self.model.named_parameters() if id(p) in mine)
@@ -331,7 +332,7 @@ class AdapterBank:
         with _blamed(config):  # all checks, while the old one is still there
             self._make(_INCOMING, given, tensors, trainable, source, name)
         self._delete(name)
-        for module in self._tuner.model.modules():
+        for module in modules_of(self._tuner.model):
             if isinstance(module, LoraLayer | ModulesToSaveWrapper):
                 for attribute in (*module.adapter_layer_names, *module.other_param_names):
                     held = getattr(module, attribute)
@@ -394,7 +395,7 @@ class AdapterBank:
         return [layer for layer in self._layers() if isinstance(layer, Linear)]
 
     def _covered(self) -> list[str]:
-        modules = self._tuner.model.named_modules()
+        modules = named_modules_of(self._tuner.model)
         return [name for name, module in modules if isinstance(module, Linear) and is_tuned(module)]
 
     def _seat(self) -> None:
@@ -427,6 +428,19 @@ class AdapterBank:
         """Put an adapter into the layers, without a slot; if anything is wrong, the model is left as it was.
 
         Messages speak of it as `called`, where that is to be its name later."""
+        with restored_on_error(self.model):
+            self._put(name, config, state_dict, trainable, source, called)
+
+    def _put(
+        self,
+        name: str,
+        config: LoraConfig,
+        state_dict: Mapping[str, torch.Tensor] | None,
+        trainable: bool,
+        source: PathLike,
+        called: str | None = None,
+    ) -> None:
+        """`_make`, where the caller restores the model after an error."""
         called = called or name
         if not isinstance(config, LoraConfig):
             raise ValueError(f"adapter {called!r}: expected a LoRA configuration, got {type(config).__name__}")
@@ -440,21 +454,20 @@ class AdapterBank:
             raise ValueError(f"adapter {called!r}: bias={config.bias!r} trains biases that all adapters share")
         self._mixed.sync()  # the model may have moved since, and its adapters out of their pools
         known, active = set(map(id, self._layers())), list(self.model.active_adapters)
-        with restored_on_error(self.model):
-            self.model.add_adapter(name, config, autocast_adapter_dtype=False)
-            for key, layer in self._tuner.model.named_modules():
-                if is_tuned(layer) and id(layer) not in known:
-                    raise ValueError(f"adapter {called!r}: the bank does not cover {key!r}, which it targets")
-            for layer, pool in self._mixed.pools.items():
-                _cast(layer, name, pool.pool_a.dtype)
-            for layer in self._layers():
-                if name in layer.lora_dropout:  # a module is made in training mode, whatever the model is in
-                    layer.lora_dropout[name].train(layer.training)
-            if state_dict is not None:
-                result = set_peft_model_state_dict(self.model, state_dict, name, source=source)
-                if result.missing_keys or result.unexpected_keys:
-                    text = f"missing {shorten(result.missing_keys)}; unknown {shorten(result.unexpected_keys)}"
-                    warnings.warn(f"{os.fspath(source)}: {text}", stacklevel=4)
+        self.model._add_adapter(name, config, low_cpu_mem_usage=False, widen=False)
+        for key, layer in named_modules_of(self._tuner.model):
+            if is_tuned(layer) and id(layer) not in known:
+                raise ValueError(f"adapter {called!r}: the bank does not cover {key!r}, which it targets")
+        for layer, pool in self._mixed.pools.items():
+            _cast(layer, name, pool.pool_a.dtype)
+        for layer in self._layers():
+            if name in layer.lora_dropout:  # a module is made in training mode, whatever the model is in
+                layer.lora_dropout[name].train(layer.training)
+        if state_dict is not None:
+            result = set_peft_model_state_dict(self.model, state_dict, name, source=source)
+            if result.missing_keys or result.unexpected_keys:
+                text = f"missing {shorten(result.missing_keys)}; unknown {shorten(result.unexpected_keys)}"
+                warnings.warn(f"{os.fspath(source)}: {text}", stacklevel=4)
         self._tuner.active_adapter = active
         self.model.set_requires_grad(name, trainable)
 
@@ -463,7 +476,7 @@ def _with_layers_alone(model: nn.Module, target_modules: list[str] | str | None)
     """A `PeftModel` whose layers are in place, without an adapter in them."""
     with restored_on_error(model):
         made = get_peft_model(model, LoraConfig(r=1, target_modules=target_modules), adapter_name=_PLACE)
-        stacked = [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
+        stacked = [name for name, module in named_modules_of(model) if isinstance(module, ParamWrapper)]
         if stacked:
             raise ValueError(
                 f"target_modules={shown(target_modules, 300)} means parameters in this model ({shorten(stacked, 2)}), "

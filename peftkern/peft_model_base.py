@@ -23,6 +23,7 @@ from peftkern.utils.adapter_files import PathLike, blamed_on_config, reading, we
 from peftkern.utils.hub import check_save_options, upload
 from peftkern.utils.model_card import update_model_card
 from peftkern.utils.model_snapshot import restored_on_error
+from peftkern.utils.module_tree import modules_of
 from peftkern.utils.other import check_is_module
 from peftkern.utils.peft_types import PeftType
 from peftkern.utils.save_and_load import (
@@ -314,7 +315,7 @@ class PeftModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """In this context the model is the base model."""
-        disabled = {module.disable_adapters for module in self.modules() if is_tuned(module)}
+        disabled = {module.disable_adapters for module in modules_of(self) if is_tuned(module)}
         if len(disabled) == 2:
             warnings.warn("Some layers' adapters were disabled, others not: all are enabled afterwards.", stacklevel=3)
         was_disabled = self._adapters_disabled

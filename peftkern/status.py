@@ -11,6 +11,7 @@ from torch import nn
 from peftkern.integrations.quantized_models import is_transformers_model
 from peftkern.peft_model_base import PeftModel
 from peftkern.tuners.tuner_layer import BaseTunerLayer, is_tuned
+from peftkern.utils.module_tree import named_modules_of
 from peftkern.utils.other import AuxiliaryTrainingWrapper
 from peftkern.utils.peft_types import PeftType
 from peftkern.utils.quantized_modules import weight_of
@@ -89,7 +90,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     base: Any = model.base_model if isinstance(model, PeftModel) else model
-    found = [(n, m) for n, m in base.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    found = [(n, m) for n, m in named_modules_of(base) if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     managed = [(n, m) for n, m in found if is_tuned(m) or isinstance(m, AuxiliaryTrainingWrapper)]
     if not found:
         raise ValueError(f"model: expected one with adapters in it, found none in this {type(model).__name__}")

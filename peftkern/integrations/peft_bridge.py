@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from peftkern.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peftkern.utils.module_tree import modules_of
 from peftkern.utils.other import ModulesToSaveWrapper
 
 
@@ -48,7 +49,7 @@ def bridge_wrappers(model: nn.Module) -> None:
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(model, peft.PeftModel):
         return
-    for module in model.modules():
+    for module in modules_of(model):
         if type(module) is ModulesToSaveWrapper:
             module.__class__ = _combine(ModulesToSaveWrapper, peft.utils.other.ModulesToSaveWrapper)
 

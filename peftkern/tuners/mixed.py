@@ -19,6 +19,7 @@ from peftkern.ops._common import makes_plain_tensors
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.tuners.token_order import TokenOrder
 from peftkern.tuners.tuner_layer import is_tuned
+from peftkern.utils.module_tree import modules_of
 from peftkern.utils.other import ModulesToSaveWrapper
 
 BASE = "__base__"  # the name that PEFT gives a row without an adapter
@@ -145,7 +146,7 @@ class MixedRows:
     def find_layers(self) -> None:
         """Look for the model's adapted layers again, after some came or went."""
         kinds = (self._layer_class, ModulesToSaveWrapper)
-        found: list[Any] = [module for module in self._model.modules() if isinstance(module, kinds)]
+        found: list[Any] = [module for module in modules_of(self._model) if isinstance(module, kinds)]
         self._layers = [module for module in found if isinstance(module, ModulesToSaveWrapper) or is_tuned(module)]
         self._tuned: list[Any] = [layer for layer in self._layers if isinstance(layer, self._layer_class)]
         self._order = TokenOrder(self._model, self._layers)
@@ -237,7 +238,7 @@ class MixedRows:
         self._last_use = None
         self.sync()
         names = tuple(self.names)
-        inside = set() if encoder is None or encoder_batch is None else set(encoder.modules())
+        inside = set() if encoder is None or encoder_batch is None else set(modules_of(encoder))
         views = self._order.views(batch)
         plain = not views
         if encoder_batch is not None:

@@ -13,17 +13,18 @@ from typing import Any
 from torch import nn
 
 from peftkern.tuners.tuner_layer import BaseTunerLayer, is_tuned
+from peftkern.utils.module_tree import modules_of
 from peftkern.utils.other import ModulesToSaveWrapper, _set_adapter
 
 
 def layers_of(model: nn.Module, layer_cls: type = BaseTunerLayer) -> list[Any]:
     """The adapted layers of a class in `model`."""
-    return [module for module in model.modules() if isinstance(module, layer_cls) and is_tuned(module)]
+    return [module for module in modules_of(model) if isinstance(module, layer_cls) and is_tuned(module)]
 
 
 def holders_of(model: nn.Module) -> list[Any]:
     """All that holds adapters in `model`: adapted layers, and the wrappers of what is trained whole."""
-    return [module for module in model.modules() if is_tuned(module) or isinstance(module, ModulesToSaveWrapper)]
+    return [module for module in modules_of(model) if is_tuned(module) or isinstance(module, ModulesToSaveWrapper)]
 
 
 def activate(model: nn.Module, names: list[str], inference_mode: bool, layer_cls: type = BaseTunerLayer) -> None:
@@ -43,7 +44,7 @@ def remove(model: nn.Module, name: str, active: list[str], layer_cls: type = Bas
         if name in layer.active_adapters:
             layer.set_adapter(active)
         layer.delete_adapter(name)
-    for module in model.modules():
+    for module in modules_of(model):
         if isinstance(module, ModulesToSaveWrapper):
             module.delete_adapter(name, active)
 

@@ -26,6 +26,7 @@ from peftkern.utils.constants import (
 )
 from peftkern.utils.error import NoMatchingPeftModuleError
 from peftkern.utils.linear_layers import conv1d_class, is_conv1d
+from peftkern.utils.module_tree import named_modules_of
 from peftkern.utils.other import AuxiliaryTrainingWrapper
 from peftkern.utils.peft_types import TaskType
 from peftkern.utils.quantized_modules import Linear4bit, Linear8bit, holds_quantized
@@ -163,9 +164,9 @@ def match_targets(
         UserWarning: Names that were given and match nothing: entries of target_modules and exclude_modules, keys of
             rank_pattern and alpha_pattern.
     """
-    layers = {k: m for k, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
+    layers = {k: m for k, m in named_modules_of(model) if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
     inside = set(layers)
-    names = [k for k, _ in model.named_modules() if k and not lies_under(k, inside)]
+    names = [k for k, _ in named_modules_of(model) if k and not lies_under(k, inside)]
     asked, asked_parameters = config.target_modules, getattr(config, "target_parameters", None)
     if asked is None:
         config.target_modules = _default_targets(model, defaults, may_lack=bool(asked_parameters))
@@ -288,8 +289,10 @@ def warn_of_tied_targets(model: nn.Module, config: Any, keys: Iterable[str]) -> 
     """Warns where an adapter, or a copy that is trained whole, goes on a weight that another module uses too."""
     whole = getattr(config, "modules_to_save", None) or []
     users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for name, module in named_modules_of(model, remove_duplicate=False):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(name)
     targeted = set(keys)
     for modules in users.values():
         if len(modules) > 1 and any(m in targeted or any(m.endswith(w) for w in whole) for m in modules):
@@ -324,7 +327,7 @@ def output_head_names(model: nn.Module, task_type: str | None) -> set[str]:
         if heads[0] is None and task_type == TaskType.SEQ_CLS:
             found = (getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES)
             heads = [next((head for head in found if head is not None), None)]
-    return {name for name, module in model.named_modules() if any(module is head for head in heads)}
+    return {name for name, module in named_modules_of(model) if any(module is head for head in heads)}
 
 
 def all_linear_names(model: nn.Module, task_type: str | None, inside: set[str], linear_like: set[str]) -> set[str]:
@@ -339,7 +342,7 @@ def all_linear_names(model: nn.Module, task_type: str | None, inside: set[str], 
         inside: Names of adapted layers and wrappers; what lies in them is never meant.
         linear_like: Those of them that stand in the place of a linear layer.
     """
-    names = {name for name, module in model.named_modules() if is_linear(module) and not lies_under(name, inside)}
+    names = {name for name, module in named_modules_of(model) if is_linear(module) and not lies_under(name, inside)}
     names = {name for name in names if not _is_read_by_attention(model, name)}
     return (names | linear_like) - output_head_names(model, task_type)
 

@@ -40,6 +40,7 @@ from peftkern.tuners.targets import (
 )
 from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, check_adapters_to_merge, is_tuned
 from peftkern.utils.adapter_error import shorten
+from peftkern.utils.module_tree import modules_of, named_modules_of, parameters_of_model
 from peftkern.utils.other import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
@@ -183,14 +184,14 @@ class BaseTuner(nn.Module, ABC):
         whole = getattr(config, "modules_to_save", None) or []
         if whole:
             check_modules_to_save(model, whole)
-        if any(adapter_name in m.merged_adapters for m in model.modules() if is_tuned(m)):
+        if any(adapter_name in m.merged_adapters for m in modules_of(model) if is_tuned(m)):
             raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before making it anew")
         warn_of_tied_targets(model, config, [*keys, *(name.rpartition(".")[0] for name in names)])
         warn_of_uncalled_targets(model, keys)
 
         # A further adapter leaves what was there as trainable as it was. Layers of `peftkern.nn` are part of the base.
         first = len(self.peft_config) == 1 and not getattr(model, "peft_config", None)
-        before = [] if first else [(p, p.requires_grad) for p in model.parameters()]
+        before = [] if first else [(p, p.requires_grad) for p in parameters_of_model(model)]
         if first:
             _warn_of_frozen(model)
         for key in keys:
@@ -236,12 +237,12 @@ class BaseTuner(nn.Module, ABC):
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freezes all but adapters, modules trained whole, and the biases that the active configurations name."""
         kept = set()
-        for module in model.modules():
+        for module in modules_of(model):
             if is_tuned(module):
                 kept |= {id(p) for container in module._containers() for p in container.parameters()}
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 kept |= {id(p) for p in module.parameters()}
-        for parameter in model.parameters():
+        for parameter in parameters_of_model(model):
             if id(parameter) not in kept:
                 parameter.requires_grad = False
         for name in self.active_adapters:
@@ -251,7 +252,7 @@ class BaseTuner(nn.Module, ABC):
                     if key == "bias" or key.endswith(".bias"):
                         parameter.requires_grad = True
             elif bias != "none":
-                for module in model.modules():
+                for module in modules_of(model):
                     is_own = is_tuned(module) and isinstance(module, self.tuner_layer_cls)
                     trained = getattr(module, "bias", None) if is_own else None
                     if trained is not None:
@@ -356,7 +357,7 @@ class BaseTuner(nn.Module, ABC):
         return layers_of(self.model, self.tuner_layer_cls)
 
     def _named_layers(self) -> dict[str, Any]:
-        named = self.model.named_modules()
+        named = named_modules_of(self.model)
         return {name: m for name, m in named if isinstance(m, self.tuner_layer_cls) and is_tuned(m)}
 
     def enable_adapter_layers(self) -> None:
@@ -484,7 +485,7 @@ class BaseTuner(nn.Module, ABC):
         merged = [layer.get_base_layer() for layer in self._layers() if is_merged_into_dense(layer)]
         # A tied module stands in several places, so names of duplicates count. What is inside comes first: a wrapper
         # (modules_to_save) may hold layers of another adapter, which go by other names once it is gone.
-        for key, module in reversed(list(self.model.named_modules(remove_duplicate=False))):
+        for key, module in reversed(named_modules_of(self.model, remove_duplicate=False)):
             is_own = isinstance(module, self.tuner_layer_cls) and is_tuned(module)
             if not is_own and not isinstance(module, ModulesToSaveWrapper):
                 continue
@@ -520,7 +521,7 @@ class BaseTuner(nn.Module, ABC):
 
 def _warn_of_frozen(model: nn.Module) -> None:
     """Warns of layers of `peftkern.nn` that learned until now: they are part of the base."""
-    alone = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer) and m.stands_alone}
+    alone = {name: m for name, m in named_modules_of(model) if isinstance(m, BaseTunerLayer) and m.stands_alone}
     learned = [
         name for name, m in alone.items() if any(p.requires_grad for c in m._containers() for p in c.parameters())
     ]

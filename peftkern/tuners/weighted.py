@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from peftkern.utils.module_tree import modules_of
 from peftkern.utils.other import ModulesToSaveWrapper
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def check_sources(model: BaseTuner, adapters: list[str], weights: list[float], a
         raise ValueError(f"adapter_name: there is an adapter {adapter_name!r} already")
     if len(weights) != len(adapters):
         raise ValueError(f"weights: expected one for each of {len(adapters)} adapters, got {len(weights)}")
-    for wrapper in model.model.modules():
+    for wrapper in modules_of(model.model):
         if isinstance(wrapper, ModulesToSaveWrapper):
             both = [name for name in dict.fromkeys(adapters) if name in wrapper.modules_to_save]
             if len(both) > 1:

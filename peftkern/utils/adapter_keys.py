@@ -16,6 +16,7 @@ from torch import nn
 
 from peftkern.tuners.tuner_layer import BaseTunerLayer, is_tuned
 from peftkern.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peftkern.utils.module_tree import named_modules_of
 from peftkern.utils.other import ModulesToSaveWrapper, embeddings_of
 
 PREFIX = "base_model.model."
@@ -108,13 +109,13 @@ def embedding_is_targeted(model: nn.Module, config: Any) -> bool:
         return False
     if isinstance(targets, str):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        names = (name for name, _ in base.named_modules() if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
+        names = (name for name, _ in named_modules_of(base) if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
         return any(re.fullmatch(targets, name) for name in names)
     return any(name in targets for name in EMBEDDING_LAYER_NAMES)
 
 
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
+    for name, module in named_modules_of(model):
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, "")
         yield name, module

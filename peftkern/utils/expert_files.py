@@ -19,6 +19,7 @@ from peftkern.tuners.lora.experts import ParamWrapper
 from peftkern.utils.adapter_error import AdapterFileError
 from peftkern.utils.adapter_files import PathLike
 from peftkern.utils.constants import EXPERTS_THAT_WERE_LAYERS
+from peftkern.utils.module_tree import named_modules_of
 
 # The module around the experts, and its name in files of transformers 4 where that was another one (Mixtral).
 _NOW, _BEFORE = ".mlp.", ".block_sparse_moe."
@@ -44,7 +45,7 @@ def stack_experts(
     if table is None:
         return state_dict
     found = dict(state_dict)
-    for name, wrapper in model.named_modules():
+    for name, wrapper in named_modules_of(model):
         if not isinstance(wrapper, ParamWrapper) or adapter_name not in wrapper.scaling:
             continue
         module = name.replace(".base_layer", "")

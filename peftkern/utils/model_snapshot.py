@@ -9,6 +9,8 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
+from peftkern.utils.module_tree import modules_of
+
 
 @contextlib.contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
@@ -20,7 +22,7 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
     others does; they are then merged again, so that base weights are within a rounding of what they were. Costs a few
     references for each module.
     """
-    modules = [(module, type(module), module.__dict__.copy()) for module in model.modules()]
+    modules = [(module, type(module), module.__dict__.copy()) for module in modules_of(model)]
     contents = [_contents(attributes) for _, _, attributes in modules]
     parameters = (p for module, _, _ in modules for p in module._parameters.values() if p is not None)
     grads = [(parameter, parameter.requires_grad) for parameter in parameters]

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from peftkern.utils.constants import SEQ_CLS_HEAD_NAMES
+from peftkern.utils.module_tree import modules_of, named_modules_of
 
 # PEFT has these in this module too; here they live apart, and are imported when first asked for.
 _LATER = {"fsdp_auto_wrap_policy": "fsdp"}
@@ -316,7 +317,7 @@ def _set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_
     Raises:
         ValueError: Several of the named adapters have a copy of one module; nothing is changed then.
     """
-    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    wrappers = [module for module in modules_of(model) if isinstance(module, ModulesToSaveWrapper)]
     for wrapper in wrappers:
         wrapper.check_one(wrapper.held_among(adapter_name))
     for wrapper in wrappers:
@@ -335,7 +336,7 @@ def _check_can_copy(module: nn.Module) -> None:
 def check_modules_to_save(model: nn.Module, names: Iterable[str]) -> None:
     """Raises for a module that `wrap_modules_to_save` would fail at, before anything is changed."""
     endings = tuple(names)
-    for key, module in model.named_modules():
+    for key, module in named_modules_of(model):
         if (
             key.endswith(endings)
             and not isinstance(module, AuxiliaryTrainingWrapper)
@@ -365,7 +366,7 @@ def wrap_modules_to_save(
     names = list(names)
     found: dict[str, set[str]] = {name: set() for name in names}
     # A tied module is listed under each of its names, so that each place is wrapped.
-    for key, module in list(model.named_modules(remove_duplicate=False)):
+    for key, module in named_modules_of(model, remove_duplicate=False):
         matched = [name for name in names if key.endswith(name)]
         if not matched or _is_inside_adapter(model, key):
             continue

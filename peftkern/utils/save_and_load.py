@@ -25,6 +25,7 @@ from peftkern.utils.adapter_keys import (
     embedding_key_map,
 )
 from peftkern.utils.expert_files import stack_experts
+from peftkern.utils.module_tree import modules_of
 from peftkern.utils.peft_types import PeftType
 
 _PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
@@ -291,7 +292,7 @@ def set_peft_model_state_dict(
         empty = {key: held for key, held in plan.held.items() if held.is_meta and key in tensors}
         taken = {key: tensors[key].to(held.dtype) for key, held in empty.items()}
         model.load_state_dict(taken, strict=False, assign=True)
-        for module in model.modules():
+        for module in modules_of(model):
             if is_tuned(module):
                 module._move_adapter_to_device_of_base_layer(adapter_name, keep_dtype=True)
                 module._fill_adapter(adapter_name, _config_of(model, adapter_name))

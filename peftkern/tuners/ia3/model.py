@@ -22,6 +22,7 @@ from peftkern.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 )
+from peftkern.utils.module_tree import named_modules_of
 
 
 def is_feedforward(config: Any, key: str) -> bool:
@@ -60,7 +61,7 @@ class IA3Model(BaseTuner):
         config.feedforward_modules = named
         if isinstance(named, set) and isinstance(targets, set) and not named <= targets:
             config.feedforward_modules = {target for target in targets if target.endswith(tuple(named))}
-            keys = [key for key, _ in self.model.named_modules() if ends_with_name(key, targets)]
+            keys = [key for key, _ in named_modules_of(self.model) if ends_with_name(key, targets)]
             if any(is_feedforward(config, key) != key.endswith(tuple(named)) for key in keys):
                 # Longer names than the targets' (which `match_targets` may have shortened): an expression may be any.
                 config.feedforward_modules = f".*(?:{'|'.join(map(re.escape, sorted(named)))})"

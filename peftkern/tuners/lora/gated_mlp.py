@@ -26,6 +26,7 @@ from peftkern.ops._lora_linear_traced import fitting_dtypes
 from peftkern.ops.plan import JOINED_ELEMENTS
 from peftkern.tuners.fusing import compute_dtype, is_bare, is_nested
 from peftkern.tuners.lora.layer import Linear
+from peftkern.utils.module_tree import modules_of, named_modules_of
 from peftkern.utils.other import batch_in_force
 
 FEW_ELEMENTS = JOINED_ELEMENTS  # of the MLP's input: on a CPU up to so many are few
@@ -182,7 +183,7 @@ def fuse_mlps(model: nn.Module, enabled: bool = True) -> list[str]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     names = []
-    for name, mlp in model.named_modules():
+    for name, mlp in named_modules_of(model):
         if _is_known(mlp):
             names.append(name)
             _release(mlp)
@@ -194,14 +195,14 @@ def fuse_mlps(model: nn.Module, enabled: bool = True) -> list[str]:
 
 def fuse_known_mlps(model: nn.Module) -> None:
     """`fuse_mlps`, but for MLPs that were left alone, or that have a forward of their own."""
-    for mlp in model.modules():
+    for mlp in modules_of(model):
         if _is_known(mlp) and not mlp.__dict__.get(_LEFT_ALONE) and "forward" not in mlp.__dict__:
             _take(mlp)
 
 
 def release_mlps(model: nn.Module) -> None:
     """Give all MLPs their class's forward back."""
-    for mlp in model.modules():
+    for mlp in modules_of(model):
         _release(mlp)
         mlp.__dict__.pop(_LEFT_ALONE, None)
 

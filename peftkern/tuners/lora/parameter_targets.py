@@ -25,6 +25,7 @@ from peftkern.tuners.targets import (
 from peftkern.tuners.tuner_layer import BaseTunerLayer, is_tuned
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.constants import EXPERTS_THAT_WERE_LAYERS
+from peftkern.utils.module_tree import named_modules_of
 from peftkern.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 
 
@@ -85,7 +86,7 @@ def wrap(model: nn.Module, target: ParameterTarget, adapter_name: str, config: A
 def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of the base model by their names, wrappers, adapters and parametrizations left out."""
     inside: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in named_modules_of(model):
         if any(name.startswith(prefix) and not name.startswith(f"{prefix}base_layer") for prefix in inside):
             continue
         if isinstance(module, BaseTunerLayer):
@@ -181,7 +182,7 @@ def _named_by(
     are now."""
     targets = config.target_modules
     if is_all_linear(targets):
-        layers = {k: m for k, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
+        layers = {k: m for k, m in named_modules_of(model) if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
         linear = {k for k, m in layers.items() if is_tuned(m) and "Linear" in type(m).__name__}
         every = all_linear_names(model, config.task_type, set(layers), linear)
         names = {name for name in every if name.rpartition(".")[2] not in stacked}
@@ -192,7 +193,7 @@ def _named_by(
     found = {t: next((old for old in stacked if t == old or t.endswith(f".{old}")), None) for t in targets or ()}
     named = {old for old in found.values() if old is not None}
     moved = [t for t, old in found.items() if old is not None]
-    _warn_of_left_out([k for k, m in model.named_modules() if isinstance(m, nn.Linear) and ends_with_name(k, moved)])
+    _warn_of_left_out([k for k, m in named_modules_of(model) if isinstance(m, nn.Linear) and ends_with_name(k, moved)])
     return {t for t, old in found.items() if old is None}, named, {stacked[old] for old in named}
 
 
@@ -211,7 +212,7 @@ def _named_by_expression(
             if container != key and check_target_module_exists(config, f"{container}.{old}"):
                 named.add(old)
                 reached.add(key)
-    names = [k for k, _ in model.named_modules() if k and ".base_layer" not in k]
+    names = [k for k, _ in named_modules_of(model) if k and ".base_layer" not in k]
     modules = {k for k in names if check_target_module_exists(config, k) and k.rpartition(".")[2] not in stacked}
     left_out = {k for k in names if check_target_module_exists(config, k)} - modules
     _warn_of_left_out([k for k in sorted(left_out) if isinstance(model.get_submodule(k), nn.Linear)])

@@ -30,6 +30,7 @@ from peftkern.ops.multi_lora_linear_shared import shared_plan_for as shared_plan
 from peftkern.ops.plan import APART, DECODE_PATHS, JOINED_ELEMENTS, MOST_PROJECTIONS, Plan, plan_shared
 from peftkern.tuners.fusing import compute_dtype
 from peftkern.tuners.lora.layer import Linear
+from peftkern.utils.module_tree import modules_of, named_modules_of
 from peftkern.utils.other import batch_in_force
 
 # Children of one module that its forward gives the same tensor, in the order of their calls.
@@ -354,7 +355,7 @@ def share_inputs(model: nn.Module, enabled: bool = True) -> list[tuple[str, ...]
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     groups = []
-    for prefix, parent in model.named_modules():
+    for prefix, parent in named_modules_of(model):
         for names in PROJECTIONS:
             found = [(name, parent._modules.get(name)) for name in names]
             present = [(name, layer) for name, layer in found if isinstance(layer, Linear)]
@@ -372,9 +373,9 @@ def share_inputs(model: nn.Module, enabled: bool = True) -> list[tuple[str, ...]
 def share_known_inputs(model: nn.Module) -> None:
     """`share_inputs` for a model that is known to call its layers so, or holds such a one, as a model that sees and
     reads holds the one that reads; but for layers that were untied."""
-    untied = [m for m in model.modules() if m.__dict__.get("_shared_input", m) is None]
+    untied = [m for m in modules_of(model) if m.__dict__.get("_shared_input", m) is None]
     done: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in named_modules_of(model):
         if not name.startswith(done) and getattr(getattr(module, "config", None), "model_type", None) in MODEL_TYPES:
             share_inputs(module)
             done = (*done, f"{name}." if name else "")

@@ -32,6 +32,7 @@ from peftkern.tuners.weighted import check_sources, joined_targets
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.merge_utils import METHODS, check_density, check_sign_method, wide
 from peftkern.utils.model_snapshot import restored_on_error
+from peftkern.utils.module_tree import modules_of
 from peftkern.utils.other import ModulesToSaveWrapper
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def _warn_of_left_out(model: LoraModel, adapters: list[str], adapter_name: str, 
             f"{adapter_name!r} combines A and B alone: the magnitudes of {with_dora} are left out, and it {what}",
             stacklevel=4,
         )
-    copies = [m for m in model.model.modules() if isinstance(m, ModulesToSaveWrapper)]
+    copies = [m for m in modules_of(model.model) if isinstance(m, ModulesToSaveWrapper)]
     trained = [name for name in dict.fromkeys(adapters) if any(name in wrapper.modules_to_save for wrapper in copies)]
     if trained:
         warnings.warn(
