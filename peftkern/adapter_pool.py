@@ -97,9 +97,11 @@ class LayerAdapters:
         ranks = [0 if entry is None else entry.lora_A.shape[0] for entry in self.entries]
         self.layout = Layout((slot * self.max_rank, rank) for slot, rank in enumerate(ranks))
         self.scalings = tuple(0.0 if entry is None else entry.scaling for entry in self.entries)
+        # Those of `_places`, without making the views: pools are filled slot by slot, and this is for all slots.
+        each_a, each_b = (self.max_rank * n * self.pool_a.element_size() for n in (self.K, self.N))
+        a, b = self.pool_a.data_ptr(), self.pool_b.data_ptr()
         self._addresses = tuple(
-            None if entry is None else (a.data_ptr(), b.data_ptr())
-            for entry, (a, b) in zip(self.entries, map(self._places, range(self.slots), ranks), strict=True)
+            None if entry is None else (a + slot * each_a, b + slot * each_b) for slot, entry in enumerate(self.entries)
         )
 
     def _places(self, slot: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

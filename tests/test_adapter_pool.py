@@ -156,3 +156,18 @@ def test_wrong_sizes_are_named():
         LayerAdapters(K, N, 1, True)
     with pytest.raises(IndexError, match="slot: expected 0 to 3, got 4"):
         filled()[0].put(4, *adapter(1), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_addresses_are_those_of_the_views(dtype):
+    """Would catch an address that is worked out wrongly: the pool would be laid out anew at each forward, or not at all
+    when a parameter has left it."""
+    pool = LayerAdapters(5, 7, 3, 4, dtype)
+    for slot, rank in ((2, 3), (0, 4), (1, 1)):
+        pool.put(slot, torch.randn(rank, 5).to(dtype), torch.randn(7, rank).to(dtype), 1.0)
+    views = [pool._places(slot, rank) for slot, rank in enumerate((4, 1, 3))]
+    assert pool._addresses == tuple((a.data_ptr(), b.data_ptr()) for a, b in views)
+    assert not pool.settle()
+    entry = pool.entries[1]
+    entry.lora_B.data = entry.lora_B.data.clone()
+    assert pool.settle() and not pool.settle()

@@ -14,6 +14,7 @@ import peftkern
 from tiny_models import ids, mlp, randomize, tiny_llama
 
 NAMES = ["one", "__base__", "two", "one"]
+OTHERS = ["two", "two", "one", "__base__"]
 
 
 def adapted(base=None, dropout=0.0, **options):
@@ -40,7 +41,7 @@ def run(model, names=NAMES):
 def remembers(model):
     """Whether the next forward with the same names would use what the last one found."""
     last = mixed_of(model)._last_use
-    return last is not None and last.is_again(mixed_of(model).names)
+    return last is not None and last.holds(mixed_of(model).names)
 
 
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode])
@@ -186,12 +187,15 @@ CHANGES += [
 ]
 
 
+@pytest.mark.parametrize("first", [NAMES, OTHERS], ids=["same names", "other names"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_what_has_changed_is_seen(change):
-    """Would catch rows that are served by what has been replaced, moved, hooked or rescaled since."""
+def test_what_has_changed_is_seen(change, first):
+    """Would catch rows that are served by what has been replaced, moved, hooked or rescaled since, whether the batch
+    before had the same names or others."""
     torch.manual_seed(0)
     model = adapted()
-    before = run(model)
+    before = run(copy.deepcopy(model))
+    run(model, first)
     assert remembers(model)
     change(model, model.base_model.model.up)
     got, want = run(model), run(copy.deepcopy(model))
@@ -199,6 +203,19 @@ def test_what_has_changed_is_seen(change):
     assert got.dtype is not before.dtype or not torch.allclose(got, before)
     # And once more: what was found last is what is there.
     torch.testing.assert_close(run(model), want, rtol=0, atol=0)
+
+
+def test_other_names_look_at_no_layer_again(monkeypatch):
+    """Would catch a server's next request, of other adapters, that has each adapter of each layer looked through."""
+    from peftkern.tuners.lora import mixed
+
+    model = adapted()
+    want = run(copy.deepcopy(model), OTHERS)
+    run(model)
+    monkeypatch.setattr(mixed.MixedAdapters, "sync", lambda *_: pytest.fail("brought up to date again"))
+    monkeypatch.setattr(mixed, "_is_simple", lambda *_: pytest.fail("looked through again"))
+    assert torch.equal(run(model, OTHERS), want) and torch.equal(run(model, ["__base__"] * 4), mlp()(ids(4)))
+    assert torch.equal(run(model, OTHERS), want) and remembers(model)
 
 
 def test_modes_names_and_threads_are_seen():

@@ -51,8 +51,9 @@ class LayerRows:
         self.batch, self.names = batch, names
         self.thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
-    def decide(self, layer: Any) -> None:
-        """Settle, before the model runs, what the layer's forward needs to know and a compiled one should not ask."""
+    def decide(self, layer: Any, known: bool = False) -> None:
+        """Settle, before the model runs, what the layer's forward needs to know and a compiled one should not ask.
+        `known`: what `MixedRows.unchanged` asks of layers holds for this one."""
 
     def begin(self) -> None:
         """Serve another forward, for which all has been found unchanged."""
@@ -233,10 +234,15 @@ class MixedRows:
         """The batch as each layer sees it, all decided; those of the last time if nothing has changed since."""
         passing = encoder is not None or torch.compiler.is_compiling() or torch.is_grad_enabled()
         last = None if passing else self._last_use
-        if last is not None and last.batch is batch and last.is_again(self.names):
+        if last is not None and not last.holds(self.names):
+            last = None
+        if last is not None and last.batch is batch:
+            for own in last.rows:
+                own.begin()
             return last.rows
         self._last_use = None
-        self.sync()
+        if last is None:
+            self.sync()
         names = tuple(self.names)
         inside = set() if encoder is None or encoder_batch is None else set(modules_of(encoder))
         views = self._order.views(batch)
@@ -247,9 +253,9 @@ class MixedRows:
         rows = [self.rows_for(layer, views.get(layer, batch), names) for layer in self._layers]
         for layer, own in zip(self._layers, rows, strict=True):
             if isinstance(layer, self._layer_class):
-                own.decide(layer)
+                own.decide(layer, known=last is not None)
         if plain and not passing:
-            unchanged = self.unchanged(rows)
+            unchanged = self.unchanged(rows) if last is None else last.unchanged  # which is not of the batch
             self._last_use = None if unchanged is None else _Use(batch, names, rows, unchanged, threading.get_ident())
         return rows
 
@@ -259,7 +265,7 @@ class MixedRows:
 
 
 class _Use(NamedTuple):
-    """What the last batch found, for the next one that is the same."""
+    """What the last batch found, for the next one: all of it if that is the same, and what is of no batch if not."""
 
     batch: AdapterBatch
     names: tuple[str | None, ...]
@@ -267,13 +273,9 @@ class _Use(NamedTuple):
     unchanged: Callable[[], bool]
     thread: int
 
-    def is_again(self, names: list[str | None]) -> bool:
-        """Whether the rows serve now."""
-        if self.names != tuple(names) or self.thread != threading.get_ident() or not self.unchanged():
-            return False
-        for own in self.rows:
-            own.begin()
-        return True
+    def holds(self, names: list[str | None]) -> bool:
+        """Whether all is as it was: adapters and their slots, layers, and the thread."""
+        return self.names == tuple(names) and self.thread == threading.get_ident() and self.unchanged()
 
 
 def _hand(layer: Any, name: str, rows: LayerRows | None) -> None:

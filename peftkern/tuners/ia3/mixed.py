@@ -39,7 +39,7 @@ class LayerVectors(LayerRows):
 
     __slots__ = ("columns", "here")
 
-    def decide(self, layer: Any) -> None:
+    def decide(self, layer: Any, known: bool = False) -> None:
         """Which vectors there are. Before the model runs, so that a compiled one takes the rows' places as given."""
         self.here = [name for name in self.present() if name in layer.ia3_l]
         found = (self.names[slot] for slot in self.slots_present())

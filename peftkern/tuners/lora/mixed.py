@@ -174,7 +174,7 @@ class LayerBatch(LayerRows):
     def begin(self) -> None:
         self._fresh = True
 
-    def decide(self, layer: Any) -> None:
+    def decide(self, layer: Any, known: bool = False) -> None:
         """How the linear layer's forward will run: told by `fused`, `empty`, `dropout_p` and `biased`.
 
         Before the model runs, so that a compiled model sees the decision and not what it was made from: it is the same
@@ -186,7 +186,7 @@ class LayerBatch(LayerRows):
         self.dropout_p = _shared_dropout(layer, here)
         self.biased = tuple(name for name in here if layer.lora_bias[name])
         self.fused = self.pool is not None and self.dropout_p is not None
-        if self.fused and not _is_simple(layer, here) and layer._why_not_fused(here):
+        if self.fused and not known and not _is_simple(layer, here) and layer._why_not_fused(here):
             self.fused = False
         if self.apart and any(name in self.apart for name in here):
             self.fused = False
