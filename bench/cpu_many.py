@@ -8,14 +8,16 @@ adapters'. Both libraries have the same weights and adapters; logits are compare
 run in pairs, one of each library, the first of a pair taking turns, and after each pair the same rows through the
 model without adapters; the figure is the median of the pairs' ratios. Each has weights of its own, so that in such
 pairs all of a model comes from memory, the host's objects too; a decoding loop runs one model, token after token, and
-its case has turns of 16 forwards, beside the case with turns of one. Training one batch of all eight is timed too,
-beside the eight steps (forward and backward) that PEFT needs for it, whose loop does not train. Each case runs in a
-fresh process. The result goes to bench/results/cpu-<processor>/mixed.json.
+its case has turns of 16 forwards, beside the case with turns of one; and once more with the rows' adapters in another
+order at each forward, as where requests follow one another. Training one batch of all eight is timed too, beside the
+eight steps (forward and backward) that PEFT needs for it, whose loop does not train. Each case runs in a fresh process.
+The result goes to bench/results/cpu-<processor>/mixed.json.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import statistics
 import sys
@@ -47,11 +49,13 @@ class Case:
     dtype: torch.dtype
     training: bool = False
     in_a_row: int = 1
+    new_names: bool = False  # whether the rows' adapters change from forward to forward
 
     @property
     def key(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
         what = "training" if self.training else "inference" if self.in_a_row == 1 else f"{self.in_a_row} in a row"
+        what += ", other names each time" * self.new_names
         return f"{name}, {ADAPTERS} rows of {self.tokens} tokens, {what}"
 
     def targets(self) -> dict[str, float]:
@@ -60,10 +64,10 @@ class Case:
 
 
 CASES = [
-    Case(tokens, dtype, training, in_a_row)
+    Case(tokens, dtype, training, *more)
     for training in (False, True)
     for dtype in (torch.float32, torch.bfloat16)
-    for tokens, in_a_row in ((1, 1), (256, 1), *(() if training else ((1, 16),)))
+    for tokens, *more in ((1,), (256,), *(() if training else ((1, 16), (1, 16, True))))
 ]
 
 
@@ -113,16 +117,17 @@ def runners(case: Case, size: Size) -> tuple[dict[str, Callable[[], Any]], dict[
     errors = {"logits": _error(got, want, case, "logits")}
     if not case.training:
 
-        def inference(model: nn.Module, **options: Any) -> Callable[[], Any]:
+        def inference(model: nn.Module, mixed: bool = True) -> Callable[[], Any]:
+            batches = [names[i:] + names[:i] for i in range(ADAPTERS if case.new_names else 1)]
+            following = itertools.cycle([{"adapter_names": each} for each in batches] if mixed else [{}])
+
             def run() -> None:
                 with torch.inference_mode():
-                    model(input_ids=ids, **options)
+                    model(input_ids=ids, **next(following))
 
             return run
 
-        mixed = {"adapter_names": names}
-        timed = {"peftkern": inference(ours, **mixed), "peft": inference(theirs, **mixed), "frozen": inference(base)}
-        return timed, errors
+        return {"peftkern": inference(ours), "peft": inference(theirs), "frozen": inference(base, mixed=False)}, errors
 
     def together() -> None:
         ours.zero_grad()
@@ -170,6 +175,7 @@ def measure_case(size: Size, case: Case, pairs: int, threads: int) -> dict[str, 
         "tokens": case.tokens,
         "training": case.training,
         "in_a_row": case.in_a_row,
+        "new_names": case.new_names,
         **{f"{name}_ms": 1e3 * statistics.median(seconds) for name, seconds in taken.items()},
         **ratio_fields("speedup", taken["peft"], taken["peftkern"]),
         "over_frozen": statistics.median(a / b for a, b in zip(taken["peftkern"], taken["frozen"], strict=True)),

@@ -3,7 +3,7 @@
 What a layer's forward works out of the batch, the pool and x's shape is the same then, and costs several times what
 the products of a few rows do. `RepeatedForward` is what is left of it: views of the adapters where they lie in the
 pool, so that values that change are seen, and a handful of torch's calls. These are the general forward's, in their
-order, so that the result is the same to the bit.
+order, so that the result is the same to the bit; so the first forward of a batch runs by them too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class RepeatedForward:
     """y of a batch's rows over one layer on a CPU, without gradients and without dropout.
 
     Args:
-        x, weight, bias, pool: what a forward by `path` has just been made of, for which `can_be` holds.
+        x, weight, bias, pool: what a forward by `path` is made of, checked, and for which `can_be` holds.
         in_order: the groups of x's rows.
     """
 

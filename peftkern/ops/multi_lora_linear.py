@@ -108,18 +108,18 @@ def multi_lora_linear(
         flat = [number for owner in owners for number in owner]
         rest = (bias, seed, numbers, flat, bank.max_rank, p, path)
         return _operator(x, tensors, params, pools, routed, *rest)[0]
+    repeats = batch is adapter_ids and seed is None and cast is None and not torch.is_grad_enabled()
+    repeats = repeats and is_plain(path) and makes_plain_tensors()
+    if repeats and type(bank) is LayerAdapters and RepeatedForward.can_be(x, weight, path):
+        repeated = RepeatedForward(x, weight, bias, bank, path, batch.in_order(M, bank.layout))
+        batch.repeated[bank] = repeated
+        return repeated.run(x)
     call = Call(weight, bank, batch, seed, p, path, owners)
     if torch.is_grad_enabled():
         wanted = [x, *params, *(tensors if dense else []), *([] if bias is None else [bias])]
         if any(t.requires_grad for t in wanted):
             return apply_directly(_MultiLoraLinear, x, weight if dense else None, bias, call, *params)
-    y = forward(x, bias, call, keep=False)[0]
-    repeats = batch is adapter_ids and seed is None and cast is None and not torch.is_grad_enabled()
-    repeats = repeats and is_plain(path) and makes_plain_tensors()
-    if repeats and type(bank) is LayerAdapters and RepeatedForward.can_be(x, weight, path):
-        in_order = batch.in_order(M, bank.layout)
-        batch.repeated[bank] = RepeatedForward(x, weight, bias, bank, path, in_order)
-    return y
+    return forward(x, bias, call, keep=False)[0]
 
 
 def plan_for(x: torch.Tensor, weight: Weight, max_rank: int, backend: str) -> Plan:
