@@ -27,7 +27,7 @@ import torch
 from bench import records
 from bench.check import WrongResultError, relative_error, tolerance
 from bench.cpu_program import begun, caller, cpu_parser, folder_of, ratio_fields
-from bench.models import Size, llama
+from bench.models import Size, batch, llama
 from bench.run import save
 
 SIZE = Size(hidden=64, intermediate=96, layers=32, heads=4, vocabulary=512, batch=2, tokens=8)
@@ -37,12 +37,6 @@ Timed = Callable[[str, Callable[[], Any]], Any]
 
 def config(library: Any, rank: int) -> Any:
     return library.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-
-
-def batch(size: Size) -> torch.Tensor:
-    """Token ids [batch, tokens], the same for everybody."""
-    generator = torch.Generator().manual_seed(2)
-    return torch.randint(size.vocabulary, (size.batch, size.tokens), generator=generator)
 
 
 def logits(model: Any, size: Size) -> torch.Tensor:

@@ -34,7 +34,7 @@ from torch import nn
 from bench import measure, records
 from bench.check import WrongResultError, tolerance
 from bench.cpu_program import begun, caller, folder_of, ratio_fields, steps_parser
-from bench.models import ALPHA, RANK, Size, adapt, adapted_layers, adapters_of, learn_from_embeddings, llama
+from bench.models import ALPHA, RANK, Size, adapt, adapted_layers, adapters_of, batch, learn_from_embeddings, llama
 from bench.run import save
 from peftkern.backend import device_info
 from peftkern.ops.plan import Plan
@@ -109,12 +109,6 @@ def held_to(path: str | None) -> Iterator[None]:
         yield
     finally:
         module.plan_for = choose
-
-
-def batch(size: Size) -> torch.Tensor:
-    """Token ids [batch, tokens], the same for everybody."""
-    generator = torch.Generator().manual_seed(2)
-    return torch.randint(size.vocabulary, (size.batch, size.tokens), generator=generator)
 
 
 class Trainee:

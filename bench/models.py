@@ -44,6 +44,12 @@ def llama(size: Size, dtype: torch.dtype) -> nn.Module:
     return LlamaForCausalLM(config).to(dtype)
 
 
+def batch(size: Size) -> torch.Tensor:
+    """Token ids [batch, tokens], the same for everybody."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(size.vocabulary, (size.batch, size.tokens), generator=generator)
+
+
 def adapt(library: Any, base: nn.Module, dropout: float, fp32_adapters: bool, use_dora: bool = False) -> nn.Module:
     """LoRA of rank 16 on all linear layers of a copy of `base` by `library` (peft or peftkern), ready to be trained.
 

@@ -25,6 +25,7 @@ from peftkern.tuners.lora.experts import ParamWrapper
 from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.mixed import MixedAdapters
 from peftkern.tuners.mixed import BASE
+from peftkern.tuners.switching import holders_of
 from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import AdapterFileError, shorten, shown
 from peftkern.utils.adapter_files import PathLike, blamed_on_config, reading, write_adapter
@@ -170,7 +171,7 @@ class AdapterBank:
             bank = cls(model, slots, highest if max_rank is None else max_rank, target_modules=targets)
             for name, (config, tensors) in read.items():
                 with blamed_on_config(adapters[name], hub):
-                    bank._put(name, config, tensors, trainable, weights_file(adapters[name], **hub))
+                    bank._make(name, config, tensors, trainable, weights_file(adapters[name], **hub))
             bank._seat()
         if not trainable:
             bank.model.eval()
@@ -223,9 +224,7 @@ class AdapterBank:
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of one adapter, by their names in `bank.model`."""
         self._slot(name)
-        every = modules_of(self._tuner.model)
-        modules = [m for m in every if isinstance(m, ModulesToSaveWrapper) or is_tuned(m)]
-        mine = {id(p) for module in modules for p in _parameters_of(module, name)}
+        mine = {id(p) for holder in holders_of(self._tuner.model) for p in _parameters_of(holder, name)}
         return ((key, p) for key, p in self.model.named_parameters() if id(p) in mine)
 
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
@@ -281,7 +280,7 @@ class AdapterBank:
         if len(self) == self.slots:
             raise BankFullError(f"adapter {name!r}: all {self.slots} slots of the bank are taken: {sorted(self.names)}")
         given, tensors, source = self._given(name, config, state_dict)
-        with _blamed(config):
+        with _blamed(config), restored_on_error(self.model):
             self._make(name, given, tensors, trainable, source)
         self._seat()
         return self._slot(name)
@@ -329,7 +328,7 @@ class AdapterBank:
         _check_trainable(trainable)
         slot, active, first = self._slot(name), list(self.model.active_adapters), self.model.active_adapter
         given, tensors, source = self._given(name, config, state_dict)
-        with _blamed(config):  # all checks, while the old one is still there
+        with _blamed(config), restored_on_error(self.model):  # all checks, while the old one is still there
             self._make(_INCOMING, given, tensors, trainable, source, name)
         self._delete(name)
         for module in modules_of(self._tuner.model):
@@ -425,22 +424,9 @@ class AdapterBank:
         source: PathLike,
         called: str | None = None,
     ) -> None:
-        """Put an adapter into the layers, without a slot; if anything is wrong, the model is left as it was.
+        """Put an adapter into the layers, without a slot; after an error the caller restores the model.
 
         Messages speak of it as `called`, where that is to be its name later."""
-        with restored_on_error(self.model):
-            self._put(name, config, state_dict, trainable, source, called)
-
-    def _put(
-        self,
-        name: str,
-        config: LoraConfig,
-        state_dict: Mapping[str, torch.Tensor] | None,
-        trainable: bool,
-        source: PathLike,
-        called: str | None = None,
-    ) -> None:
-        """`_make`, where the caller restores the model after an error."""
         called = called or name
         if not isinstance(config, LoraConfig):
             raise ValueError(f"adapter {called!r}: expected a LoRA configuration, got {type(config).__name__}")

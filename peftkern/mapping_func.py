@@ -8,8 +8,7 @@ from torch import nn
 
 from peftkern.config import PeftConfig, check_is_config
 from peftkern.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-from peftkern.tuners.tuner_layer import is_tuned
-from peftkern.utils.module_tree import modules_of
+from peftkern.tuners.switching import layers_of
 from peftkern.utils.other import check_is_module
 
 
@@ -62,7 +61,7 @@ def get_peft_model(
     # A transformers model that was made from a configuration has the name "", which is nothing to load from.
     name = model.__dict__.get("name_or_path") or None
     previous, peft_config.base_model_name_or_path = peft_config.base_model_name_or_path, name
-    if any(is_tuned(module) for module in modules_of(model)):
+    if layers_of(model):
         warnings.warn(
             "The model carries adapters already: this adds to them. To start anew, call `unload()` first.",
             stacklevel=2,

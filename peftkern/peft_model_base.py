@@ -16,14 +16,13 @@ from peftkern.config import PeftConfig, check_is_config
 from peftkern.integrations.peft_bridge import bridge_wrappers, bridged_class
 from peftkern.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peftkern.tuners.mixed import check_names
-from peftkern.tuners.tuner_layer import is_tuned
+from peftkern.tuners.switching import layers_of
 from peftkern.tuners.tuners_utils import refuse_foreign_adapter
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.adapter_files import PathLike, blamed_on_config, reading, weights_file, write_adapter
 from peftkern.utils.hub import check_save_options, upload
 from peftkern.utils.model_card import update_model_card
 from peftkern.utils.model_snapshot import restored_on_error
-from peftkern.utils.module_tree import modules_of
 from peftkern.utils.other import check_is_module
 from peftkern.utils.peft_types import PeftType
 from peftkern.utils.save_and_load import (
@@ -315,7 +314,7 @@ class PeftModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """In this context the model is the base model."""
-        disabled = {module.disable_adapters for module in modules_of(self) if is_tuned(module)}
+        disabled = {layer.disable_adapters for layer in layers_of(self)}
         if len(disabled) == 2:
             warnings.warn("Some layers' adapters were disabled, others not: all are enabled afterwards.", stacklevel=3)
         was_disabled = self._adapters_disabled
@@ -400,7 +399,8 @@ class PeftModel(nn.Module):
 
         def save(folder: str) -> None:
             self.save_pretrained(folder)
-            self.create_or_update_model_card(folder, [tags] if isinstance(tags, str) else tags or ())
+            if tags:
+                self.create_or_update_model_card(folder, [tags] if isinstance(tags, str) else tags)
 
         return upload(save, repo_id, **kwargs)
 

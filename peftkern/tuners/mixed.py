@@ -17,8 +17,8 @@ from torch import nn
 
 from peftkern.ops._common import makes_plain_tensors
 from peftkern.ops.adapter_route import AdapterBatch
+from peftkern.tuners.switching import holders_of
 from peftkern.tuners.token_order import TokenOrder
-from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.module_tree import modules_of
 from peftkern.utils.other import ModulesToSaveWrapper
 
@@ -147,8 +147,7 @@ class MixedRows:
     def find_layers(self) -> None:
         """Look for the model's adapted layers again, after some came or went."""
         kinds = (self._layer_class, ModulesToSaveWrapper)
-        found: list[Any] = [module for module in modules_of(self._model) if isinstance(module, kinds)]
-        self._layers = [module for module in found if isinstance(module, ModulesToSaveWrapper) or is_tuned(module)]
+        self._layers: list[Any] = [holder for holder in holders_of(self._model) if isinstance(holder, kinds)]
         self._tuned: list[Any] = [layer for layer in self._layers if isinstance(layer, self._layer_class)]
         self._order = TokenOrder(self._model, self._layers)
         self._last_use = None

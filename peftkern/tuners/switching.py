@@ -14,7 +14,7 @@ from torch import nn
 
 from peftkern.tuners.tuner_layer import BaseTunerLayer, is_tuned
 from peftkern.utils.module_tree import modules_of
-from peftkern.utils.other import ModulesToSaveWrapper, _set_adapter
+from peftkern.utils.other import ModulesToSaveWrapper, _set_adapter, wrappers_of
 
 
 def layers_of(model: nn.Module, layer_cls: type = BaseTunerLayer) -> list[Any]:
@@ -44,9 +44,8 @@ def remove(model: nn.Module, name: str, active: list[str], layer_cls: type = Bas
         if name in layer.active_adapters:
             layer.set_adapter(active)
         layer.delete_adapter(name)
-    for module in modules_of(model):
-        if isinstance(module, ModulesToSaveWrapper):
-            module.delete_adapter(name, active)
+    for wrapper in wrappers_of(model):
+        wrapper.delete_adapter(name, active)
 
 
 def active_without(name: str, active: Iterable[str], left: Iterable[str]) -> list[str]:
@@ -59,10 +58,10 @@ def active_without(name: str, active: Iterable[str], left: Iterable[str]) -> lis
     return names
 
 
-def refuse_merged(model: nn.Module, name: str) -> None:
-    """Raise ValueError if the adapter is in the base weights of a layer."""
+def refuse_merged(model: nn.Module, name: str, before: str) -> None:
+    """Raise ValueError if the adapter is in the base weights of a layer; `before`: what it is in the way of."""
     if any(name in layer.merged_adapters for layer in layers_of(model)):
-        raise ValueError(f"adapter {name!r} is merged: unmerge it before deleting it")
+        raise ValueError(f"adapter {name!r} is merged: unmerge it before {before}")
 
 
 # --- PEFT's functions for a model that is no PeftModel --------------------------------------------------------------
@@ -120,7 +119,7 @@ def delete_adapter(
         ValueError: Nothing in `model` has it, or it is merged.
     """
     _known(model, adapter_name)
-    refuse_merged(model, adapter_name)
+    refuse_merged(model, adapter_name, before="deleting it")
     holders = holders_of(model)
     left = {name for holder in holders for name in holder._get_available_adapters()} - {adapter_name}
     before = list(dict.fromkeys(name for holder in holders for name in holder.active_adapters))

@@ -184,8 +184,7 @@ class BaseTuner(nn.Module, ABC):
         whole = getattr(config, "modules_to_save", None) or []
         if whole:
             check_modules_to_save(model, whole)
-        if any(adapter_name in m.merged_adapters for m in modules_of(model) if is_tuned(m)):
-            raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before making it anew")
+        refuse_merged(model, adapter_name, before="making it anew")
         warn_of_tied_targets(model, config, [*keys, *(name.rpartition(".")[0] for name in names)])
         warn_of_uncalled_targets(model, keys)
 
@@ -403,7 +402,7 @@ class BaseTuner(nn.Module, ABC):
             ValueError: No such adapter, or it is merged.
         """
         self._check_names([adapter_name])
-        refuse_merged(self.model, adapter_name)
+        refuse_merged(self.model, adapter_name, before="deleting it")
         self.__dict__["_layers_changed"] = True
         del self.peft_config[adapter_name]
         active = active_without(adapter_name, self.active_adapters, self.peft_config)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from peftkern.utils.module_tree import modules_of
-from peftkern.utils.other import ModulesToSaveWrapper
+from peftkern.utils.other import wrappers_of
 
 if TYPE_CHECKING:
     from peftkern.tuners.tuners_utils import BaseTuner
@@ -35,11 +34,10 @@ def check_sources(model: BaseTuner, adapters: list[str], weights: list[float], a
         raise ValueError(f"adapter_name: there is an adapter {adapter_name!r} already")
     if len(weights) != len(adapters):
         raise ValueError(f"weights: expected one for each of {len(adapters)} adapters, got {len(weights)}")
-    for wrapper in modules_of(model.model):
-        if isinstance(wrapper, ModulesToSaveWrapper):
-            both = [name for name in dict.fromkeys(adapters) if name in wrapper.modules_to_save]
-            if len(both) > 1:
-                raise ValueError(f"adapters: {both} each have a copy of a module (modules_to_save): no sum of them")
+    for wrapper in wrappers_of(model.model):
+        both = [name for name in dict.fromkeys(adapters) if name in wrapper.modules_to_save]
+        if len(both) > 1:
+            raise ValueError(f"adapters: {both} each have a copy of a module (modules_to_save): no sum of them")
     return [_number(weight) for weight in weights]
 
 

@@ -23,6 +23,8 @@ PREFIX = "base_model.model."
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 # DoRA's magnitudes: in a file a tensor, in the model since PEFT 0.11 a module with a `weight`.
 MAGNITUDE = "lora_magnitude_vector"
+# Where the base model's own module is in what is put around it.
+_WRAPPED: tuple[tuple[type, str], ...] = ((BaseTunerLayer, "base_layer"), (ModulesToSaveWrapper, "original_module"))
 # Names that FSDP and activation checkpointing add to modules but not to state dicts.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -136,8 +138,7 @@ def base_name(model: nn.Module, name: str) -> str | None:
     kept = []
     module: nn.Module | None = model
     for part in name.split("."):
-        own = {BaseTunerLayer: "base_layer", ModulesToSaveWrapper: "original_module"}
-        inner = next((child for kind, child in own.items() if isinstance(module, kind)), None)
+        inner = next((child for kind, child in _WRAPPED if isinstance(module, kind)), None)
         if inner is None:
             kept.append(part)
         elif part != inner:

@@ -311,13 +311,18 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return next((held[name] for name in self._active_adapter if name in held), self.original_module)
 
 
+def wrappers_of(model: nn.Module) -> list[ModulesToSaveWrapper]:
+    """The wrappers of what is trained whole in `model`."""
+    return [module for module in modules_of(model) if isinstance(module, ModulesToSaveWrapper)]
+
+
 def _set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
     """Activates, in every wrapper of `model`, the copy of the named adapter (the original where it has none).
 
     Raises:
         ValueError: Several of the named adapters have a copy of one module; nothing is changed then.
     """
-    wrappers = [module for module in modules_of(model) if isinstance(module, ModulesToSaveWrapper)]
+    wrappers = wrappers_of(model)
     for wrapper in wrappers:
         wrapper.check_one(wrapper.held_among(adapter_name))
     for wrapper in wrappers:

@@ -126,10 +126,11 @@ class MixedAdapters(MixedRows):
 
     def unchanged(self, rows: Sequence[Any]) -> Callable[[], bool] | None:
         """See `MixedRows`; of layers that `is_simple` holds for, with all of their adapters."""
-        for layer in self._layers:
-            if not isinstance(layer, self._layer_class) or not _is_simple(layer, list(layer.scaling)):
-                return None
-            if _adapters_now(layer) is None:  # no plain parameters, which have no address
+        if len(self._tuned) < len(self._layers):
+            return None
+        for layer in self._tuned:
+            # Of adapters that are no plain parameters there is no address.
+            if not _is_simple(layer, list(layer.scaling)) or _adapters_now(layer) is None:
                 return None
         holds = Unchanged(self._layers).holds
         return lambda: not why_plain() and holds()

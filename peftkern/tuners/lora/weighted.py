@@ -32,8 +32,7 @@ from peftkern.tuners.weighted import check_sources, joined_targets
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.merge_utils import METHODS, check_density, check_sign_method, wide
 from peftkern.utils.model_snapshot import restored_on_error
-from peftkern.utils.module_tree import modules_of
-from peftkern.utils.other import ModulesToSaveWrapper
+from peftkern.utils.other import wrappers_of
 
 if TYPE_CHECKING:
     from peftkern.tuners.lora.model import LoraModel
@@ -194,7 +193,7 @@ def _warn_of_left_out(model: LoraModel, adapters: list[str], adapter_name: str, 
             f"{adapter_name!r} combines A and B alone: the magnitudes of {with_dora} are left out, and it {what}",
             stacklevel=4,
         )
-    copies = [m for m in modules_of(model.model) if isinstance(m, ModulesToSaveWrapper)]
+    copies = wrappers_of(model.model)
     trained = [name for name in dict.fromkeys(adapters) if any(name in wrapper.modules_to_save for wrapper in copies)]
     if trained:
         warnings.warn(
