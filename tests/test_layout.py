@@ -23,9 +23,10 @@ FLOORS = {
     "peftkern.ops": 2,
     "peftkern.utils": 3,  # with config: what the tuners share
     "peftkern.config": 3,
-    "peftkern.utils.adapter_keys": 5,  # these four read and write the adapters of a whole model, so they know tuners
+    "peftkern.utils.adapter_keys": 5,  # these five read and write the adapters of a whole model, so they know tuners
     "peftkern.utils.base_state_dict": 5,
     "peftkern.utils.expert_files": 5,
+    "peftkern.utils.hotswap": 5,
     "peftkern.utils.save_and_load": 5,
     "peftkern.tuners": 4,
     "peftkern": 5,  # the face (nn, peft_model, mapping, auto, explain) and integrations

@@ -67,6 +67,7 @@ class LoraLayer(BaseTunerLayer):
     )
     other_param_names: tuple[str, ...] = (
         *("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias"),
+        "swaps_in_place",
     )
 
     in_features: int
@@ -82,6 +83,8 @@ class LoraLayer(BaseTunerLayer):
         self.use_dora: dict[str, bool] = {}
         self.use_rslora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
+        # Adapters that others may take the place of without another rank or scaling here (`utils.hotswap`).
+        self.swaps_in_place: dict[str, bool] = {}
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
@@ -112,6 +115,7 @@ class LoraLayer(BaseTunerLayer):
             raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before making it anew")
         self._check_adapter(config)
         self.r[adapter_name] = r
+        self.swaps_in_place.pop(adapter_name, None)
         self.lora_alpha[adapter_name] = lora_alpha
         self.use_dora[adapter_name] = config.use_dora
         self.use_rslora[adapter_name] = config.use_rslora
