@@ -149,6 +149,8 @@ class LayerAdapters:
         for tensor, place in zip((lora_A, lora_B), self._places(slot, rank), strict=True):
             if tensor.data_ptr() != place.data_ptr():
                 place.copy_(tensor)
+            elif tensor.stride() != place.stride():  # cut to a smaller rank where it lay
+                place.copy_(tensor.clone())
             tensor.data = place
         self.entries[slot] = Entry(lora_A, lora_B, float(scaling))
         self.scaling[slot] = float(scaling)
@@ -200,13 +202,19 @@ class LayerAdapters:
         Raises:
             TypeError, ValueError: the parameters are no longer of one dtype on one device.
         """
+        if self.is_settled(slots):
+            return False
+        self._lay_out()
+        return True
+
+    def is_settled(self, slots: Iterable[int] | None = None) -> bool:
+        """Whether the parameters of these slots, or of all, lie in the pool."""
         addresses, entries = self._addresses, self.entries
         for slot in range(len(entries)) if slots is None else slots:
             entry = entries[slot]
             if entry is not None and (entry.lora_A.data_ptr(), entry.lora_B.data_ptr()) != addresses[slot]:
-                self._lay_out()
-                return True
-        return False
+                return False
+        return True
 
     def _lay_out(self) -> None:
         held = [(slot, entry) for slot, entry in enumerate(self.entries) if entry is not None]

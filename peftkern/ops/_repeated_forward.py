@@ -73,7 +73,8 @@ class RepeatedForward:
         _, flat, shape = self._shapes
         rows = x.reshape(flat)
         rows = dense_rows(rows) if self._order is None else rows.index_select(0, self._order)
-        y = base(rows, *self._given, self._path)
+        weight, bias = self._given
+        y = base(rows, weight, in_dtype(bias, x.dtype), self._path)
         for part in self._parts:
             part.add(rows, y)
         if self._back is not None:

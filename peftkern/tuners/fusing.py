@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from peftkern.backend import backend_in_force
@@ -56,7 +57,8 @@ def why_plain() -> str:
 
     It may be the user's wish. And a transform of torch.func and forward-mode differentiation ask for the derivatives of
     each operation that is called, and torch.jit.trace, which an ONNX exporter is built on, writes each down: to them a
-    fused operation is one that they do not know, and an adapter in plain PyTorch is what they do.
+    fused operation is one that they do not know, and an adapter in plain PyTorch is what they do. Hooks that are for
+    every module in the process want each one called.
     """
     if backend_in_force() == "unfused":
         return "use_backend('unfused')"
@@ -64,7 +66,20 @@ def why_plain() -> str:
         return "a transform of torch.func is in force"
     if forward_ad._current_level >= 0:
         return "differentiated in forward mode"
+    if has_global_hooks():
+        return "hooks of all modules are registered"
     return "" if torch._C._get_tracing_state() is None else "torch.jit is tracing"
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks are registered for all modules, of forward or of backward."""
+    forward = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return bool(forward or torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks)
+
+
+def has_own_bias(module: nn.Module) -> bool:
+    """Whether a module has a bias among its parameters."""
+    return module._parameters.get("bias") is not None
 
 
 def has_hooks(module: dict[str, Any]) -> bool:
@@ -88,7 +103,7 @@ class Unhooked:
         """Whether they have none now."""
         following = _next_hook()
         if following != self._next:
-            if any(map(has_hooks, self._modules)):
+            if has_global_hooks() or any(map(has_hooks, self._modules)):
                 return False
             self._next = following
         return True

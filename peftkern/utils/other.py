@@ -336,6 +336,10 @@ def _check_can_copy(module: nn.Module) -> None:
         raise TypeError(f"modules_to_save cannot wrap a module of type {type(module).__name__}")
     if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters()):
         raise ValueError("modules_to_save cannot copy a module whose weights accelerate offloaded: load it on a device")
+    for name, p in module.named_parameters():
+        if not (p.is_floating_point() or p.is_complex()):
+            held = f"a {type(module).__name__} whose parameter {name!r} is quantized ({p.dtype})"
+            raise TypeError(f"modules_to_save cannot train {held}: keep it out of quantization, or of modules_to_save")
 
 
 def check_modules_to_save(model: nn.Module, names: Iterable[str]) -> None:

@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
 from peftkern.ops import gated_lora_linear
 from peftkern.ops._common import autocast_dtype
 from peftkern.ops._lora_linear_traced import fitting_dtypes
 from peftkern.ops.plan import JOINED_ELEMENTS
-from peftkern.tuners.fusing import compute_dtype, is_bare, is_nested
+from peftkern.tuners.fusing import compute_dtype, has_global_hooks, is_bare, is_nested
 from peftkern.tuners.lora.layer import Linear
 from peftkern.utils.module_tree import modules_of, named_modules_of
 from peftkern.utils.other import batch_in_force
@@ -94,7 +93,7 @@ def _activation(module: Any) -> str | None:
 def _end_of(mlp: Any) -> tuple[Any, tuple[Any, ...], str] | None:
     """(down_proj, its operands, the activation) where nothing looks at what lies between gate, up and the output, and
     the last product is one `lora_linear`; None elsewhere. Which batch is in force is not asked."""
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if has_global_hooks():
         return None
     down = mlp._modules["down_proj"]
     if not _is_lora(down) or not is_bare(down):

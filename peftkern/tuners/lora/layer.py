@@ -19,7 +19,7 @@ from torch import nn
 
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear
-from peftkern.ops._common import autocast_dtype
+from peftkern.ops._common import autocast_dtype, without_autocast
 from peftkern.ops.dora_linear import plan_for as plan_for_dora
 from peftkern.ops.lora_linear import multiply, plan_for
 from peftkern.ops.lora_linear_quantized import plan_for as plan_for_quantized
@@ -32,6 +32,8 @@ from peftkern.tuners.fusing import (
     base_alone,
     compute_dtype,
     describe_weight,
+    has_own_bias,
+    is_bare,
     is_nested,
     plain_weight,
     quantized_forward,
@@ -324,7 +326,10 @@ class Linear(LoraLayer, nn.Module):
         if weight is None:
             return f"base layer: its weight is {describe_weight(base)}"
         for name in names:
-            for module in (held["lora_A"]._modules[name], held["lora_B"]._modules[name]):
+            for kind in ("lora_A", "lora_B"):
+                module: Any = held[kind]._modules[name]
+                if has_own_bias(module) and not (kind == "lora_B" and self.lora_bias[name]):
+                    return f"adapter {name!r}: its {kind} has a bias"
                 reason = why_called_as_is(module, nn.Linear.forward)
                 if reason:
                     return f"adapter {name!r}: {reason}"
@@ -336,8 +341,8 @@ class Linear(LoraLayer, nn.Module):
             dropout = held["lora_dropout"]._modules[name]
             if type(dropout) not in (nn.Dropout, nn.Identity):
                 return f"adapter {name!r}: its dropout is a {type(dropout).__name__}"
-            if dropout._forward_hooks or dropout._forward_pre_hooks:
-                return f"adapter {name!r}: its dropout has hooks"
+            if not is_bare(dropout):
+                return f"adapter {name!r}: its dropout has hooks, or a forward of its own"
         return dora.why_not_fused(self, names, weight)
 
     def plan(self, tokens: int) -> Plan:
@@ -444,7 +449,10 @@ class Linear(LoraLayer, nn.Module):
         held: dict[str, Any] = self._modules
         base, dropout = held["base_layer"], held["lora_dropout"]._modules[name]
         weight: Weight | None = bare_weight(base)
-        A, B = bare_weight(held["lora_A"]._modules[name]), bare_weight(held["lora_B"]._modules[name])
+        into, out_of = held["lora_A"]._modules[name], held["lora_B"]._modules[name]
+        A, B = bare_weight(into), bare_weight(out_of)
+        if has_own_bias(into) or has_own_bias(out_of):
+            return None
         if A is None or B is None or A.dtype is not B.dtype:
             return None
         if weight is None:
@@ -454,7 +462,7 @@ class Linear(LoraLayer, nn.Module):
         elif A.dtype is not weight.dtype and A.dtype is not torch.float32:
             return None
         kind, switches = type(dropout), dropout.__dict__
-        if switches["_forward_hooks"] or switches["_forward_pre_hooks"] or kind not in (nn.Dropout, nn.Identity):
+        if kind not in (nn.Dropout, nn.Identity) or not is_bare(dropout):
             return None
         p = switches["p"] if kind is nn.Dropout and switches["training"] else 0.0
         return weight, A, B, self.scaling[name], base._parameters["bias"], p
@@ -509,8 +517,7 @@ class Linear(LoraLayer, nn.Module):
             A, B, scaling = As[0], Bs[0], self.scaling[names[0]]
         else:
             # Joined along the rank, the adapters are one; its scaling is in B.
-            A = torch.cat(As)
-            B = torch.cat([B * self.scaling[name] for name, B in zip(names, Bs, strict=True)], dim=1)
+            A, B = _joined(As, Bs, [self.scaling[name] for name in names])
             scaling = 1.0
         p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
         weight = self._weight_by_rows()
@@ -551,3 +558,9 @@ class Linear(LoraLayer, nn.Module):
             self.lora_B[name](A(self.lora_dropout[name](self._cast_input_dtype(x, A.weight.dtype))))
             * self.scaling[name]
         )
+
+
+@without_autocast  # which has no dtype for what is joined in the other one of 16 bits
+def _joined(As: list[Any], Bs: list[Any], scalings: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adapters as one along the rank: A [sum of r, K], and B [N, sum of r] with the scalings in it."""
+    return torch.cat(As), torch.cat([B * scaling for B, scaling in zip(Bs, scalings, strict=True)], dim=1)

@@ -16,7 +16,15 @@ from torch import nn
 from peftkern.adapter_pool import LayerAdapters
 from peftkern.ops import multi_lora_linear
 from peftkern.ops.adapter_route import AdapterBatch
-from peftkern.tuners.fusing import bare_quantized_weight, bare_weight, base_alone, compute_dtype, is_bare, why_plain
+from peftkern.tuners.fusing import (
+    bare_quantized_weight,
+    bare_weight,
+    base_alone,
+    compute_dtype,
+    has_own_bias,
+    is_bare,
+    why_plain,
+)
 from peftkern.tuners.lora.unchanged import Unchanged
 from peftkern.tuners.mixed import LayerRows, MixedRows
 
@@ -68,16 +76,31 @@ class MixedAdapters(MixedRows):
         """
         if torch.compiler.is_compiling():
             return
+        changed = []
         for layer in self._tuned:
             now = _adapters_now(layer)
-            if now is not None and self._seen.get(layer) == (now, self.names):
-                continue
+            if now is None or self._seen.get(layer) != (now, self.names):
+                changed.append(layer)
+        for layer in self._with_room_for_ranks(changed):
             self._sync_layer(layer)
-            now = _adapters_now(layer)  # in the pool by now
-            if now is None:
+            now = _adapters_now(layer)  # in the pool by now, but for what two of its adapters share
+            pool = self._pools.get(layer)
+            if now is None or (pool is not None and not pool.is_settled()):
                 self._seen.pop(layer, None)
             else:
                 self._seen[layer] = (now, list(self.names))
+
+    def _with_room_for_ranks(self, changed: list[Any]) -> list[Any]:
+        """The layers to bring into agreement: these; all of them where an adapter's rank is more than pools have room
+        for, which are then made anew. A bank's refuse the adapter."""
+        weights = [A._parameters.get("weight") for layer in changed for A in layer._modules["lora_A"]._modules.values()]
+        highest = max((w.shape[0] for w in weights if type(w) is nn.Parameter), default=0)
+        if self.is_fixed or highest <= self.max_rank:
+            return changed
+        self.max_rank = highest
+        self._pools.clear()
+        self._seen.clear()
+        return self._tuned
 
     def _sync_layer(self, layer: Any) -> None:
         held = layer._modules
@@ -89,7 +112,8 @@ class MixedAdapters(MixedRows):
             A = As.get(name)
             if A is not None and name is not None:
                 a, b = A._parameters.get("weight"), Bs[name]._parameters.get("weight")
-                if entry is not None and entry.lora_A is a and entry.lora_B is b:
+                same = entry is not None and entry.lora_A is a and entry.lora_B is b
+                if same and pool is not None and pool.layout.places[slot][1] == a.shape[0]:
                     if entry.scaling != scalings[name] and pool is not None:
                         pool.rescale(slot, scalings[name])
                     continue
@@ -132,6 +156,10 @@ class MixedAdapters(MixedRows):
             # Of adapters that are no plain parameters there is no address.
             if not _is_simple(layer, list(layer.scaling)) or _adapters_now(layer) is None:
                 return None
+            # What layers share is in one pool, and a copy in another: each forward has to look.
+            pool = self._pools.get(layer)
+            if pool is not None and not pool.is_settled():
+                return None
         holds = Unchanged(self._layers).holds
         return lambda: not why_plain() and holds()
 
@@ -144,8 +172,9 @@ def _adapters_now(layer: Any) -> tuple[Any, ...] | None:
     weights = [module._parameters.get("weight") for modules in (As, Bs) for module in modules.values()]
     if set(map(type, weights)) - _PARAMETERS:
         return None
+    sizes = [*map(torch.Tensor.numel, weights)]  # of one that was cut to a smaller rank in its place
     addresses = [*map(torch.Tensor.data_ptr, weights)]
-    return list(As), [*map(id, weights)], addresses, list(layer.scaling.values())
+    return list(As), [*map(id, weights)], addresses, sizes, list(layer.scaling.values())
 
 
 class LayerBatch(LayerRows):
@@ -217,6 +246,8 @@ def _is_simple(layer: Any, names: list[str]) -> bool:
                 return False
             if not is_bare(module):
                 return False
+        if has_own_bias(As[name]) or (has_own_bias(Bs[name]) and not layer.lora_bias[name]):
+            return False
         dtype = As[name]._parameters["weight"].dtype
         if base is not None and dtype is not base.dtype and dtype is not torch.float32:
             return False

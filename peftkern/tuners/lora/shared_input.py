@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
 from peftkern.backend import current_backend
 from peftkern.ops import lora_linear_shared, multi_lora_linear_shared
@@ -28,7 +27,7 @@ from peftkern.ops.lora_linear_shared import is_looked_at, launched_apart, run_ea
 from peftkern.ops.lora_linear_shared import run as lora_linear_shared_on
 from peftkern.ops.multi_lora_linear_shared import shared_plan_for as shared_plan_for_many
 from peftkern.ops.plan import APART, DECODE_PATHS, JOINED_ELEMENTS, MOST_PROJECTIONS, Plan, plan_shared
-from peftkern.tuners.fusing import compute_dtype
+from peftkern.tuners.fusing import compute_dtype, has_global_hooks
 from peftkern.tuners.lora.layer import Linear
 from peftkern.utils.module_tree import modules_of, named_modules_of
 from peftkern.utils.other import batch_in_force
@@ -93,8 +92,7 @@ class SharedInput:
     def _hooked(self) -> bool:
         """Whether anything runs between the layers' calls that could change x in place, beside the model's own code."""
         hooks = ("_forward_hooks", "_forward_pre_hooks")
-        everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-        return bool(everywhere) or any(layer.__dict__[kind] for layer in self.layers for kind in hooks)
+        return has_global_hooks() or any(layer.__dict__[kind] for layer in self.layers for kind in hooks)
 
     def _all(self, x: torch.Tensor, many: bool) -> torch.Tensor | None:
         """The first layer's output; those of the others are left for them to take."""
@@ -205,7 +203,9 @@ class SharedInput:
             return None
         p = batches[0].dropout_p
         ys = multi_lora_linear_shared(x.to(dtype), weights, pools, batches[0].batch, biases, dropout_p=p)
-        return tuple(y.to(x.dtype) for y in ys), keys, ()
+        if not isinstance(weights[0], torch.Tensor):  # as the layer by itself; a dense one has autocast's dtype
+            ys = tuple(y.to(x.dtype) for y in ys)
+        return ys, keys, ()
 
     def _dtype(self, x: torch.Tensor, weights: Sequence[Any]) -> torch.dtype | None:
         """What to compute in: x's dtype, or that of quantized layers; None if they do not agree."""

@@ -58,6 +58,7 @@ class Unchanged:
         """What may change in modules and weights that stay."""
         return [
             [*map(torch.Tensor.data_ptr, weights)],  # other memory where the dtype or device is another
+            [*map(torch.Tensor.numel, weights)],
             [*map(type, self._modules)],
             [*map(len, self._insides)],  # a forward of a module's own is one attribute more
             [(inside["p"], inside["training"]) for inside in self._dropouts],
