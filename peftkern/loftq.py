@@ -14,9 +14,9 @@ from torch import nn
 from peftkern.ops import dequantize
 from peftkern.peft_model_base import PeftModel
 from peftkern.tuners.fusing import compute_dtype
+from peftkern.tuners.lora.base_weight import low_rank_factors, write_factors
 from peftkern.tuners.lora.dora import weight_norm
 from peftkern.tuners.lora.layer import LoraLayer
-from peftkern.tuners.lora.loftq import low_rank_factors, write_factors
 from peftkern.tuners.merging_quantized import is_merged_into_dense
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.adapter_files import PathLike

@@ -56,6 +56,13 @@ def _check(adapter_dtype: Any, dtype: Any = None, **sizes: Any) -> None:
     check_float_dtype("adapter_dtype", adapter_dtype)
 
 
+def _check_initialization(config: LoraConfig) -> None:
+    """Raises ValueError for one that changes or reads the base weight, of which the layer's file would not tell."""
+    init = config.init_lora_weights
+    if not isinstance(init, bool) and init.lower() != "gaussian":
+        raise ValueError(f"init_lora_weights must be True, False or 'gaussian' for a layer by itself, got {init!r}")
+
+
 def _check_linear(linear: Any) -> None:
     """Raises TypeError for what `from_linear` cannot put an adapter on."""
     if isinstance(linear, BaseTunerLayer):
@@ -132,6 +139,7 @@ class LoraLinear(Linear):
         self._wrap(linear, config, adapter_dtype)
 
     def _wrap(self, linear: nn.Module, config: LoraConfig, adapter_dtype: torch.dtype | None) -> None:
+        _check_initialization(config)
         super().__init__(linear, ADAPTER, config)
         _finish(self, adapter_dtype)
 
@@ -209,6 +217,7 @@ class LoraEmbedding(Embedding):
         self._wrap(nn.Embedding(num_embeddings, embedding_dim, **made), config, adapter_dtype)
 
     def _wrap(self, embedding: nn.Embedding, config: LoraConfig, adapter_dtype: torch.dtype | None) -> None:
+        _check_initialization(config)
         super().__init__(embedding, ADAPTER, config)
         _finish(self, adapter_dtype)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from peftkern.config import PeftConfig, check_is_config
 from peftkern.integrations.peft_bridge import bridge_wrappers, bridged_class
 from peftkern.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peftkern.tuners.lora.config import warn_of_drawn_residual
 from peftkern.tuners.mixed import check_names
 from peftkern.tuners.switching import layers_of
 from peftkern.tuners.tuners_utils import refuse_foreign_adapter
@@ -32,6 +33,7 @@ from peftkern.utils.save_and_load import (
     read_adapter,
     set_peft_model_state_dict,
 )
+from peftkern.weight_conversion import convert, read_initial_adapter
 
 
 class PeftModel(nn.Module):
@@ -350,31 +352,39 @@ class PeftModel(nn.Module):
             selected_adapters: Which; all by default.
             save_embedding_layers: As for `get_peft_model_state_dict`.
             is_main_process: Only then is anything written. With FSDP2 every rank has to call.
-            path_initial_model_for_weight_conversion: Not built; must be None.
+            path_initial_model_for_weight_conversion: Folder of the adapter as it was saved before training, where it
+                started by PiSSA or OLoRA. What is written then is a LoRA of rank 2r for the unchanged base model.
             state_dict: The model's state dict, where it was gathered already.
             kwargs: See `peftkern.utils.hub.check_save_options`.
 
         Raises:
-            ValueError: `save_directory` is a file, or an adapter's name is unknown or leads out of the folder.
+            ValueError: `save_directory` is a file, an adapter's name is unknown or leads out of the folder, or what was
+                saved before training is not of this adapter.
         """
         check_save_options(kwargs)
         if not safe_serialization:
             raise ValueError("safe_serialization: only safetensors are written, so it must be True")
-        if path_initial_model_for_weight_conversion is not None:
-            raise NotImplementedError("path_initial_model_for_weight_conversion is not built")
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory: expected a folder, got a file: {os.fspath(save_directory)}")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise ValueError(f"selected_adapters: no adapter {unknown[0]!r}; there are {sorted(self.peft_config)}")
+        initial = path_initial_model_for_weight_conversion and read_initial_adapter(
+            path_initial_model_for_weight_conversion
+        )
         if state_dict is None:
             state_dict = self.state_dict()
-        for name in names:
+        files: Iterable[Any] = (
+            (self.peft_config[n], get_peft_model_state_dict(self, state_dict, n, False, save_embedding_layers))
+            for n in names
+        )
+        if initial:
+            files = [convert(config, tensors, initial) for config, tensors in files]  # all, before any is written
+        for name, (config, tensors) in zip(names, files, strict=True):
             folder = _adapter_folder(save_directory, name)
-            tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
             if is_main_process:
-                write_adapter(folder, config_to_save(self.peft_config[name], self.get_base_model()), tensors)
+                write_adapter(folder, config_to_save(config, self.get_base_model()), tensors)
         if is_main_process:
             self.create_or_update_model_card(save_directory)
 
@@ -461,6 +471,7 @@ class PeftModel(nn.Module):
         wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls)
         with restored_on_error(model):
             with blame:
+                warn_of_drawn_residual(config)
                 made = wrapper(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             result = made._load_tensors(tensors, adapter_name, model_id, hub, options, low_cpu_mem_usage)
         if result.missing_keys:
@@ -511,6 +522,7 @@ class PeftModel(nn.Module):
             if not known:
                 config.inference_mode = not is_trainable
                 with blamed_on_config(model_id, hub):
+                    warn_of_drawn_residual(config)
                     self._add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
                 if is_trainable:
                     self.set_requires_grad(adapter_name)

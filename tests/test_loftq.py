@@ -13,7 +13,8 @@ from torch import nn
 from loftq_data import LOFTQ, adapted, linear, on_cpu, peft_loftq, product, weight
 from peftkern import LoftQConfig, LoraConfig, PeftModel, get_peft_model
 from peftkern.ops import dequantize, quantize_4bit, quantize_8bit
-from peftkern.tuners.lora.loftq import loftq, low_rank_factors, rounded_to_bits
+from peftkern.tuners.lora.base_weight import low_rank_factors
+from peftkern.tuners.lora.loftq import loftq, rounded_to_bits
 from peftkern.utils.quantized_modules import Linear4bit, weight_of
 from tiny_models import mlp
 
@@ -109,7 +110,7 @@ def test_bad_arguments_are_refused_by_name():
     bad[3, 4] = float("nan")
     with pytest.raises(ValueError, match=r"w: expected finite numbers, got nan at \[3, 4\]"):
         loftq(bad, 4)
-    with pytest.raises(ValueError, match="residual: expected finite"):
+    with pytest.raises(ValueError, match="matrix: expected finite"):
         low_rank_factors(bad, 4)
 
 

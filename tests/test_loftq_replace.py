@@ -13,7 +13,7 @@ import peftkern
 from loftq_data import adapted, linear, on_cpu, peft_loftq, product, weight
 from peftkern import LoraConfig, get_peft_model, replace_lora_weights_loftq
 from peftkern.ops import dequantize
-from peftkern.tuners.lora.loftq import low_rank_factors
+from peftkern.tuners.lora.base_weight import low_rank_factors
 from peftkern.utils.quantized_modules import Linear4bit, weight_of
 from tiny_models import tiny_llama
 

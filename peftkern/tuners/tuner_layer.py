@@ -27,6 +27,8 @@ class BaseTunerLayer:
     adapter_layer_names: tuple[str, ...] = ()
     # Names of other dicts keyed by adapter name.
     other_param_names: tuple[str, ...] = ()
+    # The containers whose weights are never trained, for adapters that have such; a layer that may have makes its own.
+    frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
 
     # The batch of many adapters that forward serves now, and the last one, for checkpointing: see `tuners.mixed`.
     _mixed: Any = None
@@ -114,18 +116,23 @@ class BaseTunerLayer:
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Makes the named adapters active, and exactly those trainable (none in inference mode)."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        for container in self._containers():
+        for attribute, container in zip(self.adapter_layer_names, self._containers(), strict=True):
             for name, layer in container.items():
-                _set_layer_requires_grad(layer, name in names and not inference_mode)
+                learns = name in names and not inference_mode
+                _set_layer_requires_grad(layer, learns and not self._stays_frozen(name, attribute))
         self._active_adapter = names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Sets `requires_grad` on the weights of the named adapters."""
         names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
-        for container in self._containers():
+        for attribute, container in zip(self.adapter_layer_names, self._containers(), strict=True):
             for name, layer in container.items():
                 if name in names:
-                    _set_layer_requires_grad(layer, requires_grad)
+                    _set_layer_requires_grad(layer, requires_grad and not self._stays_frozen(name, attribute))
+
+    def _stays_frozen(self, adapter_name: str, attribute: str) -> bool:
+        """Whether what an adapter has in the container `attribute` is never trained."""
+        return attribute in self.frozen_peft_weight_names.get(adapter_name, ())
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter; if it was the only active one, the first by name that is left becomes active.

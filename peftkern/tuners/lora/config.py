@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -24,8 +25,10 @@ from peftkern.tuners.lora.variant_configs import (
 )
 from peftkern.utils.peft_types import PeftType
 
-# Initializations that PEFT knows and peftkern has not built; `pissa_niter_<n>` is one more.
-_UNBUILT_INITS = ("eva", "olora", "pissa", "corda", "orthogonal", "mica", "lora_ga")
+# Initializations that PEFT knows and peftkern has not built.
+_UNBUILT_INITS = ("eva", "corda", "lora_ga")
+# Those that are built, but for True and False; `gaussian` and `olora` in any case, as in PEFT.
+_BUILT_INITS = "'gaussian', 'loftq', 'pissa', 'pissa_niter_<n>', 'olora', 'orthogonal' or 'mica'"
 # Fields whose empty value means the same as their default.
 _OFF_WHEN_EMPTY = ("alora_invocation_tokens", "layer_replication")
 # Fields that must keep their default until what they ask for is built.
@@ -70,7 +73,14 @@ class LoraConfig(PeftConfig):
         init_lora_weights: True: A as `nn.Linear` starts, B zero. "gaussian": A normal with deviation 1 / r, B zero.
             False: both random, so that the adapter changes the output from the start. "loftq": A and B make up for what
             quantizing the base weight loses, which is replaced by the quantized one, dense still (`loftq_config`); for
-            a base in 4 bits already see `peftkern.replace_lora_weights_loftq`.
+            a base in 4 bits already see `peftkern.replace_lora_weights_loftq`. "pissa": A and B are the weight's
+            largest r singular values and vectors; "pissa_niter_<n>": nearly, by n iterations; "olora": the first r
+            columns and rows of its QR decomposition (also of a quantized weight, which is quantized anew). Of these
+            three the base weight keeps what is left, also when the adapter is deleted, unloaded or disabled; a saved
+            adapter is loaded over the original base, or see `PeftModel.save_pretrained` for one that leaves its base
+            alone. "orthogonal": random A and B with B A = 0, r even. "mica": A zero, B the singular vectors of the
+            smallest r singular values, frozen. Formulas and sources: peftkern/tuners/lora/initial_values.py.
+            Embeddings know all but "loftq", and start as with True under those that are no "mica" or False.
         layers_to_transform: Indices of the layers to adapt, for `target_modules` as a list.
         layers_pattern: Name of the list of layers (such as "layers" or "h") that those indices count.
         rank_pattern: Name, suffix or regular expression of modules -> their rank.
@@ -182,8 +192,17 @@ class LoraConfig(PeftConfig):
         _check_init(self.init_lora_weights)
         if self.init_lora_weights == "loftq":
             _check_loftq(self.loftq_config)
+        if self.use_rslora and (self.rank_pattern or self.alpha_pattern) and leaves_residual(self.init_lora_weights):
+            warnings.warn(
+                f"init_lora_weights={self.init_lora_weights!r} with use_rslora=True and rank_pattern or alpha_pattern: "
+                "save_pretrained cannot convert such an adapter to one for the unchanged base "
+                "(path_initial_model_for_weight_conversion)",
+                stacklevel=4,
+            )
         if self.lora_bias and self.init_lora_weights not in (True, False):
             raise ValueError(f"lora_bias=True needs init_lora_weights True or False, got {self.init_lora_weights!r}")
+        if self.use_dora and self.init_lora_weights == "mica":
+            raise ValueError("use_dora=True does not go with init_lora_weights='mica', which trains A alone")
 
     def _check_numbers(self) -> None:
         _check_rank("r", self.r)
@@ -264,12 +283,41 @@ def _check_loftq(settings: Any) -> None:
         raise ValueError(f"loftq_iter must be an int of at least 1, got {iterations!r}")
 
 
+def pissa_iterations(init: Any) -> int | None:
+    """n of "pissa_niter_<n>"; None for any other initialization."""
+    match = re.fullmatch(r"pissa_niter_([0-9]{1,4})", init) if isinstance(init, str) else None
+    return None if match is None else int(match[1])
+
+
+def leaves_residual(init: Any) -> bool:
+    """Whether an initialization moves a part of the base weight into the adapter: PiSSA and OLoRA."""
+    is_pissa = init == "pissa" or pissa_iterations(init) is not None
+    return is_pissa or (isinstance(init, str) and init.lower() == "olora")
+
+
+def warn_of_drawn_residual(config: Any) -> None:
+    """Warns that an adapter which is about to be loaded may not find the base weight that it was trained over."""
+    init = getattr(config, "init_lora_weights", None)
+    if pissa_iterations(init) is not None:
+        warnings.warn(
+            f"init_lora_weights={init!r} draws at random what it leaves in the base weight: that is what the adapter "
+            "was trained over only if torch's generator is in the same state. Save the base model too, or the adapter "
+            "with path_initial_model_for_weight_conversion",
+            stacklevel=3,
+        )
+
+
+def changes_base(init: Any) -> bool:
+    """Whether an initialization replaces the base weight."""
+    return init == "loftq" or leaves_residual(init)
+
+
 def _check_init(value: Any) -> None:
-    _expect("init_lora_weights", value, (bool, str), "True, False, 'gaussian' or 'loftq'")
-    if isinstance(value, str) and value.lower() != "gaussian" and value != "loftq":
-        if value.lower() in _UNBUILT_INITS or value.lower().startswith("pissa_niter_"):
-            raise NotImplementedError(
-                f"LoraConfig.init_lora_weights={value!r} is not built in peftkern; True, False, 'gaussian' and "
-                "'loftq' are"
-            )
-        raise ValueError(f"init_lora_weights must be True, False, 'gaussian' or 'loftq', got {value!r}")
+    _expect("init_lora_weights", value, (bool, str), f"True, False, {_BUILT_INITS}")
+    if isinstance(value, bool) or value.lower() == "gaussian" or value in ("orthogonal", "mica") or changes_base(value):
+        return
+    if value.lower() in _UNBUILT_INITS:
+        raise NotImplementedError(
+            f"LoraConfig.init_lora_weights={value!r} is not built in peftkern; True, False, {_BUILT_INITS} are"
+        )
+    raise ValueError(f"init_lora_weights must be True, False, {_BUILT_INITS}, got {value!r}")

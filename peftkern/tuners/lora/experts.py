@@ -19,7 +19,7 @@ from peftkern.ops._common import without_autocast
 from peftkern.ops.plan import Plan
 from peftkern.tuners.fusing import ExplainRow, describe_weight, plain_weight, why_base_alone, why_called_as_is
 from peftkern.tuners.lora import experts_forward
-from peftkern.tuners.lora.config import LoraConfig
+from peftkern.tuners.lora.config import LoraConfig, changes_base
 from peftkern.tuners.lora.experts_forward import Factors
 from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.replaced_parameter import call_with
@@ -39,10 +39,11 @@ def check_parameter_config(config: Any) -> None:
     for name, reason in _REFUSED.items():
         if getattr(config, name):
             raise ValueError(f"{name}={getattr(config, name)!r} does not go with target_parameters: {reason}")
-    if config.init_lora_weights == "loftq":
+    init = config.init_lora_weights
+    if changes_base(init) or init in ("orthogonal", "mica"):
         raise ValueError(
-            "init_lora_weights='loftq' does not go with target_parameters: a parameter is not quantized, so there is "
-            "no error to make up for"
+            f"init_lora_weights={init!r} does not go with target_parameters, whose adapters start as with True, False "
+            "or 'gaussian'"
         )
 
 
@@ -75,7 +76,7 @@ class ParamWrapper(LoraLayer, nn.Module):
 
     Raises:
         ValueError: The parameter is no floating-point tensor of two or three dimensions, or the configuration has
-            dropout, `lora_bias`, `fan_in_fan_out` or LoftQ's initialization.
+            dropout, `lora_bias`, `fan_in_fan_out` or an initialization that is made for layers.
     """
 
     def __init__(

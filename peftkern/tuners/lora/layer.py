@@ -45,7 +45,7 @@ from peftkern.tuners.fusing import (
 )
 from peftkern.tuners.lora import dora
 from peftkern.tuners.lora.config import LoraConfig
-from peftkern.tuners.lora.loftq import initialize_loftq
+from peftkern.tuners.lora.initial_values import initialize
 from peftkern.tuners.lora.merging import delta_weight, merge_adapters, unmerge_adapters
 from peftkern.tuners.lora.mixed import linear_forward
 from peftkern.tuners.lora.simple_call import SimpleCall
@@ -70,6 +70,7 @@ class LoraLayer(BaseTunerLayer):
     other_param_names: tuple[str, ...] = (
         *("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias"),
         "swaps_in_place",
+        *("frozen_peft_weight_names", "_unread_factors"),
     )
 
     in_features: int
@@ -87,6 +88,9 @@ class LoraLayer(BaseTunerLayer):
         self.lora_bias: dict[str, bool] = {}
         # Adapters that others may take the place of without another rank or scaling here (`utils.hotswap`).
         self.swaps_in_place: dict[str, bool] = {}
+        self.frozen_peft_weight_names = {}
+        # What PiSSA and OLoRA took out of the base weight, until a file gives A and B values.
+        self._unread_factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
@@ -126,10 +130,8 @@ class LoraLayer(BaseTunerLayer):
         p = config.lora_dropout
         self.lora_dropout[adapter_name] = nn.Dropout(p) if p > 0 else nn.Identity()
         self._make_weights(adapter_name, r, config.lora_bias)
-        if config.init_lora_weights == "loftq":
-            initialize_loftq(self, adapter_name, config)
-        else:
-            self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self.frozen_peft_weight_names.pop(adapter_name, None)
+        initialize(self, adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         if config.use_dora:
             dora.add_magnitude(self, adapter_name)
@@ -141,6 +143,10 @@ class LoraLayer(BaseTunerLayer):
         if config.init_lora_weights == "loftq":  # the base weight is quantized already
             config = dataclasses.replace(config, init_lora_weights=True, loftq_config={})
         self.update_layer(adapter_name, self.r[adapter_name], self.lora_alpha[adapter_name], config)
+
+    def _fill_adapter(self, adapter_name: str, config: LoraConfig) -> None:
+        super()._fill_adapter(adapter_name, config)
+        self._unread_factors.pop(adapter_name, None)
 
     def _check_adapter(self, config: LoraConfig) -> None:
         """Raises for a configuration that this kind of layer cannot follow."""

@@ -19,10 +19,17 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
 
-from peftkern.ops import dequantize, quantize_4bit, quantize_8bit
-from peftkern.tuners.fusing import plain_weight
+from peftkern.ops import dequantize, quantize_4bit
+from peftkern.tuners.lora.base_weight import (
+    by_rows,
+    dense_weight,
+    low_rank_factors,
+    refuse_merged_base,
+    replace_weight,
+    rounded_to_int8,
+    write_factors,
+)
 from peftkern.tuners.lora.config import LoraConfig
 from peftkern.utils.quantized_modules import weight_of
 from peftkern.weights import Weight
@@ -43,33 +50,10 @@ def rounded_to_bits(w: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 4:
         quantized: Weight = quantize_4bit(w, "nf4", 64, double_quant=False)
     elif bits == 8:
-        half = w.to(torch.float16)
-        quantized = quantize_8bit(half if bool(half.isfinite().all()) else w)
+        quantized = rounded_to_int8(w)
     else:
         raise ValueError(f"bits: expected 4 or 8, got {bits!r}")
     return dequantize(quantized, w.dtype)
-
-
-@torch.no_grad()
-def low_rank_factors(residual: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [k, K] and B [N, k], float32, whose product B A is the nearest matrix of rank k to `residual` [N, K].
-
-    k = r, or less where the residual has fewer singular values above 0. Each pair of singular vectors has the sign that
-    makes the largest element of B's column positive, so that A and B do not hang on the library that finds them.
-
-    Raises:
-        ValueError: The residual holds NaN or infinity.
-    """
-    if not bool(residual.isfinite().all()):
-        raise ValueError("residual: expected finite numbers, got NaN or infinity")
-    U, S, Vh = torch.linalg.svd(residual.float(), full_matrices=False)
-    k = int((S[:r] > 0).sum())
-    U, root, Vh = U[:, :k], S[:k].sqrt(), Vh[:k]
-    if k:
-        sign = torch.where(U.gather(0, U.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)[0]
-        root_signed = root * sign
-        return root_signed[:, None] * Vh, U * root_signed
-    return Vh, U
 
 
 @torch.no_grad()
@@ -95,23 +79,6 @@ def loftq(
         if t + 1 < iterations:
             target = (W - B @ A).to(weight.dtype)
     return Q, A, B
-
-
-@torch.no_grad()
-def write_factors(A: torch.Tensor, B: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Makes `B A` equal to `b a`, in place.
-
-    Directions that are left where `a` has fewer rows than A get zeros in B and keep what A holds: both zero, they would
-    never train.
-
-    Args:
-        A, B: The adapter's weights, [r, K] and [N, r].
-        a, b: As from `low_rank_factors`, [k, K] and [N, k], k <= r.
-    """
-    k = a.shape[0]
-    A[:k].copy_(a)
-    B[:, :k].copy_(b)
-    B[:, k:].zero_()
 
 
 @torch.no_grad()
@@ -145,9 +112,8 @@ def initialize_loftq(layer: Any, adapter_name: str, config: LoraConfig) -> None:
             "make the adapter with init_lora_weights=True, then call peftkern.replace_lora_weights_loftq, which reads "
             "the original from its checkpoint (to load a saved adapter: pass its config with init_lora_weights=True)"
         )
-    weight = _dense_weight(base)
-    if layer.merged_adapters:
-        raise ValueError(f"init_lora_weights='loftq' changes the base weight: unmerge {layer.merged_adapters} first")
+    weight = dense_weight(base, "loftq")
+    refuse_merged_base(layer, "loftq")
     if layer.scaling[adapter_name] != 1 and not A.is_meta:
         warnings.warn(
             "LoftQ's adapters make up for the quantization error where their scaling is 1, got "
@@ -156,32 +122,12 @@ def initialize_loftq(layer: Any, adapter_name: str, config: LoraConfig) -> None:
         )
     settings: Any = config.loftq_config
     bits, iterations = settings["loftq_bits"], settings["loftq_iter"]
-    by_rows = weight.t().contiguous() if layer.fan_in_fan_out else weight
     # A caller may have made the meta device the default, for the adapter's own parameters.
     with torch.device(weight.device):
         if A.is_meta and iterations == 1:
-            Q = rounded_to_bits(by_rows, bits)
+            Q = rounded_to_bits(by_rows(layer, weight), bits)
         else:
-            Q, a, b = loftq(by_rows, layer.r[adapter_name], bits, iterations)
+            Q, a, b = loftq(by_rows(layer, weight), layer.r[adapter_name], bits, iterations)
     if not A.is_meta:
         write_factors(A, B, a, b)
-    others = sorted(set(layer.scaling) - {adapter_name})
-    if others and not torch.equal(Q, by_rows):
-        warnings.warn(f"LoftQ changes the base weight, which the adapters {others} stand on too", stacklevel=2)
-    Q = Q.t().contiguous() if layer.fan_in_fan_out else Q
-    base.weight = nn.Parameter(Q, requires_grad=weight.requires_grad)
-
-
-def _dense_weight(base: Any) -> torch.Tensor:
-    """The weight of the base layer, if it can be replaced."""
-    kind, weight = type(base).__name__, getattr(base, "weight", None)
-    if isinstance(weight, torch.Tensor) and weight.is_meta:
-        raise ValueError(f"init_lora_weights='loftq': the weight of a {kind} is on the meta device: load it first")
-    plain = plain_weight(base) if "parametrizations" not in base._modules else None
-    if plain is None or "weight" not in base._parameters or not plain.is_floating_point():
-        found = f"a {type(weight).__name__} of {weight.dtype}" if isinstance(weight, torch.Tensor) else repr(weight)
-        raise TypeError(
-            f"init_lora_weights='loftq': the weight of a {kind} must be a plain floating-point parameter, got {found}"
-            f"{' (parametrized)' if 'parametrizations' in base._modules else ''}"
-        )
-    return plain
+    replace_weight(layer, adapter_name, Q, "LoftQ")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from peftkern.tuners.lora.config import highest_rank
+from peftkern.tuners.lora.config import changes_base, highest_rank, leaves_residual
 from peftkern.tuners.lora.embedding import Embedding
 from peftkern.tuners.lora.experts import ParamWrapper
 from peftkern.tuners.lora.gated_mlp import fuse_known_mlps, release_mlps
 from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.merging import check_mergeable, checked_merge
 from peftkern.tuners.lora.mixed import MixedAdapters
+from peftkern.tuners.lora.mutated_init import subtract_initial
 from peftkern.tuners.lora.parameter_targets import ParameterTarget, match_parameters, settle_expert_targets, wrap
 from peftkern.tuners.lora.shared_input import share_known_inputs
 from peftkern.tuners.lora.weighted import Combination, add_weighted
@@ -23,6 +25,7 @@ from peftkern.tuners.targets import check_is_called, fit_fan_in_fan_out, get_pat
 from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.tuners.tuners_utils import BaseTuner
 from peftkern.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peftkern.utils.quantized_modules import weight_of
 
 
 def rank_and_alpha(config: Any, key: str) -> tuple[int, int | float]:
@@ -31,14 +34,22 @@ def rank_and_alpha(config: Any, key: str) -> tuple[int, int | float]:
     return r, config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha)
 
 
+def _warn_of_residual(inits: dict[str, Any], what: str) -> None:
+    """Warns that without these adapters the base model is not the one that they were put on."""
+    if inits:
+        warnings.warn(
+            f"adapters {what} whose initialization took a part of the base weights ({inits}): without them the base "
+            "model is not the one that it was, as in PEFT",
+            stacklevel=3,
+        )
+
+
 class LoraModel(BaseTuner):
     """A model with LoRA adapters (Hu et al. 2021, arXiv:2106.09685) in its linear layers and embeddings.
 
     Changes `model` in place: a `Linear` or `Embedding` of `peftkern.tuners.lora` is put around each targeted module, a
     `ParamWrapper` around the module of each targeted parameter.
     The arguments and errors are those of `BaseTuner`; the configuration is a `LoraConfig`.
-
-    PEFT's `subtract_mutated_init` is not built.
     """
 
     prefix: str = "lora_"
@@ -110,6 +121,12 @@ class LoraModel(BaseTuner):
             raise ValueError(f"adapter {name!r}: its rank is {highest}, the bank has room for {mixed.max_rank}")
         if isinstance(mixed, MixedAdapters) and mixed.is_fixed and config.use_dora:
             raise ValueError("use_dora=True: the model is an AdapterBank's, and DoRA cannot be mixed in a batch")
+        if isinstance(mixed, MixedAdapters) and mixed.is_fixed and changes_base(config.init_lora_weights):
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r}: the model is an AdapterBank's, whose adapters share "
+                "the base weights that it would change (of PiSSA and OLoRA, PeftModel.save_pretrained writes adapters "
+                "that leave them: path_initial_model_for_weight_conversion)"
+            )
         if isinstance(mixed, MixedAdapters) and mixed.is_fixed and config.target_parameters:
             raise ValueError(
                 f"target_parameters={sorted(config.target_parameters)}: the model is an AdapterBank's, and an adapter "
@@ -147,6 +164,28 @@ class LoraModel(BaseTuner):
                 f"{slots} of up to {highest}: add adapters by the bank's add, which refuses what does not fit"
             )
         return MixedAdapters(self.model, slots, highest, LoraLayer)
+
+    # -- what PiSSA and OLoRA leave in the base ----------------------------------------------------------------------
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        told = self._residual_of([adapter_name])
+        super().delete_adapter(adapter_name)
+        _warn_of_residual(told, "deleted")
+
+    def unload(self) -> nn.Module:
+        merged = {name for layer in self._layers() for name in layer.merged_adapters}
+        _warn_of_residual(self._residual_of(set(self.peft_config) - merged), "unloaded")
+        return super().unload()
+
+    def disable_adapter_layers(self) -> None:
+        _warn_of_residual(self._residual_of(self.active_adapters), "disabled")
+        super().disable_adapter_layers()
+
+    def _residual_of(self, names: Iterable[str]) -> dict[str, Any]:
+        """The initializations of those of the adapters that the base weights lack a part without, by name."""
+        configs: dict[str, Any] = {name: self.peft_config[name] for name in names if name in self.peft_config}
+        inits = {name: config.init_lora_weights for name, config in configs.items()}
+        return {name: init for name, init in sorted(inits.items()) if leaves_residual(init)}
 
     # -- combining adapters ---------------------------------------------------------------------------------------
 
@@ -195,3 +234,44 @@ class LoraModel(BaseTuner):
         """
         how = Combination(combination_type, svd_clamp, svd_driver, density, majority_sign_method)
         add_weighted(self, adapters, weights, adapter_name, how, svd_rank)
+
+    def subtract_mutated_init(
+        self, output_state_dict: Mapping[str, torch.Tensor], adapter_name: str, kwargs: Mapping[str, Any] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """A trained adapter's tensors less those that it started from, as a LoRA of rank 2r: see `mutated_init`.
+
+        `PeftModel.save_pretrained` reads the latter from a file; here they are those of an adapter of the model.
+
+        Args:
+            output_state_dict: The trained adapter's, as from `get_peft_model_state_dict`.
+            adapter_name: An adapter with the values from before training.
+            kwargs: May have "state_dict", the `PeftModel`'s, where it was gathered already.
+
+        Raises:
+            ValueError: No such adapter, or one of other ranks or layers.
+
+        Warns:
+            UserWarning: A base weight is quantized: the rounding of the residual stays behind.
+        """
+        self._check_names([adapter_name])
+        gathered = (kwargs or {}).get("state_dict")
+        initial: dict[str, torch.Tensor] = {}
+        quantized = []
+        for key, layer in self._named_layers().items():
+            quantized += [key] if weight_of(layer.get_base_layer()) is not None else []
+            for attribute in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+                held = getattr(layer, attribute)
+                if adapter_name not in held:
+                    continue
+                # A ParameterDict holds the factor itself, a ModuleDict a module that has it.
+                end = "" if isinstance(held, nn.ParameterDict) else ".weight"
+                own = held[adapter_name].weight if end else held[adapter_name]
+                name = f"base_model.model.{key}.{attribute}"
+                initial[name + end] = (own if gathered is None else gathered[f"{name}.{adapter_name}{end}"]).detach()
+        if quantized:
+            warnings.warn(
+                f"{len(quantized)} base weights are quantized ({quantized[0]}, ...): a quantized residual and an "
+                "adapter are not the quantized weight and the converted one",
+                stacklevel=2,
+            )
+        return subtract_initial(output_state_dict, initial)

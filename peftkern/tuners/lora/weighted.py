@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from peftkern.ops._common import without_autocast
-from peftkern.tuners.lora.config import highest_rank
+from peftkern.tuners.lora.config import changes_base, highest_rank
 from peftkern.tuners.lora.dora import _factors, _stored_transposed
 from peftkern.tuners.lora.merging import delta_weight
 from peftkern.tuners.weighted import check_sources, joined_targets
@@ -86,7 +86,8 @@ def add_weighted(
     changes: dict[str, Any] = {"r": how.rank, "lora_alpha": how.rank, "rank_pattern": {}, "alpha_pattern": {}}
     # Scaling 1: with rsLoRA it would be the root of the rank, by which PEFT's new adapter is too large.
     changes |= {"use_rslora": False, "target_modules": joined_targets(model, adapters, "target_modules")}
-    if first.init_lora_weights == "loftq":  # it would quantize the base weight once more
+    # A and B are given values below: one that is made from the base weight would change that, or freeze B.
+    if changes_base(first.init_lora_weights) or first.init_lora_weights in ("orthogonal", "mica"):
         changes |= {"init_lora_weights": True, "loftq_config": {}}
     with restored_on_error(model):
         model.peft_config[adapter_name] = dataclasses.replace(copy.deepcopy(first), **changes)
