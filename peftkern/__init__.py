@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peftkern.status import get_layer_status, get_model_status
     from peftkern.tuners.ia3 import IA3Config, IA3Model
     from peftkern.tuners.lora import LoraConfig, LoraModel
+    from peftkern.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
     from peftkern.tuners.lora.gated_mlp import fuse_mlps
     from peftkern.tuners.lora.shared_input import share_inputs
     from peftkern.utils.adapter_error import AdapterFileError
@@ -68,6 +69,7 @@ _HOMES = {
         *("ArrowConfig", "BdLoraConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraConfig", "LoraGAConfig"),
         *("LoraModel", "LoraRuntimeConfig", "MontecloraConfig", "VeloraConfig"),
     ],
+    "peftkern.tuners.lora.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
     "peftkern.tuners.lora.gated_mlp": ["fuse_mlps"],
     "peftkern.tuners.lora.shared_input": ["share_inputs"],
     "peftkern.utils.adapter_error": ["AdapterFileError"],

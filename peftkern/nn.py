@@ -17,7 +17,7 @@ from peftkern.layer_files import ADAPTER, load_adapter, save_adapter
 from peftkern.ops._common import check_float_dtype
 from peftkern.tuners.ia3 import IA3Config
 from peftkern.tuners.ia3.layer import Linear as IA3LinearLayer
-from peftkern.tuners.lora.config import LoraConfig
+from peftkern.tuners.lora.config import LoraConfig, starts_plain
 from peftkern.tuners.lora.dora import add_magnitude
 from peftkern.tuners.lora.embedding import Embedding
 from peftkern.tuners.lora.layer import Linear
@@ -59,7 +59,7 @@ def _check(adapter_dtype: Any, dtype: Any = None, **sizes: Any) -> None:
 def _check_initialization(config: LoraConfig) -> None:
     """Raises ValueError for one that changes or reads the base weight, of which the layer's file would not tell."""
     init = config.init_lora_weights
-    if not isinstance(init, bool) and init.lower() != "gaussian":
+    if not starts_plain(init):
         raise ValueError(f"init_lora_weights must be True, False or 'gaussian' for a layer by itself, got {init!r}")
 
 

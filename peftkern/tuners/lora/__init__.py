@@ -2,6 +2,7 @@
 
 from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.embedding import Embedding
+from peftkern.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from peftkern.tuners.lora.experts import ParamWrapper
 from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.model import LoraModel
@@ -35,4 +36,6 @@ __all__ = [
     "MontecloraConfig",
     "ParamWrapper",
     "VeloraConfig",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
 ]

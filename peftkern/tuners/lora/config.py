@@ -26,9 +26,11 @@ from peftkern.tuners.lora.variant_configs import (
 from peftkern.utils.peft_types import PeftType
 
 # Initializations that PEFT knows and peftkern has not built.
-_UNBUILT_INITS = ("eva", "corda", "lora_ga")
+_UNBUILT_INITS = ("corda", "lora_ga")
 # Those that are built, but for True and False; `gaussian` and `olora` in any case, as in PEFT.
-_BUILT_INITS = "'gaussian', 'loftq', 'pissa', 'pissa_niter_<n>', 'olora', 'orthogonal' or 'mica'"
+_BUILT_INITS = "'gaussian', 'loftq', 'pissa', 'pissa_niter_<n>', 'olora', 'orthogonal', 'mica' or 'eva'"
+# What makes an adapter start as usual, over whatever base weight there is.
+PLAIN_START: dict[str, Any] = {"init_lora_weights": True, "loftq_config": {}, "eva_config": None}
 # Fields whose empty value means the same as their default.
 _OFF_WHEN_EMPTY = ("alora_invocation_tokens", "layer_replication")
 # Fields that must keep their default until what they ask for is built.
@@ -36,7 +38,6 @@ _UNBUILT: dict[str, Any] = {
     "megatron_config": None,
     "megatron_core": "megatron.core",
     "trainable_token_indices": None,
-    "eva_config": None,
     "corda_config": None,
     "lora_ga_config": None,
     "velora_config": None,
@@ -79,20 +80,23 @@ class LoraConfig(PeftConfig):
             three the base weight keeps what is left, also when the adapter is deleted, unloaded or disabled; a saved
             adapter is loaded over the original base, or see `PeftModel.save_pretrained` for one that leaves its base
             alone. "orthogonal": random A and B with B A = 0, r even. "mica": A zero, B the singular vectors of the
-            smallest r singular values, frozen. Formulas and sources: peftkern/tuners/lora/initial_values.py.
-            Embeddings know all but "loftq", and start as with True under those that are no "mica" or False.
+            smallest r singular values, frozen. "eva": A the principal components of a layer's inputs, with ranks by
+            what they explain, once `peftkern.initialize_lora_eva_weights` was called; B zero. Formulas and sources:
+            peftkern/tuners/lora/initial_values.py. Embeddings know all but "loftq", and start as with True under those
+            that are no "mica" or False.
         layers_to_transform: Indices of the layers to adapt, for `target_modules` as a list.
         layers_pattern: Name of the list of layers (such as "layers" or "h") that those indices count.
         rank_pattern: Name, suffix or regular expression of modules -> their rank.
         alpha_pattern: The same for `lora_alpha`.
         loftq_config: `LoftQConfig`, or a dict of its fields, where `init_lora_weights` is "loftq"; a dict from then on.
+        eva_config: `EvaConfig`, or a dict of its fields, where `init_lora_weights` is "eva"; None: its defaults.
         use_dora: Train a magnitude for each output beside A and B, and scale the adapted weight's rows to it
             (arXiv:2402.09353): `y = m / ||V|| * (x V^T) + bias` with V = W + scaling * B A.
         lora_bias: Give `lora_B` a trained bias; not with `use_dora`.
         target_parameters: Names, or dotted tails of names, of parameters to adapt in modules that are no layers, such
             as "experts.gate_up_proj": a matrix, or a stack of matrices that each get an adapter of rank r. All adapters
             of a model that have any must have the same.
-        megatron_config, megatron_core, trainable_token_indices, eva_config, corda_config, lora_ga_config,
+        megatron_config, megatron_core, trainable_token_indices, corda_config, lora_ga_config,
         velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config,
         layer_replication, runtime_config, use_bdlora, arrow_config, kasa_config,
         ensure_weight_tying: PEFT's, not built; anything but the default raises NotImplementedError.
@@ -150,6 +154,7 @@ class LoraConfig(PeftConfig):
             if getattr(self, name) is None:
                 setattr(self, name, {})
         self._settle_loftq()
+        self._settle_eva()
         super().__post_init__()
 
     def _settle_loftq(self) -> None:
@@ -171,6 +176,24 @@ class LoraConfig(PeftConfig):
         if unknown:
             raise ValueError(f"loftq_config must have no fields but {', '.join(fields)}, got {unknown}")
         self.loftq_config = fields | given
+
+    def _settle_eva(self) -> None:
+        """`eva_config` as an `EvaConfig`: files hold a dict."""
+        value: Any = self.eva_config
+        _expect("eva_config", value, (EvaConfig, dict, type(None)), "an EvaConfig, a dict of its fields, or None")
+        if isinstance(value, dict):
+            fields = vars(EvaConfig())
+            unknown = sorted(str(name) for name in value if name not in fields)
+            if unknown:
+                raise ValueError(f"eva_config must have no fields but {', '.join(fields)}, got {unknown}")
+            self.eva_config = EvaConfig(**value)
+        if self.init_lora_weights == "eva" and value is None:
+            warnings.warn("init_lora_weights='eva' without eva_config: EvaConfig() is taken", stacklevel=4)
+            self.eva_config = EvaConfig()
+        elif self.init_lora_weights != "eva" and value is not None:
+            warnings.warn(
+                f"eva_config={value!r} has no effect with init_lora_weights={self.init_lora_weights!r}", stacklevel=4
+            )
 
     def check(self) -> None:
         super().check()
@@ -307,6 +330,11 @@ def warn_of_drawn_residual(config: Any) -> None:
         )
 
 
+def starts_plain(init: Any) -> bool:
+    """Whether an initialization looks neither at the base weight nor at data, and so is one of A and B alone."""
+    return isinstance(init, bool) or init.lower() == "gaussian"
+
+
 def changes_base(init: Any) -> bool:
     """Whether an initialization replaces the base weight."""
     return init == "loftq" or leaves_residual(init)
@@ -314,7 +342,7 @@ def changes_base(init: Any) -> bool:
 
 def _check_init(value: Any) -> None:
     _expect("init_lora_weights", value, (bool, str), f"True, False, {_BUILT_INITS}")
-    if isinstance(value, bool) or value.lower() == "gaussian" or value in ("orthogonal", "mica") or changes_base(value):
+    if starts_plain(value) or value in ("orthogonal", "mica", "eva") or changes_base(value):
         return
     if value.lower() in _UNBUILT_INITS:
         raise NotImplementedError(

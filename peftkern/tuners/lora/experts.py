@@ -19,7 +19,7 @@ from peftkern.ops._common import without_autocast
 from peftkern.ops.plan import Plan
 from peftkern.tuners.fusing import ExplainRow, describe_weight, plain_weight, why_base_alone, why_called_as_is
 from peftkern.tuners.lora import experts_forward
-from peftkern.tuners.lora.config import LoraConfig, changes_base
+from peftkern.tuners.lora.config import LoraConfig, starts_plain
 from peftkern.tuners.lora.experts_forward import Factors
 from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.replaced_parameter import call_with
@@ -40,7 +40,7 @@ def check_parameter_config(config: Any) -> None:
         if getattr(config, name):
             raise ValueError(f"{name}={getattr(config, name)!r} does not go with target_parameters: {reason}")
     init = config.init_lora_weights
-    if changes_base(init) or init in ("orthogonal", "mica"):
+    if not starts_plain(init):
         raise ValueError(
             f"init_lora_weights={init!r} does not go with target_parameters, whose adapters start as with True, False "
             "or 'gaussian'"

@@ -5,6 +5,7 @@ With W [N, K], B [N, r], A [r, K] and s the adapter's scaling:
     pissa        W = U S V^T:  B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_r^T    (Meng et al. 2024, arXiv:2404.02948)
     olora        W = Q R:      B = Q_r, A = R_r                          (Bueyuekakyuez 2024, arXiv:2406.01775)
     orthogonal   B = X Q_even / 10, A = Q_odd^T Y / 10, Q a random orthogonal [r, r]:  B A = 0
+    eva          B = 0, A as a new nn.Linear's until peftkern/tuners/lora/eva.py gives it values
     mica         B the r left singular vectors of the smallest singular values, A = 0    (arXiv:2604.01694)
 
 U_r, Q_r the first r columns, S_r, V_r^T, R_r the first r values and rows. PiSSA and OLoRA leave W - s B A in the base
@@ -69,6 +70,8 @@ def initialize(layer: Any, adapter_name: str, config: LoraConfig) -> None:
         _initialize_by_principal_part(layer, adapter_name, str(init))
     elif init == "orthogonal" and is_linear:
         _initialize_orthogonal(layer, adapter_name)
+    elif init == "eva" and is_linear:
+        layer.lora_B[adapter_name].weight.zero_()
     else:
         layer.reset_lora_parameters(adapter_name, init)
 

@@ -44,7 +44,7 @@ from peftkern.tuners.fusing import (
     why_plain,
 )
 from peftkern.tuners.lora import dora
-from peftkern.tuners.lora.config import LoraConfig
+from peftkern.tuners.lora.config import PLAIN_START, LoraConfig
 from peftkern.tuners.lora.initial_values import initialize
 from peftkern.tuners.lora.merging import delta_weight, merge_adapters, unmerge_adapters
 from peftkern.tuners.lora.mixed import linear_forward
@@ -141,7 +141,7 @@ class LoraLayer(BaseTunerLayer):
 
     def _make_anew(self, adapter_name: str, config: LoraConfig) -> None:
         if config.init_lora_weights == "loftq":  # the base weight is quantized already
-            config = dataclasses.replace(config, init_lora_weights=True, loftq_config={})
+            config = dataclasses.replace(config, **PLAIN_START)
         self.update_layer(adapter_name, self.r[adapter_name], self.lora_alpha[adapter_name], config)
 
     def _fill_adapter(self, adapter_name: str, config: LoraConfig) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from peftkern.tuners.lora.config import LoraConfig, leaves_residual
+from peftkern.tuners.lora.config import PLAIN_START, LoraConfig, leaves_residual
 
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(embedding_)?(?P<kind>A|B)(\.weight)?")
 
@@ -90,8 +90,7 @@ def converted_config(config: LoraConfig) -> LoraConfig:
         )
     return dataclasses.replace(
         copy.deepcopy(config),
-        init_lora_weights=True,
-        loftq_config={},
+        **PLAIN_START,
         r=2 * config.r,
         lora_alpha=config.lora_alpha * (2**0.5 if config.use_rslora else 2),
         rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},

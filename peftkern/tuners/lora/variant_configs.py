@@ -1,10 +1,11 @@
 """The nested configurations of LoRA's variants: PEFT's names and defaults, so that user code and files parse.
 
-LoftQ is built; `LoraConfig` refuses the others by name. Their classes exist because PEFT's users import them.
+LoftQ and EVA are built; `LoraConfig` refuses the others by name. Their classes exist because PEFT's users import them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,7 +33,19 @@ class LoftQConfig:
 
 @dataclass
 class EvaConfig:
-    """EVA: adapters that start from the singular vectors of the activations (arXiv:2410.07170)."""
+    """EVA: adapters that start from the singular vectors of the activations (arXiv:2410.07170).
+
+    Args:
+        rho: A layer's rank may grow to rho times the configured one, at least 1.
+        tau: Cosine, in [0, 1], between a component before and after a batch from which on it stands still.
+        use_label_mask: Leave out tokens whose label is `label_mask_value`.
+        label_mask_value: The label of tokens that do not count.
+        whiten: Divide each component by the root of its singular value.
+        adjust_scaling_factors: Change `lora_alpha` with the rank, so that the scaling stays.
+
+    Raises:
+        TypeError, ValueError: A value that is not allowed, by name.
+    """
 
     rho: float = 2.0
     tau: float = 0.99
@@ -40,6 +53,15 @@ class EvaConfig:
     label_mask_value: int = -100
     whiten: bool = False
     adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("rho", 1.0, math.inf), ("tau", 0.0, 1.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not low <= value <= high or math.isinf(value):
+                wanted = "finite and at least 1" if name == "rho" else "in [0, 1]"
+                raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 @dataclass

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from peftkern.ops._common import without_autocast
-from peftkern.tuners.lora.config import changes_base, highest_rank
+from peftkern.tuners.lora.config import PLAIN_START, highest_rank, starts_plain
 from peftkern.tuners.lora.dora import _factors, _stored_transposed
 from peftkern.tuners.lora.merging import delta_weight
 from peftkern.tuners.weighted import check_sources, joined_targets
@@ -87,8 +87,8 @@ def add_weighted(
     # Scaling 1: with rsLoRA it would be the root of the rank, by which PEFT's new adapter is too large.
     changes |= {"use_rslora": False, "target_modules": joined_targets(model, adapters, "target_modules")}
     # A and B are given values below: one that is made from the base weight would change that, or freeze B.
-    if changes_base(first.init_lora_weights) or first.init_lora_weights in ("orthogonal", "mica"):
-        changes |= {"init_lora_weights": True, "loftq_config": {}}
+    if not starts_plain(first.init_lora_weights):
+        changes |= PLAIN_START
     with restored_on_error(model):
         model.peft_config[adapter_name] = dataclasses.replace(copy.deepcopy(first), **changes)
         model.inject_adapter(model.model, adapter_name, autocast_adapter_dtype=True)
