@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from peftkern.tuners.lora import LoraConfig, LoraModel
     from peftkern.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
     from peftkern.tuners.lora.gated_mlp import fuse_mlps
+    from peftkern.tuners.lora.loraga import preprocess_loraga
     from peftkern.tuners.lora.shared_input import share_inputs
     from peftkern.utils.adapter_error import AdapterFileError
     from peftkern.utils.base_state_dict import get_base_model_state_dict, set_base_model_state_dict
@@ -71,6 +72,7 @@ _HOMES = {
     ],
     "peftkern.tuners.lora.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
     "peftkern.tuners.lora.gated_mlp": ["fuse_mlps"],
+    "peftkern.tuners.lora.loraga": ["preprocess_loraga"],
     "peftkern.tuners.lora.shared_input": ["share_inputs"],
     "peftkern.utils.adapter_error": ["AdapterFileError"],
     "peftkern.utils.base_state_dict": ["get_base_model_state_dict", "set_base_model_state_dict"],

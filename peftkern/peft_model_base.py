@@ -353,7 +353,7 @@ class PeftModel(nn.Module):
             save_embedding_layers: As for `get_peft_model_state_dict`.
             is_main_process: Only then is anything written. With FSDP2 every rank has to call.
             path_initial_model_for_weight_conversion: Folder of the adapter as it was saved before training, where it
-                started by PiSSA or OLoRA. What is written then is a LoRA of rank 2r for the unchanged base model.
+                started by PiSSA, OLoRA, CorDA or LoRA-GA: a LoRA of rank 2r for the unchanged base model is written.
             state_dict: The model's state dict, where it was gathered already.
             kwargs: See `peftkern.utils.hub.check_save_options`.
 

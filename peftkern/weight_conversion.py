@@ -1,4 +1,4 @@
-"""Saving an adapter of PiSSA or OLoRA as one for the unchanged base model, from what was saved before training."""
+"""Saving an adapter of PiSSA and its like as one for the unchanged base model, from what was saved before training."""
 
 from __future__ import annotations
 

@@ -323,7 +323,7 @@ def test_what_is_no_eva_adapter_is_refused():
         ({"tau": 1.5}, ValueError, r"tau must be in \[0, 1\], got 1.5"),
         ({"tau": "x"}, TypeError, "tau must be a number, got 'x'"),
         ({"ro": 2}, ValueError, r"eva_config must have no fields but rho, .*\['ro'\]"),
-        (3, TypeError, "eva_config must be an EvaConfig"),
+        (3, TypeError, "eva_config must be EvaConfig"),
     ],
 )
 def test_bad_settings_are_refused_by_name(settings, error, match):

@@ -168,7 +168,7 @@ def test_what_cannot_be_converted_is_named(tmp_path):
         convert(other, tmp_path)
     other = get_peft_model(mlp(), LoraConfig(target_modules=["up", "down"], r=8, **LOFTQ))
     other.save_pretrained(tmp_path / "loftq")
-    with pytest.warns(UserWarning, match="takes PiSSA's and OLoRA's change .* got init_lora_weights='loftq'"):
+    with pytest.warns(UserWarning, match="takes back what PiSSA, .* change, got init_lora_weights='loftq'"):
         convert(other, tmp_path, "loftq")
     model.peft_config["default"].init_lora_weights = True  # as PEFT's documentation has it
     with warnings.catch_warnings():

@@ -24,7 +24,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -103,7 +103,7 @@ def read_weights(
     with reading(folder_or_hub_id, subfolder):
         path = _find(folder_or_hub_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), subfolder, hub_kwargs)
         if os.path.basename(path) == WEIGHTS_NAME:
-            tensors = _read_bin(path, device)
+            tensors = read_bin(path, device)
         else:
             check_safetensors(path)
             try:
@@ -176,12 +176,19 @@ def write_adapter(folder: PathLike, config: Mapping[str, Any], state_dict: Mappi
 
 def write_text_file(path: PathLike, text: str) -> None:
     """Write `text` to `path` by way of a file beside it and one rename."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def replacing(path: PathLike) -> Iterator[IO[bytes]]:
+    """A file beside `path` to write to, which takes its place where nothing is raised."""
     prefix, folder = f".{os.path.basename(path)}_", os.path.dirname(path) or "."
     _remove_stale(folder, prefix)
     handle, beside = tempfile.mkstemp(prefix=prefix, dir=folder)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(beside, 0o666 & ~_umask())
@@ -231,7 +238,7 @@ def _find(model_id: PathLike, names: tuple[str, ...], subfolder: str | None, hub
     return download(model_id, names, subfolder=subfolder, **hub_kwargs)
 
 
-def _read_bin(path: str, device: str | torch.device) -> dict[str, torch.Tensor]:
+def read_bin(path: str, device: str | torch.device) -> dict[str, torch.Tensor]:
     """Read a `.bin` file by torch's restricted unpickler, which builds tensors and containers only."""
     size = check_regular_file(path)
     _check_zip(path, size)

@@ -5,6 +5,7 @@ from peftkern.tuners.lora.embedding import Embedding
 from peftkern.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from peftkern.tuners.lora.experts import ParamWrapper
 from peftkern.tuners.lora.layer import Linear, LoraLayer
+from peftkern.tuners.lora.loraga import preprocess_loraga
 from peftkern.tuners.lora.model import LoraModel
 from peftkern.tuners.lora.variant_configs import (
     ArrowConfig,
@@ -38,4 +39,5 @@ __all__ = [
     "VeloraConfig",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
+    "preprocess_loraga",
 ]

@@ -25,12 +25,14 @@ from peftkern.tuners.lora.variant_configs import (
 )
 from peftkern.utils.peft_types import PeftType
 
-# Initializations that PEFT knows and peftkern has not built.
-_UNBUILT_INITS = ("corda", "lora_ga")
 # Those that are built, but for True and False; `gaussian` and `olora` in any case, as in PEFT.
-_BUILT_INITS = "'gaussian', 'loftq', 'pissa', 'pissa_niter_<n>', 'olora', 'orthogonal', 'mica' or 'eva'"
+_BUILT_INITS = (
+    "'gaussian', 'loftq', 'pissa', 'pissa_niter_<n>', 'olora', 'orthogonal', 'mica', 'eva', 'corda' or 'lora_ga'"
+)
 # What makes an adapter start as usual, over whatever base weight there is.
-PLAIN_START: dict[str, Any] = {"init_lora_weights": True, "loftq_config": {}, "eva_config": None}
+PLAIN_START: dict[str, Any] = {"init_lora_weights": True, "loftq_config": {}} | dict.fromkeys(
+    ("eva_config", "corda_config", "lora_ga_config")
+)
 # Fields whose empty value means the same as their default.
 _OFF_WHEN_EMPTY = ("alora_invocation_tokens", "layer_replication")
 # Fields that must keep their default until what they ask for is built.
@@ -38,8 +40,6 @@ _UNBUILT: dict[str, Any] = {
     "megatron_config": None,
     "megatron_core": "megatron.core",
     "trainable_token_indices": None,
-    "corda_config": None,
-    "lora_ga_config": None,
     "velora_config": None,
     "alora_invocation_tokens": None,
     "use_qalora": False,
@@ -76,12 +76,14 @@ class LoraConfig(PeftConfig):
             quantizing the base weight loses, which is replaced by the quantized one, dense still (`loftq_config`); for
             a base in 4 bits already see `peftkern.replace_lora_weights_loftq`. "pissa": A and B are the weight's
             largest r singular values and vectors; "pissa_niter_<n>": nearly, by n iterations; "olora": the first r
-            columns and rows of its QR decomposition (also of a quantized weight, which is quantized anew). Of these
-            three the base weight keeps what is left, also when the adapter is deleted, unloaded or disabled; a saved
-            adapter is loaded over the original base, or see `PeftModel.save_pretrained` for one that leaves its base
-            alone. "orthogonal": random A and B with B A = 0, r even. "mica": A zero, B the singular vectors of the
-            smallest r singular values, frozen. "eva": A the principal components of a layer's inputs, with ranks by
-            what they explain, once `peftkern.initialize_lora_eva_weights` was called; B zero. Formulas and sources:
+            columns and rows of its QR decomposition (also of a quantized weight, which is quantized anew). "corda" and
+            "lora_ga": from what a layer is given, or from its gradient, once `preprocess_corda` or `preprocess_loraga`
+            was called on the base model. Of these the base weight keeps what is left, also when the adapter is deleted,
+            unloaded or disabled; a saved adapter is loaded over the original base ("lora_ga": over the saved one), or
+            see `PeftModel.save_pretrained` for one that leaves its base alone. "orthogonal": random A and B with
+            B A = 0, r even. "mica": A zero, B the singular vectors of the smallest r singular values, frozen. "eva": A
+            the principal components of a layer's inputs, with ranks by what they explain, once
+            `peftkern.initialize_lora_eva_weights` was called; B zero. Formulas and sources:
             peftkern/tuners/lora/initial_values.py. Embeddings know all but "loftq", and start as with True under those
             that are no "mica" or False.
         layers_to_transform: Indices of the layers to adapt, for `target_modules` as a list.
@@ -89,21 +91,21 @@ class LoraConfig(PeftConfig):
         rank_pattern: Name, suffix or regular expression of modules -> their rank.
         alpha_pattern: The same for `lora_alpha`.
         loftq_config: `LoftQConfig`, or a dict of its fields, where `init_lora_weights` is "loftq"; a dict from then on.
-        eva_config: `EvaConfig`, or a dict of its fields, where `init_lora_weights` is "eva"; None: its defaults.
+        eva_config, corda_config, lora_ga_config: `EvaConfig`, `CordaConfig`, `LoraGAConfig` or a dict of their fields,
+            where `init_lora_weights` is "eva", "corda" or "lora_ga"; None: their defaults.
         use_dora: Train a magnitude for each output beside A and B, and scale the adapted weight's rows to it
             (arXiv:2402.09353): `y = m / ||V|| * (x V^T) + bias` with V = W + scaling * B A.
         lora_bias: Give `lora_B` a trained bias; not with `use_dora`.
         target_parameters: Names, or dotted tails of names, of parameters to adapt in modules that are no layers, such
             as "experts.gate_up_proj": a matrix, or a stack of matrices that each get an adapter of rank r. All adapters
             of a model that have any must have the same.
-        megatron_config, megatron_core, trainable_token_indices, corda_config, lora_ga_config,
-        velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config,
-        layer_replication, runtime_config, use_bdlora, arrow_config, kasa_config,
+        megatron_config, megatron_core, trainable_token_indices, velora_config, alora_invocation_tokens, use_qalora,
+        qalora_group_size, monteclora_config, layer_replication, runtime_config, use_bdlora, arrow_config, kasa_config,
         ensure_weight_tying: PEFT's, not built; anything but the default raises NotImplementedError.
 
     Raises:
         ValueError, TypeError: A value that is not allowed, by field.
-        NotImplementedError: A field or initialization that is not built.
+        NotImplementedError: A field that is not built.
     """
 
     r: int = 8
@@ -154,7 +156,9 @@ class LoraConfig(PeftConfig):
             if getattr(self, name) is None:
                 setattr(self, name, {})
         self._settle_loftq()
-        self._settle_eva()
+        self._settle("eva_config", EvaConfig, "eva")
+        self._settle("corda_config", CordaConfig, "corda")
+        self._settle("lora_ga_config", LoraGAConfig, "lora_ga")
         super().__post_init__()
 
     def _settle_loftq(self) -> None:
@@ -177,22 +181,22 @@ class LoraConfig(PeftConfig):
             raise ValueError(f"loftq_config must have no fields but {', '.join(fields)}, got {unknown}")
         self.loftq_config = fields | given
 
-    def _settle_eva(self) -> None:
-        """`eva_config` as an `EvaConfig`: files hold a dict."""
-        value: Any = self.eva_config
-        _expect("eva_config", value, (EvaConfig, dict, type(None)), "an EvaConfig, a dict of its fields, or None")
+    def _settle(self, name: str, kind: type, init: str) -> None:
+        """The configuration of an initialization as its class: files hold a dict."""
+        value: Any = getattr(self, name)
+        _expect(name, value, (kind, dict, type(None)), f"{kind.__name__}, a dict of its fields, or None")
         if isinstance(value, dict):
-            fields = vars(EvaConfig())
-            unknown = sorted(str(name) for name in value if name not in fields)
+            fields = vars(kind())
+            unknown = sorted(str(field) for field in value if field not in fields)
             if unknown:
-                raise ValueError(f"eva_config must have no fields but {', '.join(fields)}, got {unknown}")
-            self.eva_config = EvaConfig(**value)
-        if self.init_lora_weights == "eva" and value is None:
-            warnings.warn("init_lora_weights='eva' without eva_config: EvaConfig() is taken", stacklevel=4)
-            self.eva_config = EvaConfig()
-        elif self.init_lora_weights != "eva" and value is not None:
+                raise ValueError(f"{name} must have no fields but {', '.join(fields)}, got {unknown}")
+            setattr(self, name, kind(**value))
+        if self.init_lora_weights == init and value is None:
+            warnings.warn(f"init_lora_weights={init!r} without {name}: {kind.__name__}() is taken", stacklevel=4)
+            setattr(self, name, kind())
+        elif self.init_lora_weights != init and value is not None:
             warnings.warn(
-                f"eva_config={value!r} has no effect with init_lora_weights={self.init_lora_weights!r}", stacklevel=4
+                f"{name}={value!r} has no effect with init_lora_weights={self.init_lora_weights!r}", stacklevel=4
             )
 
     def check(self) -> None:
@@ -313,9 +317,10 @@ def pissa_iterations(init: Any) -> int | None:
 
 
 def leaves_residual(init: Any) -> bool:
-    """Whether an initialization moves a part of the base weight into the adapter: PiSSA and OLoRA."""
-    is_pissa = init == "pissa" or pissa_iterations(init) is not None
-    return is_pissa or (isinstance(init, str) and init.lower() == "olora")
+    """Whether an initialization moves a part of the base weight into the adapter: PiSSA, OLoRA, CorDA, LoRA-GA."""
+    if not isinstance(init, str):
+        return False
+    return init in ("pissa", "corda", "lora_ga") or init.lower() == "olora" or pissa_iterations(init) is not None
 
 
 def warn_of_drawn_residual(config: Any) -> None:
@@ -344,8 +349,4 @@ def _check_init(value: Any) -> None:
     _expect("init_lora_weights", value, (bool, str), f"True, False, {_BUILT_INITS}")
     if starts_plain(value) or value in ("orthogonal", "mica", "eva") or changes_base(value):
         return
-    if value.lower() in _UNBUILT_INITS:
-        raise NotImplementedError(
-            f"LoraConfig.init_lora_weights={value!r} is not built in peftkern; True, False, {_BUILT_INITS} are"
-        )
     raise ValueError(f"init_lora_weights must be True, False, {_BUILT_INITS}, got {value!r}")

@@ -13,7 +13,6 @@ Names, arguments and numbers are PEFT 0.21.2's. Layers that are given the same i
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import importlib
 import importlib.util
@@ -26,15 +25,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from peftkern.tuners.lora.calibration import in_mode, linear_targets
 from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.eva_weights import PREFIX, write_eva_weights
 from peftkern.tuners.lora.layer import Linear
 from peftkern.tuners.lora.model import LoraModel, rank_and_alpha
 from peftkern.tuners.lora.running_svd import RunningSvd
-from peftkern.tuners.targets import is_linear, match_targets
+from peftkern.tuners.targets import is_linear
 from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import shorten
-from peftkern.utils.module_tree import modules_of, named_modules_of
+from peftkern.utils.module_tree import named_modules_of
 
 PrepareModelInputs = Callable[[Any, LoraConfig], Any]
 PrepareLayerInputs = Callable[[Any, Any, str], torch.Tensor]
@@ -133,7 +133,7 @@ def get_eva_state_dict(
         unknown = sorted(set(prepare_layer_inputs_fn) - set(layers))
         raise ValueError(f"prepare_layer_inputs_fn: no layers of these names: {shorten(unknown)}")
     without_adapters: Any = model.disable_adapter() if adapted else contextlib.nullcontext()
-    with without_adapters, _evaluating(model):
+    with without_adapters, in_mode(model, training=False):
         search = _Search(model, layers, peft_config, prepare_layer_inputs_fn, gather_distributed_inputs)
         return search.run(dataloader, forward_fn, prepare_model_inputs_fn, show_progress_bar)
 
@@ -212,24 +212,10 @@ def _layers_of(model: nn.Module, config: LoraConfig, adapter_name: str | None) -
     elif config.target_modules is None:
         found = {name: m for name, m in named.items() if is_linear(m)}
     else:
-        config = copy.deepcopy(config)  # whose targets are made explicit
-        keys = match_targets(model, config, LoraModel.target_module_mapping, LoraModel.prefix)
-        found = {name: named[name] for name in keys if is_linear(named[name])}
+        found = linear_targets(model, config)
     if not found:
         raise ValueError(f"model: no linear layers to look at in {type(model).__name__}")
     return found
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In this context the model is in evaluation mode."""
-    modes = [(module, module.training) for module in modules_of(model)]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _to_device(inputs: Any, device: torch.device) -> Any:

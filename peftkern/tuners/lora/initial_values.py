@@ -4,11 +4,13 @@ With W [N, K], B [N, r], A [r, K] and s the adapter's scaling:
 
     pissa        W = U S V^T:  B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_r^T    (Meng et al. 2024, arXiv:2404.02948)
     olora        W = Q R:      B = Q_r, A = R_r                          (Bueyuekakyuez 2024, arXiv:2406.01775)
+    corda        peftkern/tuners/lora/corda.py
+    lora_ga      peftkern/tuners/lora/loraga.py
     orthogonal   B = X Q_even / 10, A = Q_odd^T Y / 10, Q a random orthogonal [r, r]:  B A = 0
     eva          B = 0, A as a new nn.Linear's until peftkern/tuners/lora/eva.py gives it values
     mica         B the r left singular vectors of the smallest singular values, A = 0    (arXiv:2604.01694)
 
-U_r, Q_r the first r columns, S_r, V_r^T, R_r the first r values and rows. PiSSA and OLoRA leave W - s B A in the base
+U_r, Q_r the first r columns, S_r, V_r^T, R_r the first r values and rows. The first four leave W - s B A in the base
 layer, so that the model is the one that it was. `pissa_niter_<n>` finds U, S and V by n subspace iterations from random
 vectors (`torch.svd_lowrank`). Under MiCA A alone trains.
 
@@ -19,6 +21,7 @@ Decompositions are in float32. A weight of 16 bits is rounded once, after A and 
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -34,6 +37,7 @@ from peftkern.tuners.lora.base_weight import (
     write_factors,
 )
 from peftkern.tuners.lora.config import LoraConfig, leaves_residual, pissa_iterations
+from peftkern.tuners.lora.found_factors import GRADIENT, factors_of_eigens, factors_of_gradient
 from peftkern.tuners.lora.loftq import initialize_loftq
 from peftkern.utils.quantized_modules import weight_of
 from peftkern.weights import DENSE_DTYPES
@@ -67,7 +71,7 @@ def initialize(layer: Any, adapter_name: str, config: LoraConfig) -> None:
     elif init == "mica":
         _initialize_mica(layer, adapter_name)
     elif leaves_residual(init) and is_linear:
-        _initialize_by_principal_part(layer, adapter_name, str(init))
+        _take_out_of_base(layer, adapter_name, config)
     elif init == "orthogonal" and is_linear:
         _initialize_orthogonal(layer, adapter_name)
     elif init == "eva" and is_linear:
@@ -76,7 +80,7 @@ def initialize(layer: Any, adapter_name: str, config: LoraConfig) -> None:
         layer.reset_lora_parameters(adapter_name, init)
 
 
-# -- PiSSA and OLoRA ---------------------------------------------------------------------------------------------------
+# -- those that take a part out of the base weight ---------------------------------------------------------------------
 
 
 def principal_part(weight: torch.Tensor, r: int, scaling: float, init: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,43 +104,73 @@ def principal_part(weight: torch.Tensor, r: int, scaling: float, init: str) -> t
     return A / math.sqrt(scaling), B / math.sqrt(scaling)
 
 
-def _initialize_by_principal_part(layer: Any, adapter_name: str, init: str) -> None:
-    """PiSSA and OLoRA."""
+def _take_out_of_base(layer: Any, adapter_name: str, config: LoraConfig) -> None:
+    """PiSSA, OLoRA, CorDA and LoRA-GA."""
+    init, base = str(config.init_lora_weights), layer.get_base_layer()
     A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
     known = layer._unread_factors.pop(adapter_name, None)
     if known is not None:  # the base has been replaced, and no file had values for this layer
         write_factors(A, B, *known)
         return
-    scaling = layer.scaling[adapter_name]
-    base = layer.get_base_layer()
+    if init == "lora_ga" and not hasattr(base, GRADIENT):
+        _start_without_gradient(layer, adapter_name)
+        return
     refuse_merged_base(layer, init)
-    quantized = weight_of(base)
-    if init.lower() != "olora":
-        if scaling <= 0:
-            raise ValueError(f"init_lora_weights={init!r} needs a scaling above 0, got {scaling:g}: change lora_alpha")
-        if quantized is not None:
-            raise TypeError(
-                f"init_lora_weights={init!r} needs a dense weight, but a {type(base).__name__} holds a quantized one, "
-                "which the residual would be rounded to once more: adapt the dense model, and quantize it then"
-            )
+    W, quantized = _to_take_from(layer, adapter_name, init)
     # A caller may have made the meta device the default, for the adapter's own parameters.
-    if quantized is not None:
-        W = dequantize(quantized, quantized.dtype).float()
-    else:
-        W = by_rows(layer, _to_decompose(base, init)).float()
     with torch.device(W.device):
         if not bool(W.isfinite().all()):
             raise ValueError(f"init_lora_weights={init!r}: the weight of a {type(base).__name__} has NaN or infinity")
-        a, b = principal_part(W, layer.r[adapter_name], scaling, init)
-        residual = W - scaling * (b @ a)
+        a, b = _factors(layer, adapter_name, config, W)
+        residual = W - layer.scaling[adapter_name] * (b @ a)
         if quantized is None:
             replace_weight(layer, adapter_name, residual.to(base.weight.dtype), f"init_lora_weights={init!r}")
         else:
             replace_quantized_weight(layer, adapter_name, residual, quantized, f"init_lora_weights={init!r}")
+    for waiting in ("eigens", GRADIENT) if init in ("corda", "lora_ga") else ():
+        base.__dict__.pop(waiting, None)  # it was for the weight that is gone
     if A.is_meta:
         layer._unread_factors[adapter_name] = a.contiguous(), b.contiguous()
     else:
         write_factors(A, B, a, b)
+
+
+def _to_take_from(layer: Any, adapter_name: str, init: str) -> tuple[torch.Tensor, Any]:
+    """The base weight, float32 [out_features, in_features], and the quantized one if it is that."""
+    scaling, base = layer.scaling[adapter_name], layer.get_base_layer()
+    quantized = weight_of(base)
+    if init.lower() == "olora":
+        if quantized is not None:
+            return dequantize(quantized, quantized.dtype).float(), quantized
+    elif scaling <= 0 and init != "lora_ga":
+        raise ValueError(f"init_lora_weights={init!r} needs a scaling above 0, got {scaling:g}: change lora_alpha")
+    elif quantized is not None:
+        raise TypeError(
+            f"init_lora_weights={init!r} needs a dense weight, but a {type(base).__name__} holds a quantized one, "
+            "which the residual would be rounded to once more: adapt the dense model, and quantize it then"
+        )
+    return by_rows(layer, _to_decompose(base, init)).float(), None
+
+
+def _factors(layer: Any, adapter_name: str, config: LoraConfig, W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    init, base = str(config.init_lora_weights), layer.get_base_layer()
+    r, scaling = layer.r[adapter_name], layer.scaling[adapter_name]
+    if init == "corda":
+        return factors_of_eigens(base, W.shape, r, scaling)
+    if init == "lora_ga":
+        return factors_of_gradient(base, W, by_rows(layer, getattr(base, GRADIENT)), r, scaling, config)
+    return principal_part(W, r, scaling, init)
+
+
+def _start_without_gradient(layer: Any, adapter_name: str) -> None:
+    """LoRA-GA where no gradient waits: as with True, which is what a file's values are loaded into."""
+    warnings.warn(
+        "init_lora_weights='lora_ga': no gradient of preprocess_loraga waits on the layer: its base weight stays, and "
+        "the adapter starts as with True. A saved adapter goes over the base model that was saved with it, or see "
+        "path_initial_model_for_weight_conversion",
+        stacklevel=3,
+    )
+    layer.reset_lora_parameters(adapter_name, True)
 
 
 def _to_decompose(base: Any, init: str) -> torch.Tensor:

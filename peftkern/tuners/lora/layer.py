@@ -89,7 +89,7 @@ class LoraLayer(BaseTunerLayer):
         # Adapters that others may take the place of without another rank or scaling here (`utils.hotswap`).
         self.swaps_in_place: dict[str, bool] = {}
         self.frozen_peft_weight_names = {}
-        # What PiSSA and OLoRA took out of the base weight, until a file gives A and B values.
+        # What PiSSA and its like took out of the base weight, until a file gives A and B values.
         self._unread_factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()

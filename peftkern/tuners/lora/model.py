@@ -124,8 +124,8 @@ class LoraModel(BaseTuner):
         if isinstance(mixed, MixedAdapters) and mixed.is_fixed and changes_base(config.init_lora_weights):
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r}: the model is an AdapterBank's, whose adapters share "
-                "the base weights that it would change (of PiSSA and OLoRA, PeftModel.save_pretrained writes adapters "
-                "that leave them: path_initial_model_for_weight_conversion)"
+                "the base weights that it would change (PeftModel.save_pretrained writes adapters that leave them: "
+                "path_initial_model_for_weight_conversion)"
             )
         if isinstance(mixed, MixedAdapters) and mixed.is_fixed and config.target_parameters:
             raise ValueError(
@@ -165,7 +165,7 @@ class LoraModel(BaseTuner):
             )
         return MixedAdapters(self.model, slots, highest, LoraLayer)
 
-    # -- what PiSSA and OLoRA leave in the base ----------------------------------------------------------------------
+    # -- what PiSSA and its like leave in the base --------------------------------------------------------------------
 
     def delete_adapter(self, adapter_name: str) -> None:
         told = self._residual_of([adapter_name])

@@ -1,5 +1,5 @@
-"""An adapter of PiSSA or OLoRA as one for the base weight that they found, by PEFT's name for it: subtracting the
-mutated initialization.
+"""An adapter of PiSSA, OLoRA, CorDA or LoRA-GA as one for the base weight that they found, by PEFT's name for it:
+subtracting the mutated initialization.
 
 Training starts at W = W_res + s B_0 A_0 and ends at W_res + s B A, so what it added to W is
 
@@ -84,7 +84,7 @@ def converted_config(config: LoraConfig) -> LoraConfig:
     # True: as PEFT's users have it set before they save the initial adapter.
     if config.init_lora_weights is not True and not leaves_residual(config.init_lora_weights):
         warnings.warn(
-            "path_initial_model_for_weight_conversion takes PiSSA's and OLoRA's change of the base weight back, got "
+            "path_initial_model_for_weight_conversion takes back what PiSSA, OLoRA, CorDA and LoRA-GA change, got "
             f"init_lora_weights={config.init_lora_weights!r}",
             stacklevel=4,
         )

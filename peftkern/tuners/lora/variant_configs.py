@@ -1,13 +1,14 @@
 """The nested configurations of LoRA's variants: PEFT's names and defaults, so that user code and files parse.
 
-LoftQ and EVA are built; `LoraConfig` refuses the others by name. Their classes exist because PEFT's users import them.
+LoftQ, EVA, CorDA and LoRA-GA are built; `LoraConfig` refuses the others by name. Their classes exist because PEFT's
+users import them.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -66,7 +67,19 @@ class EvaConfig:
 
 @dataclass
 class CordaConfig:
-    """CorDA: adapters that start from a context-oriented decomposition of the base weight (arXiv:2406.05223)."""
+    """CorDA: adapters that start from a context-oriented decomposition of the base weight (arXiv:2406.05223).
+
+    Args:
+        cache_file: Where what `preprocess_corda` found is kept: read if it is there, written if not.
+        covariance_file: The same for the covariances of inputs, which serve any rank and method.
+        corda_method: "ipm", the largest components, or "kpm", the smallest; None with a `cache_file` that is there.
+        verbose: Show a bar.
+        use_float16_for_covariance: Leave inputs in the dtype that they have.
+        prune_temporary_fields: False leaves covariances on the layers.
+
+    Raises:
+        ValueError: `corda_method` is none of these.
+    """
 
     cache_file: str | None = None
     covariance_file: str | None = None
@@ -75,14 +88,37 @@ class CordaConfig:
     use_float16_for_covariance: bool = False
     prune_temporary_fields: bool = True
 
+    def __post_init__(self) -> None:
+        _expect_word("corda_method", self.corda_method, ("ipm", "kpm", None))
+
 
 @dataclass
 class LoraGAConfig:
-    """LoRA-GA: adapters that start along the full gradient (arXiv:2407.05000)."""
+    """LoRA-GA: adapters that start along the full gradient (arXiv:2407.05000).
+
+    Args:
+        direction: Which of the gradient's 2r leading singular vectors A and B take: "ArBr" (A the second, fourth, ...,
+            B the first, third, ...), "A2rBr" (A the second half, B the first), "ArB2r" (the other way round) or
+            "random" (the same for both).
+        scale: "stable" (B times the fourth root of out_features over the root of stable_gamma), "weight_svd" (as large
+            as the weight), "gd_scale" (both by the adapter's scaling) or "unit".
+        stable_gamma: Above 0.
+
+    Raises:
+        ValueError: A value that is not allowed, by name.
+    """
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
     stable_gamma: int = 16
+
+    def __post_init__(self) -> None:
+        _expect_word("direction", self.direction, ("ArBr", "A2rBr", "ArB2r", "random"))
+        _expect_word("scale", self.scale, ("stable", "weight_svd", "gd_scale", "unit"))
+        if isinstance(self.stable_gamma, bool) or not isinstance(self.stable_gamma, (int, float)):
+            raise TypeError(f"stable_gamma must be a number, got {self.stable_gamma!r}")
+        if not 0 < self.stable_gamma < math.inf:
+            raise ValueError(f"stable_gamma must be above 0, got {self.stable_gamma!r}")
 
 
 @dataclass
@@ -134,3 +170,8 @@ class KasaConfig:
 
     beta: float = 1e-4
     gamma: float = 1e-3
+
+
+def _expect_word(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
