@@ -225,6 +225,36 @@ def test_olora_over_eight_bits_agrees_with_peft():
         torch.testing.assert_close(product(layer), B @ A, rtol=1e-5, atol=2e-6)
 
 
+def bnb_layer(bits):
+    bnb = pytest.importorskip("bitsandbytes")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of the bias
+        values = linear(96, 192).state_dict()
+    made = bnb.nn.Linear4bit(192, 96, quant_type="nf4") if bits == 4 else bnb.nn.Linear8bitLt(192, 96, True, False)
+    made.load_state_dict(values)
+    return made.to("cpu")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_olora_over_a_quantized_base_is_loaded_and_undone(tmp_path, bits):
+    """Would catch a residual that another load rounds to other codes, one that a file's adapter does not find, and
+    statistics that stay when adapting the rest of the model fails."""
+    model, layer = adapted(bnb_layer(bits), "olora")
+    with torch.no_grad():
+        layer.lora_B["default"].weight.add_(0.01)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 192)
+    for low_cpu_mem_usage in (False, True):
+        base = nn.ModuleDict({"up": bnb_layer(bits)})
+        again = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).base_model.model["up"]
+        assert torch.equal(dense(again), dense(layer)) and torch.equal(again(x), layer(x))
+    base = bnb_layer(bits)
+    before, model = dequantize(weight_of(base)), nn.ModuleDict({"up": base, "down": copy.deepcopy(DOUBLE)})
+    with pytest.raises(TypeError, match="float64"):
+        get_peft_model(model, LoraConfig(target_modules=["up", "down"], init_lora_weights="olora"))
+    assert model["up"] is base and torch.equal(dequantize(weight_of(base)), before)
+
+
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "mica"])
 def test_quantized_bases_are_refused(init):
     """Would catch packed bytes taken as numbers."""

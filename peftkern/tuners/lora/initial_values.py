@@ -14,8 +14,8 @@ U_r, Q_r the first r columns, S_r, V_r^T, R_r the first r values and rows. The f
 layer, so that the model is the one that it was. `pissa_niter_<n>` finds U, S and V by n subspace iterations from random
 vectors (`torch.svd_lowrank`). Under MiCA A alone trains.
 
-Decompositions are in float32. A weight of 16 bits is rounded once, after A and B in float32 were subtracted, as in PEFT
-0.21.2: a file of either library then finds the same base in the other.
+Decompositions are in float32. A weight of 16 bits is rounded once, after A and B in float32 were subtracted (LoRA-GA's
+rounded to 16 bits), as in PEFT 0.21.2: a file of either library then finds the same base in the other.
 """
 
 from __future__ import annotations
