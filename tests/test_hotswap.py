@@ -206,6 +206,7 @@ def test_what_cannot_be_swapped_leaves_the_model_as_it_was(tmp_path):
     weights = (torn / "adapter_model.safetensors").read_bytes()
     (torn / "adapter_model.safetensors").write_bytes(weights[:-8])
     shapes = adapter(tmp_path, "shapes", 4, r=3, base=lambda: tiny_llama(intermediate_size=80))
+    pissa = adapter(tmp_path, "pissa", 4, init_lora_weights="pissa")
     ia3 = tmp_path / "ia3"
     peftkern.get_peft_model(tiny_llama(), peftkern.IA3Config(task_type="CAUSAL_LM")).save_pretrained(ia3)
     model = loaded(first)
@@ -213,7 +214,13 @@ def test_what_cannot_be_swapped_leaves_the_model_as_it_was(tmp_path):
         if prepared:
             hotswap.prepare_model_for_compiled_hotswap(model, target_rank=5)
         before, config = fingerprint(model), json.dumps(model.peft_config["default"].to_dict(), default=str)
-        wrong = [(more, "has no place for .*k_proj"), (torn, "torn"), (shapes, "its shape is"), (ia3, "LoRA")]
+        wrong = [
+            (more, "has no place for .*k_proj"),
+            (torn, "torn"),
+            (shapes, "its shape is"),
+            (ia3, "LoRA"),
+            (pissa, "'pissa' changed its own"),
+        ]
         wrong += [(wide, "has rank 6 .* is prepared for 5")] if prepared else []
         for path, message in wrong:
             with pytest.raises(ValueError, match=message):

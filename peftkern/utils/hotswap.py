@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from peftkern.config import PeftConfig
-from peftkern.tuners.lora.config import LoraConfig
+from peftkern.tuners.lora.config import LoraConfig, changes_base
 from peftkern.tuners.lora.experts import ParamWrapper
 from peftkern.tuners.lora.layer import LoraLayer
 from peftkern.tuners.lora.model import rank_and_alpha
@@ -163,10 +163,13 @@ def hotswap_adapter_from_state_dict(
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
-    """Raise ValueError unless both configurations are LoRA's, with DoRA or without: others' values are no help."""
+    """Raise ValueError unless both are LoRA's, on the same base weights, and with DoRA both or neither."""
     for config in (config0, config1):
         if config.peft_type != PeftType.LORA:
             raise ValueError(f"adapters of LoRA can be swapped, got one of {config.peft_type}")
+        init = getattr(config, "init_lora_weights", True)
+        if changes_base(init):
+            raise ValueError(f"adapters can be swapped on base weights that both are for; {init!r} changed its own")
     ours, theirs = (getattr(config, "use_dora", False) for config in (config0, config1))
     if ours != theirs:
         raise ValueError(f"the adapters do not go into one another's place: use_dora is {ours} and {theirs}")
