@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from peftkern.tuners.lora.gated_mlp import fuse_mlps
     from peftkern.tuners.lora.loraga import preprocess_loraga
     from peftkern.tuners.lora.shared_input import share_inputs
+    from peftkern.tuners.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
     from peftkern.utils.adapter_error import AdapterFileError
     from peftkern.utils.base_state_dict import get_base_model_state_dict, set_base_model_state_dict
     from peftkern.utils.error import NoMatchingPeftModuleError, PeftError
@@ -74,6 +75,7 @@ _HOMES = {
     "peftkern.tuners.lora.gated_mlp": ["fuse_mlps"],
     "peftkern.tuners.lora.loraga": ["preprocess_loraga"],
     "peftkern.tuners.lora.shared_input": ["share_inputs"],
+    "peftkern.tuners.trainable_tokens": ["TrainableTokensConfig", "TrainableTokensModel"],
     "peftkern.utils.adapter_error": ["AdapterFileError"],
     "peftkern.utils.base_state_dict": ["get_base_model_state_dict", "set_base_model_state_dict"],
     "peftkern.utils.error": ["NoMatchingPeftModuleError", "PeftError"],

@@ -26,6 +26,8 @@ from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.mixed import MixedAdapters
 from peftkern.tuners.mixed import BASE
 from peftkern.tuners.switching import holders_of
+from peftkern.tuners.trainable_tokens import TrainableTokensLayer
+from peftkern.tuners.trainable_tokens.places import rows_of_own
 from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import AdapterFileError, shorten, shown
 from peftkern.utils.adapter_files import PathLike, blamed_on_config, reading, write_adapter
@@ -69,8 +71,9 @@ class AdapterBank:
     trained together, and each gets the gradients that its rows give it alone. An adapter that is named by no row gets
     none; with ids that are only on a device it gets zeros (set those to None, or give names).
 
-    What no pool holds (`lora_bias`, adapted embeddings, `modules_to_save`) is added for rows that the host must know:
-    with ids on a device it cannot be captured, and a graph from before such an adapter came leaves it out.
+    What no pool holds (`lora_bias`, adapted embeddings, `modules_to_save`, `trainable_token_indices`) is added for rows
+    that the host must know: with ids on a device it cannot be captured, and a graph from before such an adapter came
+    leaves it out.
 
     Within `batch`, whoever calls the model gets the mixed batch, `bank.model` and the module that was given alike.
     With gradient checkpointing, run backward before the next forward, or inside the block: layers that are computed
@@ -332,7 +335,7 @@ class AdapterBank:
             self._make(_INCOMING, given, tensors, trainable, source, name)
         self._delete(name)
         for module in modules_of(self._tuner.model):
-            if isinstance(module, LoraLayer | ModulesToSaveWrapper):
+            if isinstance(module, LoraLayer | ModulesToSaveWrapper | TrainableTokensLayer):
                 for attribute in (*module.adapter_layer_names, *module.other_param_names):
                     held = getattr(module, attribute)
                     if _INCOMING in held:
@@ -442,10 +445,16 @@ class AdapterBank:
         known, active = set(map(id, self._layers())), list(self.model.active_adapters)
         self.model._add_adapter(name, config, low_cpu_mem_usage=False, widen=False)
         for key, layer in named_modules_of(self._tuner.model):
-            if is_tuned(layer) and id(layer) not in known:
+            if isinstance(layer, LoraLayer) and is_tuned(layer) and id(layer) not in known:
                 raise ValueError(f"adapter {called!r}: the bank does not cover {key!r}, which it targets")
         for layer, pool in self._mixed.pools.items():
             _cast(layer, name, pool.pool_a.dtype)
+        for tokens in rows_of_own(self._tuner.model):
+            if name in tokens.trainable_tokens_delta:
+                kind = tokens.trainable_tokens_delta[name].dtype
+                tokens.trainable_tokens_delta[name].data = tokens.trainable_tokens_delta[name].to(
+                    self._dtype or (torch.float32 if kind.itemsize < 4 else kind)
+                )
         for layer in self._layers():
             if name in layer.lora_dropout:  # a module is made in training mode, whatever the model is in
                 layer.lora_dropout[name].train(layer.training)

@@ -11,16 +11,19 @@ from torch import nn
 from peftkern.config import PeftConfig, check_is_config, known_methods
 from peftkern.tuners.ia3 import IA3Config, IA3Model
 from peftkern.tuners.lora import LoraConfig, LoraModel
+from peftkern.tuners.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 from peftkern.tuners.tuners_utils import BaseTuner
 from peftkern.utils.peft_types import PeftType
 
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, type[PeftConfig]] = {
     PeftType.IA3: IA3Config,
     PeftType.LORA: LoraConfig,
+    PeftType.TRAINABLE_TOKENS: TrainableTokensConfig,
 }
 PEFT_TYPE_TO_TUNER_MAPPING: dict[str, type[BaseTuner]] = {
     PeftType.IA3: IA3Model,
     PeftType.LORA: LoraModel,
+    PeftType.TRAINABLE_TOKENS: TrainableTokensModel,
 }
 PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, str] = {name: tuner.prefix for name, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}
 

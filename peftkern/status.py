@@ -12,7 +12,7 @@ from peftkern.integrations.quantized_models import is_transformers_model
 from peftkern.peft_model_base import PeftModel
 from peftkern.tuners.tuner_layer import BaseTunerLayer, is_tuned
 from peftkern.utils.module_tree import named_modules_of
-from peftkern.utils.other import AuxiliaryTrainingWrapper
+from peftkern.utils.other import ModulesToSaveWrapper
 from peftkern.utils.peft_types import PeftType
 from peftkern.utils.quantized_modules import weight_of
 from peftkern.weights import Weight4bit
@@ -23,7 +23,7 @@ Irregular = Literal["irregular"]
 
 @dataclass
 class TunerLayerStatus:
-    """The adapters of one layer, or of one module that is trained whole.
+    """The adapters of one layer, of one embedding of which rows are trained, or of one module that is trained whole.
 
     Attributes:
         name: its name in the model that was given; in a `PeftModel`, in its `base_model`.
@@ -90,8 +90,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     base: Any = model.base_model if isinstance(model, PeftModel) else model
-    found = [(n, m) for n, m in named_modules_of(base) if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    managed = [(n, m) for n, m in found if is_tuned(m) or isinstance(m, AuxiliaryTrainingWrapper)]
+    found = [(n, m) for n, m in named_modules_of(base) if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))]
+    managed = [(n, m) for n, m in found if is_tuned(m) or isinstance(m, ModulesToSaveWrapper)]
     if not found:
         raise ValueError(f"model: expected one with adapters in it, found none in this {type(model).__name__}")
     return [_status_of(name, module) for name, module in managed or found]

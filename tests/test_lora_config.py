@@ -160,7 +160,6 @@ def test_from_pretrained_refuses_fields():
 NON_DEFAULT = {
     "megatron_config": {"a": 1},
     "megatron_core": "x",
-    "trainable_token_indices": [1],
     "velora_config": {"num_groups": 2},
     "alora_invocation_tokens": [1],
     "use_qalora": True,
@@ -171,7 +170,6 @@ NON_DEFAULT = {
     "use_bdlora": lora.BdLoraConfig(),
     "arrow_config": lora.ArrowConfig(),
     "kasa_config": lora.KasaConfig(),
-    "ensure_weight_tying": True,
 }
 BUILT = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -179,6 +177,7 @@ BUILT = {
     *("bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern"),
     *("rank_pattern", "alpha_pattern", "lora_bias", "loftq_config", "target_parameters", "use_dora"),
     *("eva_config", "corda_config", "lora_ga_config"),
+    *("trainable_token_indices", "ensure_weight_tying"),
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from peftkern.tuners.trainable_tokens import TrainableTokensWrapper
 from peftkern.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peftkern.utils.module_tree import modules_of
 from peftkern.utils.other import ModulesToSaveWrapper
@@ -45,13 +46,14 @@ def bridged_class(cls: type) -> type:
 
 
 def bridge_wrappers(model: nn.Module) -> None:
-    """Let PEFT's functions see the `ModulesToSaveWrapper`s of a bridged model as theirs, to save and load them."""
+    """Let PEFT's functions see what wraps modules of a bridged model as their own, to save and load it."""
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(model, peft.PeftModel):
         return
     for module in modules_of(model):
-        if type(module) is ModulesToSaveWrapper:
-            module.__class__ = _combine(ModulesToSaveWrapper, peft.utils.other.ModulesToSaveWrapper)
+        kind: Any = type(module)
+        if kind in (ModulesToSaveWrapper, TrainableTokensWrapper):
+            module.__class__ = _combine(kind, getattr(peft.utils.other, kind.__name__))
 
 
 def _counterpart(cls: type) -> type:

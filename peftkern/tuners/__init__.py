@@ -2,5 +2,14 @@
 
 from peftkern.tuners.ia3 import IA3Config, IA3Model
 from peftkern.tuners.lora import LoraConfig, LoraModel, LoraRuntimeConfig
+from peftkern.tuners.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 
-__all__ = ["IA3Config", "IA3Model", "LoraConfig", "LoraModel", "LoraRuntimeConfig"]
+__all__ = [
+    "IA3Config",
+    "IA3Model",
+    "LoraConfig",
+    "LoraModel",
+    "LoraRuntimeConfig",
+    "TrainableTokensConfig",
+    "TrainableTokensModel",
+]

@@ -19,6 +19,7 @@ from peftkern.ops._common import makes_plain_tensors
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.tuners.switching import holders_of
 from peftkern.tuners.token_order import TokenOrder
+from peftkern.tuners.trainable_tokens import TrainableTokensLayer
 from peftkern.utils.module_tree import modules_of
 from peftkern.utils.other import ModulesToSaveWrapper
 
@@ -146,7 +147,7 @@ class MixedRows:
 
     def find_layers(self) -> None:
         """Look for the model's adapted layers again, after some came or went."""
-        kinds = (self._layer_class, ModulesToSaveWrapper)
+        kinds = (self._layer_class, ModulesToSaveWrapper, TrainableTokensLayer)
         self._layers: list[Any] = [holder for holder in holders_of(self._model) if isinstance(holder, kinds)]
         self._tuned: list[Any] = [layer for layer in self._layers if isinstance(layer, self._layer_class)]
         self._order = TokenOrder(self._model, self._layers)

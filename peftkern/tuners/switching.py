@@ -12,25 +12,26 @@ from typing import Any
 
 from torch import nn
 
+from peftkern.tuners.trainable_tokens import TrainableTokensLayer
 from peftkern.tuners.tuner_layer import BaseTunerLayer, is_tuned
 from peftkern.utils.module_tree import modules_of
 from peftkern.utils.other import ModulesToSaveWrapper, _set_adapter, wrappers_of
 
 
-def layers_of(model: nn.Module, layer_cls: type = BaseTunerLayer) -> list[Any]:
-    """The adapted layers of a class in `model`."""
+def layers_of(model: nn.Module, layer_cls: type | tuple[type, ...] = BaseTunerLayer) -> list[Any]:
+    """The adapted layers of a class, or of several, in `model`."""
     return [module for module in modules_of(model) if isinstance(module, layer_cls) and is_tuned(module)]
 
 
 def holders_of(model: nn.Module) -> list[Any]:
-    """All that holds adapters in `model`: adapted layers, and the wrappers of what is trained whole."""
+    """All that holds adapters in `model`: adapted layers, trained rows of embeddings, and what is trained whole."""
     return [module for module in modules_of(model) if is_tuned(module) or isinstance(module, ModulesToSaveWrapper)]
 
 
 def activate(model: nn.Module, names: list[str], inference_mode: bool, layer_cls: type = BaseTunerLayer) -> None:
     """Make the named adapters active, and only those trainable (none in inference mode); merged ones are unmerged."""
     _set_adapter(model, names, inference_mode)
-    for layer in layers_of(model, layer_cls):
+    for layer in layers_of(model, (layer_cls, TrainableTokensLayer)):
         if layer.merged:
             warnings.warn("adapters are merged: unmerged before others are set active", stacklevel=3)
             layer.unmerge()
@@ -39,7 +40,7 @@ def activate(model: nn.Module, names: list[str], inference_mode: bool, layer_cls
 
 def remove(model: nn.Module, name: str, active: list[str], layer_cls: type = BaseTunerLayer) -> None:
     """Take an adapter out of all that holds it. `active`: those that are active afterwards."""
-    for layer in layers_of(model, layer_cls):
+    for layer in layers_of(model, (layer_cls, TrainableTokensLayer)):
         # Every layer takes the model's choice, also one that never had the deleted adapter.
         if name in layer.active_adapters:
             layer.set_adapter(active)

@@ -200,7 +200,8 @@ def match_targets(
             f"target_parameters={shown(asked_parameters, 300)} matched no parameter", RuntimeWarning, stacklevel=4
         )
     if not matched and not parameters:
-        unlimited = dataclasses.replace(config, exclude_modules=None, modules_to_save=None)
+        limits = [name for name in ("exclude_modules", "modules_to_save") if hasattr(config, name)]
+        unlimited = dataclasses.replace(config, **dict.fromkeys(limits))
         excluded = [k for k in names if is_excluded(config, k) and check_target_module_exists(unlimited, k)]
         raise NoMatchingPeftModuleError(no_match_message(config, names, excluded))
     # The names of a state dict, or of a default (a saved configuration spells it out), are nobody's slip.

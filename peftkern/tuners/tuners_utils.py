@@ -38,6 +38,9 @@ from peftkern.tuners.targets import (
     warn_of_tied_targets,
     warn_of_uncalled_targets,
 )
+from peftkern.tuners.tied_weights import check_tied_targets, mark_untied, settle_tied_copies
+from peftkern.tuners.trainable_tokens import TrainableTokensWrapper
+from peftkern.tuners.trainable_tokens.places import TokenPlace, check_rows_mergeable, find_places, put_rows, rows_of_own
 from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, check_adapters_to_merge, is_tuned
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.module_tree import modules_of, named_modules_of, parameters_of_model
@@ -47,7 +50,6 @@ from peftkern.utils.other import (
     _get_submodules,
     check_is_module,
     check_modules_to_save,
-    embeddings_of,
     wrap_modules_to_save,
 )
 
@@ -135,6 +137,18 @@ class BaseTuner(nn.Module, ABC):
         """Puts an adapter on one of `match_parameters`."""
         raise NotImplementedError(f"{type(self).__name__} adapts no parameters")
 
+    def token_places(self, model: nn.Module, config: Any, keys: Sequence[str]) -> list[TokenPlace]:
+        """The embeddings of which single rows train, beside the modules of these names, which are adapted; nothing in
+        the model is changed yet."""
+        return find_places(model, config, keys)
+
+    def put_rows(
+        self, model: nn.Module, places: Sequence[TokenPlace], adapter_name: str, config: Any, **options: Any
+    ) -> None:
+        """Gives an adapter its rows in `token_places`."""
+        active = adapter_name in self.active_adapters
+        put_rows(model, places, adapter_name, inference_mode=config.inference_mode, activate=active, **options)
+
     def settle_config(self, config: Any) -> None:
         """Makes fields explicit that depend on the model, once `target_modules` is; called before `check_target`."""
 
@@ -162,6 +176,7 @@ class BaseTuner(nn.Module, ABC):
         self.__dict__["_layers_changed"] = True
         config: Any = self.peft_config[adapter_name]
         config.check()
+        tied = settle_tied_copies(model, config)
         parameters = self.match_parameters(model, config, state_dict)
         self._check_new_adapter_config(config)
         names = [parameter.key for parameter in parameters]
@@ -180,12 +195,22 @@ class BaseTuner(nn.Module, ABC):
                     f"target_modules names {key!r}, a layer of peftkern.nn: it is part of the base, with an adapter of "
                     "its own (keep it out with exclude_modules)"
                 )
+            if isinstance(model.get_submodule(key), TrainableTokensWrapper):
+                raise ValueError(
+                    f"target_modules names {key!r}, of which another adapter trains rows (trainable_token_indices): it "
+                    "can be adapted in one way"
+                )
             self.check_target(config, key, model.get_submodule(key))
-        whole = getattr(config, "modules_to_save", None) or []
+        whole = [*(getattr(config, "modules_to_save", None) or ()), *tied]
         if whole:
             check_modules_to_save(model, whole)
+        of_parameters = [name.rpartition(".")[0] for name in names]
+        check_tied_targets(model, config, [*keys, *of_parameters])
+        tokens = self.token_places(model, config, [*keys, *of_parameters])
         refuse_merged(model, adapter_name, before="making it anew")
-        warn_of_tied_targets(model, config, [*keys, *(name.rpartition(".")[0] for name in names)])
+        with_rows = {place.key for place in tokens}
+        if not tied:
+            warn_of_tied_targets(model, config, [key for key in (*keys, *of_parameters) if key not in with_rows])
         warn_of_uncalled_targets(model, keys)
 
         # A further adapter leaves what was there as trainable as it was. Layers of `peftkern.nn` are part of the base.
@@ -213,7 +238,9 @@ class BaseTuner(nn.Module, ABC):
                 adapter_name,
                 inference_mode=config.inference_mode,
                 activate=adapter_name in self.active_adapters,
+                keep_tied=bool(tied),
             )
+        self.put_rows(model, tokens, adapter_name, config)
         for parameter, requires_grad in before:
             parameter.requires_grad = requires_grad
         self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -239,7 +266,7 @@ class BaseTuner(nn.Module, ABC):
         for module in modules_of(model):
             if is_tuned(module):
                 kept |= {id(p) for container in module._containers() for p in container.parameters()}
-            elif isinstance(module, AuxiliaryTrainingWrapper):
+            elif isinstance(module, ModulesToSaveWrapper):
                 kept |= {id(p) for p in module.parameters()}
         for parameter in parameters_of_model(model):
             if id(parameter) not in kept:
@@ -432,10 +459,19 @@ class BaseTuner(nn.Module, ABC):
             raise TypeError(f"adapter_names must be a list of adapter names, got the str {adapter_names!r}")
         self._check_names(adapter_names or [])
         self.check_mergeable(adapter_names, safe_merge)
+        check_rows_mergeable(self.model, adapter_names, safe_merge)
         layers = self._named_layers()
         with one_warning_for_all(layers):
             for layer in layers.values():
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, **options)
+        self._merge_rows(adapter_names)
+
+    def _merge_rows(self, adapter_names: list[str] | None) -> None:
+        """Merges trained rows of embeddings, which have been found to be mergeable."""
+        for tokens in rows_of_own(self.model):
+            names = tokens.to_merge(adapter_names)
+            if names:
+                tokens.merge(adapter_names=names)
 
     def check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raises for a layer that could not be merged, before any is."""
@@ -444,6 +480,8 @@ class BaseTuner(nn.Module, ABC):
         """Subtracts every merged adapter from the base weights."""
         for layer in self._layers():
             layer.unmerge()
+        for tokens in rows_of_own(self.model):
+            tokens.unmerge()
 
     def merge_and_unload(
         self,
@@ -463,6 +501,7 @@ class BaseTuner(nn.Module, ABC):
         """
         self._check_names(adapter_names or [])
         self.check_mergeable(adapter_names, safe_merge)
+        check_rows_mergeable(self.model, adapter_names, safe_merge)
         layers = {
             name: layer
             for name, layer in self._named_layers().items()
@@ -471,8 +510,9 @@ class BaseTuner(nn.Module, ABC):
         with one_warning_for_all(layers):
             for layer in layers.values():
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, **options)
+        self._merge_rows(adapter_names)
         model = self._unload()
-        _mark_untied(model)
+        mark_untied(model)
         return model
 
     def unload(self) -> nn.Module:
@@ -486,10 +526,11 @@ class BaseTuner(nn.Module, ABC):
         # (modules_to_save) may hold layers of another adapter, which go by other names once it is gone.
         for key, module in reversed(named_modules_of(self.model, remove_duplicate=False)):
             is_own = isinstance(module, self.tuner_layer_cls) and is_tuned(module)
-            if not is_own and not isinstance(module, ModulesToSaveWrapper):
+            if not is_own and not isinstance(module, AuxiliaryTrainingWrapper):
                 continue
             parent, _, name = key.rpartition(".")
-            inner = module.unloaded_module() if isinstance(module, ModulesToSaveWrapper) else module.get_base_layer()
+            wrapped = isinstance(module, AuxiliaryTrainingWrapper)
+            inner = module.unloaded_module() if wrapped else module.get_base_layer()
             setattr(self.model.get_submodule(parent), name, inner)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
@@ -530,21 +571,6 @@ def _warn_of_frozen(model: nn.Module) -> None:
             "frozen and not saved with this one (set requires_grad on their parameters to train them too)",
             stacklevel=5,
         )
-
-
-def _mark_untied(model: Any) -> None:
-    """Says in a transformers model's config that its embeddings are no longer tied, if they are not.
-
-    Otherwise saving and loading would tie them again and lose the head that was trained.
-    """
-    config: Any = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
-        return
-    ends = embeddings_of(model)
-    if None not in ends and ends[0].weight is not ends[1].weight:
-        config.tie_word_embeddings = False
-        message = "input and output embeddings differ after merging: tie_word_embeddings is now False"
-        warnings.warn(message, stacklevel=3)
 
 
 def refuse_foreign_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkern.tuners.trainable_tokens import TrainableTokensLayer, TrainableTokensWrapper
 from peftkern.tuners.tuner_layer import BaseTunerLayer, is_tuned
 from peftkern.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peftkern.utils.module_tree import named_modules_of
@@ -24,7 +25,11 @@ EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 # DoRA's magnitudes: in a file a tensor, in the model since PEFT 0.11 a module with a `weight`.
 MAGNITUDE = "lora_magnitude_vector"
 # Where the base model's own module is in what is put around it.
-_WRAPPED: tuple[tuple[type, str], ...] = ((BaseTunerLayer, "base_layer"), (ModulesToSaveWrapper, "original_module"))
+_WRAPPED: tuple[tuple[type, str], ...] = (
+    (BaseTunerLayer, "base_layer"),
+    (ModulesToSaveWrapper, "original_module"),
+    (TrainableTokensWrapper, "token_adapter"),
+)
 # Names that FSDP and activation checkpointing add to modules but not to state dicts.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -32,7 +37,8 @@ _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Names in the file -> names in `model.state_dict()`, for every tensor of the adapter, biases and embeddings aside.
 
-    Covers each adapted layer's own parameters and the copies of `modules_to_save`. Layers of `peftkern.nn` are part of
+    Covers each adapted layer's own parameters, the copies of `modules_to_save` and trained rows of embeddings, once
+    where tied layers share them. Layers of `peftkern.nn` are part of
     the base, but where they are all that is adapted (`layer_files`, which says so by `stands_alone`). A layer inside a
     module of which another adapter has a copy goes by its name in the base model.
     """
@@ -47,10 +53,13 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
         own = dot
         for wrapper in reversed(around):
             own = wrapper + own.removeprefix(wrapper).removeprefix("original_module.")
-        if isinstance(module, ModulesToSaveWrapper):
-            wrappers.append(dot)
+        if isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper)):
+            if isinstance(module, ModulesToSaveWrapper):
+                wrappers.append(dot)
             load_map = module.adapter_state_dict_load_map(adapter_name)
             found.update({f"{own}{saved}": f"{dot}{held}" for saved, held in load_map.items()})
+        elif isinstance(module, TrainableTokensLayer) and module.tied_adapter is not None:
+            continue  # see `tied_rows_key_map`
         elif is_tuned(module) or (alone and isinstance(module, BaseTunerLayer)):
             for child_name, child in module.named_children():  # type: ignore[attr-defined]
                 if child_name == "base_layer" or not isinstance(child, nn.ModuleDict | nn.ParameterDict):
@@ -65,6 +74,23 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
     return found
 
 
+def tied_rows_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Names in the file -> names in `model.state_dict()` of trained rows that are another layer's too.
+
+    PEFT writes them twice where training rows is the method (TRAINABLE_TOKENS); a file need not have them.
+    """
+    named = list(_named_modules(model))
+    wrapped = {f"{name}.token_adapter" for name, module in named if isinstance(module, TrainableTokensWrapper)}
+    return {
+        f"{name}.trainable_tokens_delta": f"{name}.trainable_tokens_delta.{adapter_name}"
+        for name, module in named
+        if isinstance(module, TrainableTokensLayer)
+        and name not in wrapped
+        and module.tied_adapter is not None
+        and adapter_name in module.trainable_tokens_delta
+    }
+
+
 def base_bias_keys(model: nn.Module, config: Any) -> list[str]:
     """Names in `model.state_dict()` of the base model's biases that `config.bias` makes part of the adapter."""
     bias = getattr(config, "bias", "none")
@@ -74,18 +100,19 @@ def base_bias_keys(model: nn.Module, config: Any) -> list[str]:
             if bias == "all" and not isinstance(module, ModulesToSaveWrapper | BaseTunerLayer):
                 if isinstance(module._parameters.get("bias"), torch.Tensor) and not _inside_adapter(model, name):
                     found.append(f"{name}.bias" if name else "bias")
-            elif bias.endswith("_only") and is_tuned(module):
+            elif bias.endswith("_only") and is_tuned(module) and not isinstance(module, TrainableTokensLayer):
                 base = module.get_base_layer()
                 if isinstance(getattr(base, "bias", None), torch.Tensor):
                     found.append(f"{name}.base_layer.bias" if name else "base_layer.bias")
     return found
 
 
-def embedding_key_map(model: nn.Module, targeted: bool) -> dict[str, str]:
+def embedding_key_map(model: nn.Module, targeted: bool, adapter_name: str) -> dict[str, str]:
     """Names in the file -> names in `model.state_dict()`, for the base model's own input and output embeddings.
 
     An embedding that is adapted goes by the name of its wrapped layer (`....base_layer.weight`); one of which adapters
-    have copies (`modules_to_save`) by its name in the base model. With `targeted` embeddings one that is not adapted is
+    have copies (`modules_to_save`) by its name in the base model. One of which rows are trained brings those of the
+    adapter, as in PEFT also where they are another layer's. With `targeted` embeddings one that is not adapted is
     left out. Empty for a model without `get_input_embeddings`.
     """
     found = {}
@@ -98,7 +125,11 @@ def embedding_key_map(model: nn.Module, targeted: bool) -> dict[str, str]:
         if isinstance(layer, ModulesToSaveWrapper):
             found.update({f"{name}.{k}": f"{name}.original_module.{k}" for k in layer.original_module.state_dict()})
             continue
-        dot = "base_layer." if isinstance(layer, BaseTunerLayer) else ""
+        wrapped = isinstance(layer, TrainableTokensWrapper)
+        if wrapped and adapter_name in layer._get_available_adapters():
+            rows = f"{name}.token_adapter.trainable_tokens_delta"
+            found[rows] = f"{rows}.{adapter_name}"
+        dot = "token_adapter.base_layer." if wrapped else "base_layer." if isinstance(layer, BaseTunerLayer) else ""
         inner = layer.get_submodule(dot.rstrip("."))
         found.update({f"{name}.{dot}{key}": f"{name}.{dot}{key}" for key in inner.state_dict()})
     return found

@@ -120,16 +120,68 @@ def _is_of_another_thread(mixed: Any) -> bool:
     return torch._C._current_graph_task_id() == -1
 
 
+def rows_of_input(
+    rows_of: dict[str, list[int]], batch: Any, x: torch.Tensor, what: str
+) -> tuple[dict[str, list[int]], int]:
+    """(the rows of x that each adapter takes, how many rows x has), of an input whose rows are copied by index.
+
+    Args:
+        rows_of: the entries of the batch that each adapter takes.
+        batch: the batch.
+        x: a layer's input.
+        what: the field of the configuration that the layer is there for, for messages.
+
+    Raises:
+        ValueError: the input's first dimension is not the batch.
+    """
+    n = len(batch)
+    if isinstance(x, torch.Tensor) and x.dim() == 2 and x.is_floating_point():
+        batch.check_rows(x, "adapter_names")
+    each = batch.rows_of_an_id(x, x.dim() - 1) if isinstance(x, torch.Tensor) else 0
+    if each:
+        n *= each  # rows are tokens
+        rows_of = {name: [row * each + i for row in rows for i in range(each)] for name, rows in rows_of.items()}
+    if not isinstance(x, torch.Tensor) or x.dim() == 0 or x.shape[0] != n:
+        if isinstance(x, torch.Tensor) and x.dim() > 0:
+            batch.refuse_names(x)
+        shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"adapter_names: {what}: expected an input of {n} rows, got {shape}")
+    return rows_of, n
+
+
+class ExclusiveAdapters:
+    """Mixin of what holds adapters that are other values of the same weights, so that not any two can be active."""
+
+    # The field of the configuration that names what is trained here, for messages.
+    what_is_trained: str
+
+    def held_among(self, adapter_names: str | Sequence[str]) -> list[str]:
+        """Those of `adapter_names` that are here."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        held: set[str] = self._get_available_adapters()  # type: ignore[attr-defined]
+        return [name for name in names if name in held]
+
+    def check_together(self, names: Sequence[str]) -> None:
+        """Raises ValueError where these adapters of this holder cannot take part at once: here, if they are several."""
+        if len(names) > 1:
+            raise ValueError(f"{self.what_is_trained} takes one active adapter at a time, got {list(names)}")
+
+
 class AuxiliaryTrainingWrapper(nn.Module):
     """Base of what wraps a module to train it in another way than by an adapter inside it."""
 
+    def unloaded_module(self) -> nn.Module:
+        """What stands in the wrapper's place once adapters are unloaded."""
+        raise NotImplementedError
 
-class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+
+class ModulesToSaveWrapper(ExclusiveAdapters, AuxiliaryTrainingWrapper):
     """Keeps a frozen module and, for each adapter that asked for it, a copy that is trained and saved whole.
 
     Args:
         module_to_save: The module to copy.
         adapter_name: The adapter that the first copy belongs to.
+        copied: See `update`.
 
     Raises:
         TypeError: `module_to_save` is a container without a forward, or is itself an adapted layer.
@@ -141,20 +193,25 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     _mixed: Any = None
     _mixed_before: Any = None
     other_param_names: tuple[str, ...] = ()
+    what_is_trained = "modules_to_save"
 
-    def __init__(self, module_to_save: nn.Module, adapter_name: str) -> None:
+    def __init__(self, module_to_save: nn.Module, adapter_name: str, copied: dict[int, Any] | None = None) -> None:
         super().__init__()
         _check_can_copy(module_to_save)
         self.original_module = module_to_save
         self.modules_to_save = nn.ModuleDict()
         self._active_adapter: list[str] = [adapter_name]
         self._disable_adapters = False
-        self.update(adapter_name)
+        self.update(adapter_name, copied)
 
-    def update(self, adapter_name: str) -> None:
-        """Adds a copy for `adapter_name` if there is none; the original is frozen."""
+    def update(self, adapter_name: str, copied: dict[int, Any] | None = None) -> None:
+        """Adds a copy for `adapter_name` if there is none; the original is frozen.
+
+        `copied`, the memo of `copy.deepcopy`, has what of other modules was copied already: weights that these share
+        with this one are shared by the copies too.
+        """
         if adapter_name not in self.modules_to_save:
-            self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
+            self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module, copied)
         self.original_module.requires_grad_(False)
 
     @property
@@ -199,18 +256,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             ValueError: the input's first dimension is not the batch.
             TypeError: the module returns something else than a tensor.
         """
-        n = len(batch)
-        if isinstance(x, torch.Tensor) and x.dim() == 2 and x.is_floating_point():
-            batch.check_rows(x, "adapter_names")
-        each = batch.rows_of_an_id(x, x.dim() - 1) if isinstance(x, torch.Tensor) else 0
-        if each:
-            n *= each  # rows are tokens
-            rows_of = {name: [row * each + i for row in rows for i in range(each)] for name, rows in rows_of.items()}
-        if not isinstance(x, torch.Tensor) or x.dim() == 0 or x.shape[0] != n:
-            if isinstance(x, torch.Tensor) and x.dim() > 0:
-                batch.refuse_names(x)
-            shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-            raise ValueError(f"adapter_names: modules_to_save: expected an input of {n} rows, got {shape}")
+        rows_of, n = rows_of_input(rows_of, batch, x, self.what_is_trained)
         groups = {name: rows for name, rows in rows_of.items() if name in self.modules_to_save}
         taken = {row for rows in groups.values() for row in rows}
         calls = [(self.modules_to_save[name], rows) for name, rows in groups.items()]
@@ -249,7 +295,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             ValueError: More than one adapter, or one that has no copy here.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.check_one(names)
+        self.check_together(names)
         if names and names[0] not in self.modules_to_save:
             have = sorted(self._adapters)
             raise ValueError(f"adapter {names[0]!r} has no modules_to_save here; those that do: {have}")
@@ -264,16 +310,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             ValueError: Several of them have one.
         """
         self.set_adapter(self.held_among(adapter_names), inference_mode)
-
-    def held_among(self, adapter_names: str | Sequence[str]) -> list[str]:
-        """Those of `adapter_names` that have a copy here."""
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        return [name for name in names if name in self.modules_to_save]
-
-    def check_one(self, names: Sequence[str]) -> None:
-        """Raises ValueError for more than one name: one copy at a time is active."""
-        if len(names) > 1:
-            raise ValueError(f"modules_to_save takes one active adapter at a time, got {list(names)}")
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Sets `requires_grad` on the copies of the named adapters."""
@@ -320,19 +356,20 @@ def _set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_
     """Activates, in every wrapper of `model`, the copy of the named adapter (the original where it has none).
 
     Raises:
-        ValueError: Several of the named adapters have a copy of one module; nothing is changed then.
+        ValueError: Several of the named adapters have a copy of one module, or a row for one token; nothing is changed
+            then.
     """
-    wrappers = wrappers_of(model)
-    for wrapper in wrappers:
-        wrapper.check_one(wrapper.held_among(adapter_name))
-    for wrapper in wrappers:
+    for holder in modules_of(model):
+        if isinstance(holder, ExclusiveAdapters):
+            holder.check_together(holder.held_among(adapter_name))
+    for wrapper in wrappers_of(model):
         wrapper.set_active_among(adapter_name, inference_mode)
 
 
 def _check_can_copy(module: nn.Module) -> None:
     """Raises for a module that cannot be copied and trained in its own place."""
     containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
-    if isinstance(module, containers) or hasattr(module, "base_layer"):
+    if isinstance(module, (*containers, AuxiliaryTrainingWrapper)) or hasattr(module, "base_layer"):
         raise TypeError(f"modules_to_save cannot wrap a module of type {type(module).__name__}")
     if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters()):
         raise ValueError("modules_to_save cannot copy a module whose weights accelerate offloaded: load it on a device")
@@ -348,14 +385,20 @@ def check_modules_to_save(model: nn.Module, names: Iterable[str]) -> None:
     for key, module in named_modules_of(model):
         if (
             key.endswith(endings)
-            and not isinstance(module, AuxiliaryTrainingWrapper)
+            and not isinstance(module, ModulesToSaveWrapper)
             and not _is_inside_adapter(model, key)
         ):
             _check_can_copy(module)
 
 
 def wrap_modules_to_save(
-    model: nn.Module, names: Iterable[str], adapter_name: str, *, inference_mode: bool, activate: bool
+    model: nn.Module,
+    names: Iterable[str],
+    adapter_name: str,
+    *,
+    inference_mode: bool,
+    activate: bool,
+    keep_tied: bool = False,
 ) -> list[str]:
     """Puts a `ModulesToSaveWrapper` around every module of `model` whose name ends with one of `names`.
 
@@ -368,12 +411,14 @@ def wrap_modules_to_save(
         adapter_name: The adapter that trains the copies.
         inference_mode: Whether the copies are frozen.
         activate: Whether the copies are used at once.
+        keep_tied: Whether copies of modules that share a weight share it too.
 
     Returns:
         The full names of the wrapped modules.
     """
     names = list(names)
     found: dict[str, set[str]] = {name: set() for name in names}
+    copied: dict[int, Any] | None = {} if keep_tied else None
     # A tied module is listed under each of its names, so that each place is wrapped.
     for key, module in named_modules_of(model, remove_duplicate=False):
         matched = [name for name in names if key.endswith(name)]
@@ -383,9 +428,9 @@ def wrap_modules_to_save(
             found[name].add(key)
         parent, _, name = _get_submodules(model, key)
         if isinstance(module, ModulesToSaveWrapper):
-            module.update(adapter_name)
+            module.update(adapter_name, copied)
         else:
-            module = ModulesToSaveWrapper(module, adapter_name)
+            module = ModulesToSaveWrapper(module, adapter_name, copied)
             module.set_adapter([])
             setattr(parent, name, module)
         if activate:

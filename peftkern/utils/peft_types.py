@@ -18,6 +18,7 @@ class PeftType(str, enum.Enum):  # noqa: UP042 - PEFT's own clients read str() o
     PROMPT_TUNING = "PROMPT_TUNING"
     PREFIX_TUNING = "PREFIX_TUNING"
     P_TUNING = "P_TUNING"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
 
 
 class TaskType(str, enum.Enum):  # noqa: UP042

@@ -23,6 +23,7 @@ from peftkern.utils.adapter_keys import (
     base_bias_keys,
     embedding_is_targeted,
     embedding_key_map,
+    tied_rows_key_map,
 )
 from peftkern.utils.expert_files import stack_experts
 from peftkern.utils.module_tree import modules_of
@@ -71,9 +72,9 @@ def get_peft_model_state_dict(
         model = getattr(model, "_orig_mod", model)
     config = _config_of(model, adapter_name)
     state = model.state_dict() if state_dict is None else state_dict
-    wanted = adapter_key_map(model, adapter_name)
+    wanted = adapter_key_map(model, adapter_name) | tied_rows_key_map(model, adapter_name)
     base = {key: key for key in base_bias_keys(model, config)}
-    base |= _embeddings_to_save(model, config, save_embedding_layers)
+    base |= _embeddings_to_save(model, config, save_embedding_layers, adapter_name)
     # The adapter's copy of a module (modules_to_save) has the name of the base model's.
     wanted |= {saved: held for saved, held in base.items() if saved not in wanted}
     return {saved: _full(state[held]) for saved, held in wanted.items() if held in state}
@@ -99,21 +100,25 @@ def _full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _embeddings_to_save(model: nn.Module, config: Any, choice: bool | Literal["auto"]) -> dict[str, str]:
+def _embeddings_to_save(
+    model: nn.Module, config: Any, choice: bool | Literal["auto"], adapter_name: str
+) -> dict[str, str]:
     """The embeddings' weights that are saved along, under PEFT's rules for `save_embedding_layers`: file -> model."""
     if choice not in (True, False, "auto"):
         raise ValueError(f"save_embedding_layers: expected True, False or 'auto', got {choice!r}")
     targeted = embedding_is_targeted(model, config)
     if choice == "auto":
-        choice = targeted
-        if targeted:
+        # Who trains single rows does not want the matrix in the file.
+        trains_rows = config.peft_type == PeftType.TRAINABLE_TOKENS
+        choice = targeted and not trains_rows and getattr(config, "trainable_token_indices", None) is None
+        if choice:
             warnings.warn("save_embedding_layers: set to True, target_modules name an embedding.", stacklevel=3)
         elif _vocabulary_was_resized(model, config):
             warnings.warn("save_embedding_layers: set to True, the vocabulary was resized.", stacklevel=3)
             choice = True
     if choice and not hasattr(model, "get_input_embeddings"):
         warnings.warn("save_embedding_layers: the model has no get_input_embeddings, none saved.", stacklevel=3)
-    return embedding_key_map(model, targeted) if choice else {}
+    return embedding_key_map(model, targeted, adapter_name) if choice else {}
 
 
 def _vocabulary_was_resized(model: nn.Module, config: Any) -> bool:
@@ -179,9 +184,9 @@ def plan_load(
         got = f"{type(state_dict).__name__} of {shorten(list(state_dict), 1)}" if state_dict else shown(state_dict)
         raise TypeError(f"state_dict: expected a dict of names to tensors, got {got}")
     adapter = adapter_key_map(model, adapter_name)
-    embeddings = embedding_key_map(model, False) | embedding_key_map(model, True)
+    embeddings = embedding_key_map(model, False, adapter_name) | embedding_key_map(model, True, adapter_name)
     places = {held: held for held in embeddings.values()} | embeddings  # PEFT's name for one with copies is the first
-    places |= {key: key for key in base_bias_keys(model, config)} | adapter
+    places |= {key: key for key in base_bias_keys(model, config)} | adapter | tied_rows_key_map(model, adapter_name)
     wrapped = any(key.startswith(PREFIX) for key in places)
     if not wrapped:  # adapters injected into a bare model: the file's names still carry the prefix
         state_dict = {key.removeprefix(PREFIX): value for key, value in state_dict.items()}

@@ -23,6 +23,7 @@ from peftkern.tuners.lora.variant_configs import (
     MontecloraConfig,
     VeloraConfig,
 )
+from peftkern.tuners.trainable_tokens.config import check_token_ids
 from peftkern.utils.peft_types import PeftType
 
 # Those that are built, but for True and False; `gaussian` and `olora` in any case, as in PEFT.
@@ -39,7 +40,6 @@ _OFF_WHEN_EMPTY = ("alora_invocation_tokens", "layer_replication")
 _UNBUILT: dict[str, Any] = {
     "megatron_config": None,
     "megatron_core": "megatron.core",
-    "trainable_token_indices": None,
     "velora_config": None,
     "alora_invocation_tokens": None,
     "use_qalora": False,
@@ -50,7 +50,6 @@ _UNBUILT: dict[str, Any] = {
     "use_bdlora": None,
     "arrow_config": None,
     "kasa_config": None,
-    "ensure_weight_tying": False,
 }
 
 
@@ -99,9 +98,16 @@ class LoraConfig(PeftConfig):
         target_parameters: Names, or dotted tails of names, of parameters to adapt in modules that are no layers, such
             as "experts.gate_up_proj": a matrix, or a stack of matrices that each get an adapter of rank r. All adapters
             of a model that have any must have the same.
-        megatron_config, megatron_core, trainable_token_indices, velora_config, alora_invocation_tokens, use_qalora,
-        qalora_group_size, monteclora_config, layer_replication, runtime_config, use_bdlora, arrow_config, kasa_config,
-        ensure_weight_tying: PEFT's, not built; anything but the default raises NotImplementedError.
+        trainable_token_indices: Ids of tokens whose rows of an embedding train beside the adapter: a list, for the
+            model's input embedding (without one, for modules whose names end with "embed_tokens"); or a dict of endings
+            of module names to lists. Rows are saved in the order of the ids. A head that is tied to the input embedding
+            takes the same rows, unless the dict gives it other ones.
+        ensure_weight_tying: Keep what shares the input embedding's weight tied: with `modules_to_save` of one of these
+            modules all are trained as one, and `modules_to_save` then names the embedding; `trainable_token_indices`
+            that give them different ids are refused. PEFT's meaning for `target_modules` is not built.
+        megatron_config, megatron_core, velora_config, alora_invocation_tokens, use_qalora, qalora_group_size,
+        monteclora_config, layer_replication, runtime_config, use_bdlora, arrow_config, kasa_config: PEFT's, not built;
+            anything but the default raises NotImplementedError.
 
     Raises:
         ValueError, TypeError: A value that is not allowed, by field.
@@ -212,7 +218,7 @@ class LoraConfig(PeftConfig):
                 )
         self._check_numbers()
         self._check_names()
-        for name in ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias"):
+        for name in ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
             _expect(name, getattr(self, name), (bool,), "True or False")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
@@ -226,6 +232,7 @@ class LoraConfig(PeftConfig):
                 "(path_initial_model_for_weight_conversion)",
                 stacklevel=4,
             )
+        _check_tokens(self.trainable_token_indices)
         if self.lora_bias and self.init_lora_weights not in (True, False):
             raise ValueError(f"lora_bias=True needs init_lora_weights True or False, got {self.init_lora_weights!r}")
         if self.use_dora and self.init_lora_weights == "mica":
@@ -295,6 +302,24 @@ def _check_alpha(name: str, value: Any) -> None:
         finite = False
     if not finite:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
+def _check_tokens(value: Any) -> None:
+    name = "trainable_token_indices"
+    if value is None:
+        return
+    _expect(name, value, (list, tuple, dict), "a list of ids, a dict of module names to such lists, or None")
+    if not value:
+        raise ValueError(f"{name} must hold at least one id, or be None, got {value!r}")
+    if not isinstance(value, dict):
+        check_token_ids(name, value)
+        return
+    for key, indices in value.items():
+        _expect(f"a key of {name}", key, (str,), "a str")
+        if not key:
+            raise ValueError(f"{name} must not have an empty name, got {value!r}")
+        _expect(f"{name}[{key!r}]", indices, (list, tuple), "a list of ids")
+        check_token_ids(f"{name}[{key!r}]", indices)
 
 
 def _check_loftq(settings: Any) -> None:

@@ -32,7 +32,8 @@ from peftkern.tuners.weighted import check_sources, joined_targets
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.merge_utils import METHODS, check_density, check_sign_method, wide
 from peftkern.utils.model_snapshot import restored_on_error
-from peftkern.utils.other import wrappers_of
+from peftkern.utils.module_tree import modules_of
+from peftkern.utils.other import ExclusiveAdapters
 
 if TYPE_CHECKING:
     from peftkern.tuners.lora.model import LoraModel
@@ -194,14 +195,16 @@ def _warn_of_left_out(model: LoraModel, adapters: list[str], adapter_name: str, 
             f"{adapter_name!r} combines A and B alone: the magnitudes of {with_dora} are left out, and it {what}",
             stacklevel=4,
         )
-    copies = wrappers_of(model.model)
-    trained = [name for name in dict.fromkeys(adapters) if any(name in wrapper.modules_to_save for wrapper in copies)]
-    if trained:
-        warnings.warn(
-            f"{adapter_name!r} combines A and B alone: modules that {trained} trained whole (modules_to_save) are "
-            "the base model's in it",
-            stacklevel=4,
-        )
+    for field, what in (("modules_to_save", "modules"), ("trainable_token_indices", "rows of tokens")):
+        holders = [m for m in modules_of(model.model) if isinstance(m, ExclusiveAdapters)]
+        here = {name for m in holders if m.what_is_trained == field for name in m.held_among(adapters)}
+        trained = [name for name in dict.fromkeys(adapters) if name in here]
+        if trained:
+            warnings.warn(
+                f"{adapter_name!r} combines A and B alone: {what} that {trained} trained whole ({field}) are the base "
+                "model's in it",
+                stacklevel=4,
+            )
 
 
 # -- a layer -----------------------------------------------------------------------------------------------------------
