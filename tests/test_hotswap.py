@@ -27,7 +27,7 @@ def adapter(folder: Path, name: str, seed: int, base: Any = tiny_llama, **fields
         warnings.simplefilter("ignore")
         config = peftkern.LoraConfig(**({"target_modules": TARGETS, "r": 4, "lora_alpha": 8} | fields))
         model = peftkern.get_peft_model(base(), config)
-    randomize(model, seed=seed)
+    randomize(model, ("lora_", "modules_to_save", "trainable_tokens_delta"), seed)
     model.save_pretrained(folder / name)
     return folder / name
 
@@ -198,6 +198,18 @@ def test_dora_swaps_with_dora_only(tmp_path):
         torch.testing.assert_close(logits(model), logits(loaded(second)))
 
 
+def test_trained_rows_and_whole_modules_are_swapped_along(tmp_path):
+    """Would catch rows of tokens, or modules trained whole, that stay the old adapter's."""
+    fields: Any = {"trainable_token_indices": [3, 7], "modules_to_save": ["norm"]}
+    first, second = (adapter(tmp_path, str(r), r, r=r, lora_alpha=5, **fields) for r in (2, 3))
+    for prepared in (False, True):
+        model = loaded(first)
+        if prepared:
+            hotswap.prepare_model_for_compiled_hotswap(model, target_rank=5)
+        hotswap.hotswap_adapter(model, second, "default")
+        torch.testing.assert_close(logits(model), logits(loaded(second)))
+
+
 def test_what_cannot_be_swapped_leaves_the_model_as_it_was(tmp_path):
     """Would catch an error that comes after something was written."""
     first, wide = adapter(tmp_path, "first", 1), adapter(tmp_path, "wide", 2, r=6)
@@ -206,6 +218,7 @@ def test_what_cannot_be_swapped_leaves_the_model_as_it_was(tmp_path):
     weights = (torn / "adapter_model.safetensors").read_bytes()
     (torn / "adapter_model.safetensors").write_bytes(weights[:-8])
     shapes = adapter(tmp_path, "shapes", 4, r=3, base=lambda: tiny_llama(intermediate_size=80))
+    tokens = adapter(tmp_path, "tokens", 4, trainable_token_indices=[1])
     pissa = adapter(tmp_path, "pissa", 4, init_lora_weights="pissa")
     ia3 = tmp_path / "ia3"
     peftkern.get_peft_model(tiny_llama(), peftkern.IA3Config(task_type="CAUSAL_LM")).save_pretrained(ia3)
@@ -220,6 +233,7 @@ def test_what_cannot_be_swapped_leaves_the_model_as_it_was(tmp_path):
             (shapes, "its shape is"),
             (ia3, "LoRA"),
             (pissa, "'pissa' changed its own"),
+            (tokens, "trainable_token_indices is None and"),
         ]
         wrong += [(wide, "has rank 6 .* is prepared for 5")] if prepared else []
         for path, message in wrong:

@@ -163,16 +163,18 @@ def hotswap_adapter_from_state_dict(
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
-    """Raise ValueError unless both are LoRA's, on the same base weights, and with DoRA both or neither."""
+    """Raise ValueError unless both are LoRA's, on the same base weights, with the same trained tokens, and both with
+    DoRA or neither."""
     for config in (config0, config1):
         if config.peft_type != PeftType.LORA:
             raise ValueError(f"adapters of LoRA can be swapped, got one of {config.peft_type}")
         init = getattr(config, "init_lora_weights", True)
         if changes_base(init):
             raise ValueError(f"adapters can be swapped on base weights that both are for; {init!r} changed its own")
-    ours, theirs = (getattr(config, "use_dora", False) for config in (config0, config1))
-    if ours != theirs:
-        raise ValueError(f"the adapters do not go into one another's place: use_dora is {ours} and {theirs}")
+    for field in ("use_dora", "trainable_token_indices"):
+        ours, theirs = (getattr(config, field, None) for config in (config0, config1))
+        if ours != theirs:
+            raise ValueError(f"the adapters do not go into one another's place: {field} is {ours} and {theirs}")
 
 
 def _check_config(model: nn.Module, adapter: str, config: Any) -> None:
