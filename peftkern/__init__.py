@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from peftkern.peft_model import PeftModel
     from peftkern.quantize import load_quantized, quantize_model, save_quantized
     from peftkern.status import get_layer_status, get_model_status
+    from peftkern.tuners.adalora import AdaLoraConfig, AdaLoraModel
     from peftkern.tuners.ia3 import IA3Config, IA3Model
     from peftkern.tuners.lora import LoraConfig, LoraModel
     from peftkern.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
@@ -66,6 +67,7 @@ _HOMES = {
     "peftkern.auto": [f"AutoPeftModel{suffix}" for suffix in _TASKS],
     "peftkern.quantize": ["load_quantized", "quantize_model", "save_quantized"],
     "peftkern.status": ["get_layer_status", "get_model_status"],
+    "peftkern.tuners.adalora": ["AdaLoraConfig", "AdaLoraModel"],
     "peftkern.tuners.ia3": ["IA3Config", "IA3Model"],
     "peftkern.tuners.lora": [
         *("ArrowConfig", "BdLoraConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraConfig", "LoraGAConfig"),

@@ -35,6 +35,7 @@ from peftkern.utils.adapter_keys import PREFIX
 from peftkern.utils.model_snapshot import restored_on_error
 from peftkern.utils.module_tree import modules_of, named_modules_of
 from peftkern.utils.other import ModulesToSaveWrapper, check_is_module
+from peftkern.utils.peft_types import PeftType
 from peftkern.utils.save_and_load import (
     check_lora_tensors,
     config_to_save,
@@ -109,7 +110,7 @@ class AdapterBank:
         check_is_module("model", model)
         check_float_dtype("dtype", dtype)
         if isinstance(model, PeftModel):
-            if not isinstance(model.base_model, LoraModel):
+            if model.peft_type != PeftType.LORA:
                 raise TypeError(f"model: expected LoRA adapters, got {type(model.base_model).__name__}")
             model.base_model.refuse_parameters("model: a bank cannot mix what is part of a weight")
             if len(model.peft_config) > slots:
@@ -431,7 +432,7 @@ class AdapterBank:
 
         Messages speak of it as `called`, where that is to be its name later."""
         called = called or name
-        if not isinstance(config, LoraConfig):
+        if config.peft_type != PeftType.LORA:
             raise ValueError(f"adapter {called!r}: expected a LoRA configuration, got {type(config).__name__}")
         _refuse_parameters(called, config)
         highest = highest_rank(config)
@@ -532,7 +533,7 @@ def _read(name: str, folder: PathLike, hub: dict[str, Any]) -> tuple[LoraConfig,
             config: Any = load_config(folder, **hub)
         except NotImplementedError as error:
             raise NotImplementedError(f"adapter {name!r}: {error}") from error  # which names the file
-        if not isinstance(config, LoraConfig):
+        if config.peft_type != PeftType.LORA:
             raise ValueError(f"adapter {name!r}: {os.fspath(folder)} holds a {config.peft_type} adapter, expected LoRA")
         _refuse_parameters(name, config)
         tensors = load_peft_weights(folder, **hub)

@@ -22,6 +22,7 @@ from peftkern.utils.adapter_error import shorten
 from peftkern.utils.adapter_files import PathLike
 from peftkern.utils.checkpoint_files import WEIGHTS, Checkpoint
 from peftkern.utils.linear_layers import source_conv1d
+from peftkern.utils.peft_types import PeftType
 from peftkern.utils.quantized_files import QuantizedFileError
 from peftkern.utils.quantized_modules import weight_of
 from peftkern.weights import Weight4bit
@@ -76,6 +77,8 @@ def replace_lora_weights_loftq(
         raise TypeError(f"peft_model: expected a PeftModel, got {type(peft_model).__name__}")
     if adapter_name not in peft_model.peft_config:
         raise ValueError(f"adapter_name: no adapter {adapter_name!r}; there are {sorted(peft_model.peft_config)}")
+    if peft_model.peft_config[adapter_name].peft_type != PeftType.LORA:
+        raise ValueError(f"peft_model: expected LoRA adapters, got {type(peft_model.base_model).__name__}")
     base = peft_model.get_base_model()
     layers = _layers_in_4_bits(base, adapter_name)
     checkpoint = _checkpoint_of(base, model_path)

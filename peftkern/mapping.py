@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peftkern.config import PeftConfig, check_is_config, known_methods
+from peftkern.tuners.adalora import AdaLoraConfig, AdaLoraModel
 from peftkern.tuners.ia3 import IA3Config, IA3Model
 from peftkern.tuners.lora import LoraConfig, LoraModel
 from peftkern.tuners.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
@@ -16,11 +17,13 @@ from peftkern.tuners.tuners_utils import BaseTuner
 from peftkern.utils.peft_types import PeftType
 
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, type[PeftConfig]] = {
+    PeftType.ADALORA: AdaLoraConfig,
     PeftType.IA3: IA3Config,
     PeftType.LORA: LoraConfig,
     PeftType.TRAINABLE_TOKENS: TrainableTokensConfig,
 }
 PEFT_TYPE_TO_TUNER_MAPPING: dict[str, type[BaseTuner]] = {
+    PeftType.ADALORA: AdaLoraModel,
     PeftType.IA3: IA3Model,
     PeftType.LORA: LoraModel,
     PeftType.TRAINABLE_TOKENS: TrainableTokensModel,

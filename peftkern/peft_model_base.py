@@ -188,7 +188,7 @@ class PeftModel(nn.Module):
         of that name, in training too: give those that learn `set_requires_grad`, and see `peftkern.per_adapter_loss`.
         """
         with self._enable_peft_forward_hooks(*args, **kwargs):
-            return self.get_base_model()(*args, **self._model_kwargs(kwargs))
+            return self.base_model.add_losses(self.get_base_model()(*args, **self._model_kwargs(kwargs)))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, adapters included; `adapter_names` has a name for each prompt."""
@@ -517,8 +517,12 @@ class PeftModel(nn.Module):
         known = adapter_name in self.peft_config
         with reading(model_id, hub.get("subfolder")):
             config = self.peft_config[adapter_name] if known else load_config(model_id, **hub)
-            tensors, options = read_adapter(model_id, config, key_mapping, ephemeral_gpu_offload, hub, options)
+            # What the file's own configuration says of its tensors' ranks counts, also for an adapter that is here.
+            saved = load_config(model_id, **hub) if known and config.peft_type == PeftType.ADALORA else config
+            tensors, options = read_adapter(model_id, saved, key_mapping, ephemeral_gpu_offload, hub, options)
         with restored_on_error(self):
+            if saved is not config:
+                tensors = self.base_model.take_pattern(tensors, adapter_name, saved)
             if not known:
                 config.inference_mode = not is_trainable
                 with blamed_on_config(model_id, hub):

@@ -1,7 +1,7 @@
 """The ranks of test_distributed.py: train a few steps through Accelerate, under DDP and then under FSDP2, on the CPU.
 
 Usage: distributed_worker.py FOLDER PORT. The imports are done once, then each rank is a fork. Rank 0 writes
-FOLDER/<mode>.json, and the same of DoRA to FOLDER/<mode>_dora.json.
+FOLDER/<mode>.json, and the same of DoRA and AdaLoRA to FOLDER/<mode>_dora.json and FOLDER/<mode>_adalora.json.
 """
 
 from __future__ import annotations
@@ -22,12 +22,25 @@ import peftkern
 from tiny_models import ids, randomize, tiny_llama
 
 WORLD, STEPS, ROWS = 2, 5, 4
-CONFIG = {"r": 4, "target_modules": "all-linear", "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
+CONFIG = {"target_modules": "all-linear", "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
+METHODS = ("", "_dora", "_adalora")
+# Ranks are cut from the second step on, and masked in the last. Few layers: each costs FSDP2 many small gatherings.
+SCHEDULE = CONFIG | {
+    "target_modules": ["q_proj", "v_proj"],
+    "init_r": 4,
+    "target_r": 2,
+    "total_step": STEPS,
+    "tfinal": 1,
+}
 
 
-def make_model(use_dora: bool = False) -> Any:
-    model = peftkern.get_peft_model(tiny_llama(), peftkern.LoraConfig(**CONFIG, use_dora=use_dora))
-    randomize(model, ("lora_A",))
+def make_model(method: str = "") -> Any:
+    if method == "_adalora":
+        config: Any = peftkern.AdaLoraConfig(**SCHEDULE)
+    else:
+        config = peftkern.LoraConfig(**CONFIG, r=4, use_dora=method == "_dora")
+    model = peftkern.get_peft_model(tiny_llama(), config)
+    randomize(model, ("lora_A", "lora_B", "lora_E") if method == "_adalora" else ("lora_A",))
     return model.train()
 
 
@@ -43,6 +56,9 @@ def train(model: Any, optimizer: Any, backward: Any, rank: int = 0, world: int =
         loss = model(input_ids=rows, labels=rows).loss
         backward(loss)
         optimizer.step()
+        tuner = getattr(model, "module", model).base_model
+        if hasattr(tuner, "update_and_allocate"):
+            tuner.update_and_allocate(step)
         optimizer.zero_grad()
         losses.append(loss.detach().item())
     return losses
@@ -52,8 +68,8 @@ def make_optimizer(model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
 
-def run(mode: str, use_dora: bool, folder: Path, accelerator: Accelerator) -> None:
-    sharded, name = mode == "fsdp2", f"{mode}{'_dora' * use_dora}"
+def run(mode: str, method: str, folder: Path, accelerator: Accelerator) -> None:
+    sharded, name = mode == "fsdp2", f"{mode}{method}"
     if sharded:
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
@@ -67,7 +83,7 @@ def run(mode: str, use_dora: bool, folder: Path, accelerator: Accelerator) -> No
             state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     rank, world = accelerator.process_index, accelerator.num_processes
-    model = make_model(use_dora)
+    model = make_model(method)
     model, optimizer = accelerator.prepare(model, make_optimizer(model))
     losses = train(model, optimizer, accelerator.backward, rank, world)
     mean = [accelerator.gather(torch.tensor([loss])).mean().item() for loss in losses]
@@ -100,8 +116,8 @@ def rank_main(rank: int, folder: Path, port: str) -> None:
     faulthandler.dump_traceback_later(100, exit=True)  # a rank that waits for ever says where
     accelerator = Accelerator(cpu=True)
     for mode in ("ddp", "fsdp2"):
-        for use_dora in (False, True):
-            run(mode, use_dora, folder, accelerator)
+        for method in METHODS:
+            run(mode, method, folder, accelerator)
     torch.distributed.destroy_process_group()
 
 

@@ -246,8 +246,11 @@ def test_a_configuration_of_pefts_is_told_how_to_become_ours():
     ):
         with pytest.raises(TypeError, match=words):
             call()
-    unbuilt = peft.AdaLoraConfig(target_modules=["down"], total_step=5)
-    with pytest.raises(TypeError, match=r"AdaLoraConfig, a method that is not built .*: IA3, LORA, TRAINABLE_TOKENS\)"):
+    unbuilt = peft.LoHaConfig(target_modules=["down"])
+    with pytest.raises(
+        TypeError,
+        match=r"LoHaConfig, a method that is not built here \(those that are: ADALORA, IA3, LORA, TRAINABLE_TOKENS\)",
+    ):
         get_peft_model(mlp(), unbuilt)
     model.add_adapter("other", peftkern.LoraConfig(**theirs.to_dict()))
     assert model.base_model.model.down.r == {"other": 3}

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     """Would catch an example that no longer works: on the first screen, and those that go on from it."""
     pytest.importorskip("transformers")
-    first, qlora, many = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    first, adalora, qlora, many = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S
+    )
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
@@ -24,6 +26,9 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     assert "trainable params: " in printed and " layers: " in printed
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert namespace["loss"].item() < 1.0
+    exec(compile(adalora, "README.md", "exec"), namespace)
+    assert sum(map(sum, namespace["config"].rank_pattern.values())) == 8 * len(namespace["config"].rank_pattern)
+    assert (tmp_path / "adalora" / "adapter_model.safetensors").is_file()
     gradients: list = []
     merge = peftkern.tuners.lora.LoraModel.merge_and_unload
     monkeypatch.setattr(

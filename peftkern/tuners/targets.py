@@ -267,8 +267,8 @@ def _warn_of_unused_patterns(config: Any, matched: list[str], names: list[str]) 
         missed = _without_a_match(excluded, names)
     if missed:
         warnings.warn(f"exclude_modules={cut(repr(missed))} matched no module", stacklevel=5)
-    for field in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(config, field, None) or {}
+    for field in getattr(config, "module_patterns", ()):
+        patterns = getattr(config, field)
         used = {get_pattern_key(patterns, key) for key in matched}
         unused = [p for p in patterns if p not in used]
         if unused:

@@ -246,6 +246,10 @@ class BaseTuner(nn.Module, ABC):
         self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         self.settle_layers(model)
 
+    def add_losses(self, outputs: Any) -> Any:
+        """What the model returned, with what a method adds to its loss."""
+        return outputs
+
     def settle_layers(self, model: nn.Module) -> None:
         """What a method does with its layers once they are all in the model."""
 
@@ -375,9 +379,10 @@ class BaseTuner(nn.Module, ABC):
         """The base model's forward, adapters included; `adapter_names` as for `PeftModel`, not left to a model that
         ignores arguments it does not know."""
         if kwargs.get("adapter_names") is None:
-            return self.model(*args, **kwargs)
+            return self.add_losses(self.model(*args, **kwargs))
         with self._enable_peft_forward_hooks(*args, **kwargs):
-            return self.model(*args, **{name: value for name, value in kwargs.items() if name != "adapter_names"})
+            given = {name: value for name, value in kwargs.items() if name != "adapter_names"}
+            return self.add_losses(self.model(*args, **given))
 
     def _layers(self) -> list[Any]:
         return layers_of(self.model, self.tuner_layer_cls)

@@ -62,7 +62,7 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
             continue  # see `tied_rows_key_map`
         elif is_tuned(module) or (alone and isinstance(module, BaseTunerLayer)):
             for child_name, child in module.named_children():  # type: ignore[attr-defined]
-                if child_name == "base_layer" or not isinstance(child, nn.ModuleDict | nn.ParameterDict):
+                if child_name not in module.adapter_layer_names:  # the base, dropout, numbers that files do not have
                     continue
                 if isinstance(child, nn.ParameterDict):
                     if adapter_name in child:

@@ -56,6 +56,25 @@ EXPERTS_THAT_WERE_LAYERS: dict[str, dict[str, str]] = {
     **{name: _QWEN_MOE for name in _QWEN_MOE_TYPES.split()},
 }
 
+# Of AdaLoRA: `model_type`s that share a default, and its `target_modules`.
+_ADALORA_TARGETS: list[tuple[list[str], list[str]]] = [
+    (["gptj", "gpt_neo", "llama", "llama4", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"], ["q_proj", "v_proj"]),
+    (["bart", "opt"], ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]),
+    (["gpt2", "gpt_bigcode"], ["c_attn"]),
+    (["bloom", "gpt_neox"], ["query_key_value"]),
+    (["t5"], ["q", "k", "v", "o", "wi", "wo"]),
+    (["mt5"], ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]),
+    (["bert"], ["query", "value"]),
+    (["roberta"], ["query", "key", "value", "dense"]),
+    (["deberta"], ["in_proj"]),
+    (["deberta-v2"], ["query_proj", "key_proj", "value_proj", "dense"]),
+    (["nemotron_h"], ["q_proj", "k_proj", "v_proj", "o_proj"]),
+]
+TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING: dict[str, list[str] | str] = {
+    **{name: list(targets) for names, targets in _ADALORA_TARGETS for name in names},
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+}
+
 # Of IA3: `model_type`s that share a default, its `target_modules`, and those of them that are feed-forward.
 _IA3_TARGETS: list[tuple[list[str], list[str], list[str]]] = [
     (["llama", "mistral"], ["k_proj", "v_proj"], ["down_proj"]),

@@ -22,7 +22,7 @@ from peftkern.utils.module_tree import modules_of, named_modules_of
 _LATER = {"fsdp_auto_wrap_policy": "fsdp"}
 _LATER |= {
     f"TRANSFORMERS_MODELS_TO_{kind}_MODULES_MAPPING": "constants"
-    for kind in ("LORA_TARGET", "IA3_TARGET", "IA3_FEEDFORWARD")
+    for kind in ("ADALORA_TARGET", "LORA_TARGET", "IA3_TARGET", "IA3_FEEDFORWARD")
 }
 _LATER |= dict.fromkeys(("cast_mixed_precision_params", "prepare_model_for_kbit_training"), "kbit")
 

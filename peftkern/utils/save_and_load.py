@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import warnings
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from peftkern.config import PeftConfig
+from peftkern.tuners.adalora import files as adalora_files
 from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import AdapterFileError, shorten, shown
 from peftkern.utils.adapter_files import PathLike, read_weights, weights_file
@@ -26,10 +28,13 @@ from peftkern.utils.adapter_keys import (
     tied_rows_key_map,
 )
 from peftkern.utils.expert_files import stack_experts
+from peftkern.utils.model_snapshot import restored_on_error
 from peftkern.utils.module_tree import modules_of
 from peftkern.utils.peft_types import PeftType
 
 _PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+# What a layer has once beside its pair: DoRA's magnitudes, AdaLoRA's singular values.
+_BESIDE_PAIRS = (MAGNITUDE, "lora_E")
 # A rank that no tensor of a file has is believed up to here, or up to the file's largest dimension.
 _PLAUSIBLE_RANK = 4096
 # What says how a base model is loaded. Code for PEFT gives it beside the adapter too, where PEFT places an offloaded
@@ -77,7 +82,8 @@ def get_peft_model_state_dict(
     base |= _embeddings_to_save(model, config, save_embedding_layers, adapter_name)
     # The adapter's copy of a module (modules_to_save) has the name of the base model's.
     wanted |= {saved: held for saved, held in base.items() if saved not in wanted}
-    return {saved: _full(state[held]) for saved, held in wanted.items() if held in state}
+    found = {saved: _full(state[held]) for saved, held in wanted.items() if held in state}
+    return adalora_files.pruned(found, config, adapter_name) if config.peft_type == PeftType.ADALORA else found
 
 
 def config_to_save(config: PeftConfig, base: nn.Module) -> dict[str, Any]:
@@ -237,17 +243,18 @@ def _refuse_holes(source: PathLike, adapter: dict[str, str], missing: list[str],
         layer = key.removesuffix(".bias")
         if layer != key and layer.endswith(".lora_B") and f"{layer}.weight" in absent:
             continue  # lora_bias, of a layer that is absent
-        module = key.removesuffix(f".{MAGNITUDE}")
-        if module != key:
-            if any(f"{module}.{name}" in absent for name in ("lora_A.weight", "lora_embedding_A")):
+        module, _, own = key.rpartition(".")
+        if own in _BESIDE_PAIRS:
+            if any(f"{module}.{name}" in absent for name in ("lora_A.weight", "lora_embedding_A", "lora_A")):
                 continue  # whose partners are looked at by themselves
             raise AdapterFileError(source, "the tensor is missing, while lora_A and lora_B are there", key=key)
         match = _PAIR_KEY.fullmatch(key)
         if match is None:
             raise AdapterFileError(source, f"the tensor is missing; unknown names: {shorten(unexpected)}", key=key)
-        magnitude = f"{match['module']}.{MAGNITUDE}"
-        if magnitude in adapter and magnitude not in absent:
-            raise AdapterFileError(source, f"the tensor is missing, while {MAGNITUDE} is there", key=key)
+        for own in _BESIDE_PAIRS:
+            beside = f"{match['module']}.{own}"
+            if beside in adapter and beside not in absent:
+                raise AdapterFileError(source, f"the tensor is missing, while {own} is there", key=key)
         other = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}[match["name"]]
         if f"{match['module']}.{other}{match['rest']}" not in absent:
             raise AdapterFileError(source, f"the tensor is missing, while its partner {other} is there", key=key)
@@ -287,9 +294,14 @@ def set_peft_model_state_dict(
     Warns:
         UserWarning: Values that are Inf in the adapter's dtype and were not in theirs, by name; and as `plan_load`.
     """
-    plan = plan_load(
-        model, peft_model_state_dict, adapter_name, source=source, ignore_mismatched_sizes=ignore_mismatched_sizes
-    )
+    config = _config_of(model, adapter_name)
+    is_cut = config.peft_type == PeftType.ADALORA and config.rank_pattern and isinstance(peft_model_state_dict, Mapping)
+    with restored_on_error(model) if is_cut else contextlib.nullcontext():
+        if is_cut:
+            adalora_files.fit_to_pattern(model, peft_model_state_dict, adapter_name, config, source)
+        plan = plan_load(
+            model, peft_model_state_dict, adapter_name, source=source, ignore_mismatched_sizes=ignore_mismatched_sizes
+        )
     tensors = plan.tensors
     if low_cpu_mem_usage:
         # In the dtypes that were settled when they were made. What has values (copies of modules, biases, embeddings,
@@ -300,7 +312,7 @@ def set_peft_model_state_dict(
         for module in modules_of(model):
             if is_tuned(module):
                 module._move_adapter_to_device_of_base_layer(adapter_name, keep_dtype=True)
-                module._fill_adapter(adapter_name, _config_of(model, adapter_name))
+                module._fill_adapter(adapter_name, config)
         tensors = {key: value for key, value in tensors.items() if key not in taken}
     model.load_state_dict(tensors, strict=False)
     _warn_of_overflow(plan, model.state_dict() if low_cpu_mem_usage else plan.held, source)
@@ -468,4 +480,6 @@ def read_adapter(
     tensors = load_peft_weights(model_id, device=device, key_mapping=key_mapping, **hub)
     if config.peft_type == PeftType.LORA:
         check_lora_tensors(weights_file(model_id, **hub), tensors, config)
+    if config.peft_type == PeftType.ADALORA:
+        adalora_files.check_tensors(weights_file(model_id, **hub), tensors, config)
     return tensors, options

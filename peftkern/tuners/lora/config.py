@@ -151,6 +151,8 @@ class LoraConfig(PeftConfig):
     ensure_weight_tying: bool = False
 
     method: ClassVar[PeftType | None] = PeftType.LORA
+    # Fields that map name patterns of modules to values.
+    module_patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -158,7 +160,7 @@ class LoraConfig(PeftConfig):
                 _expect_names(name, getattr(self, name))
                 setattr(self, name, set(getattr(self, name)))
         # Older files hold null where newer ones hold an empty dict.
-        for name in ("rank_pattern", "alpha_pattern", "loftq_config"):
+        for name in (*self.module_patterns, "loftq_config"):
             if getattr(self, name) is None:
                 setattr(self, name, {})
         self._settle_loftq()
@@ -244,8 +246,8 @@ class LoraConfig(PeftConfig):
         _expect("lora_dropout", self.lora_dropout, (int, float), "a number in [0, 1)")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
-        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
-            patterns = getattr(self, name)
+        for name in self.module_patterns:
+            check, patterns = _check_rank if name == "rank_pattern" else _check_alpha, getattr(self, name)
             _expect(name, patterns, (dict,), "a dict of name patterns to numbers")
             for pattern, value in patterns.items():
                 _expect(f"a key of {name}", pattern, (str,), "a str")

@@ -1,17 +1,14 @@
-"""LoRA's layers: what wraps one layer of the base model and adds named low-rank adapters to it.
+"""LoRA on linear layers: one call of `peftkern.ops` where the base layer is no more than a linear layer.
 
-`y = base(x) + sum over active adapters of scaling * dropout(x) A^T B^T` (Hu et al. 2021, arXiv:2106.09685). Attribute
-and parameter names are PEFT 0.21.2's, so state dicts are the same. Forward is one call of `peftkern.ops`; where the
-base layer does more than a linear layer does (hooks, a parametrization, a forward of its own), it is called as it is
-and the adapter is added by plain PyTorch. `explain_row` says which of the two, and why. What an adapter with `use_dora`
-has beside A and B is in peftkern/tuners/lora/dora.py.
+Where it does more (hooks, a parametrization, a forward of its own), it is called as it is and the adapter is added by
+plain PyTorch. `explain_row` says which of the two, and why.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +23,6 @@ from peftkern.ops.lora_linear_quantized import plan_for as plan_for_quantized
 from peftkern.ops.multi_lora_linear import plan_for as plan_for_many
 from peftkern.ops.plan import Plan
 from peftkern.tuners.fusing import (
-    ExplainRow,
     bare_quantized_weight,
     bare_weight,
     base_alone,
@@ -39,212 +35,21 @@ from peftkern.tuners.fusing import (
     quantized_forward,
     quantized_weight,
     weight_by_rows,
-    why_base_alone,
     why_called_as_is,
     why_plain,
 )
 from peftkern.tuners.lora import dora
-from peftkern.tuners.lora.config import PLAIN_START, LoraConfig
-from peftkern.tuners.lora.initial_values import initialize
-from peftkern.tuners.lora.merging import delta_weight, merge_adapters, unmerge_adapters
+from peftkern.tuners.lora.config import LoraConfig
+from peftkern.tuners.lora.lora_layer import LoraLayer
+from peftkern.tuners.lora.merging import delta_weight
 from peftkern.tuners.lora.mixed import linear_forward
 from peftkern.tuners.lora.simple_call import SimpleCall
 from peftkern.tuners.targets import linear_sizes
-from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, refuse_adapter_names
+from peftkern.tuners.tuner_layer import refuse_adapter_names
 from peftkern.utils.linear_layers import conv1d_class
 from peftkern.utils.other import batch_in_force
 from peftkern.utils.warning import PeftWarning
 from peftkern.weights import DENSE_DTYPES, Weight
-
-
-class LoraLayer(BaseTunerLayer):
-    """What LoRA's layers share: named adapters with a rank, a scaling and a dropout each.
-
-    Args:
-        base_layer: The layer to wrap.
-    """
-
-    adapter_layer_names: tuple[str, ...] = (
-        *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
-    )
-    other_param_names: tuple[str, ...] = (
-        *("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias"),
-        "swaps_in_place",
-        *("frozen_peft_weight_names", "_unread_factors"),
-    )
-
-    in_features: int
-    out_features: int
-
-    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
-        self.base_layer = base_layer
-        self.in_features = in_features
-        self.out_features = out_features
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, int | float] = {}
-        self.scaling: dict[str, float] = {}
-        self.use_dora: dict[str, bool] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.lora_bias: dict[str, bool] = {}
-        # Adapters that others may take the place of without another rank or scaling here (`utils.hotswap`).
-        self.swaps_in_place: dict[str, bool] = {}
-        self.frozen_peft_weight_names = {}
-        # What PiSSA and its like took out of the base weight, until a file gives A and B values.
-        self._unread_factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.lora_dropout = nn.ModuleDict()
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.lora_embedding_A = nn.ParameterDict()
-        self.lora_embedding_B = nn.ParameterDict()
-        self.lora_magnitude_vector = nn.ModuleDict()
-        # DoRA's c of the merged adapters that have one.
-        self._merged_scales: dict[str, torch.Tensor] = {}
-        self._disable_adapters = False
-        self.merged_adapters = []
-
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int | float, config: LoraConfig, **_: Any) -> None:
-        """Adds an adapter, or makes an existing one anew.
-
-        Args:
-            adapter_name: Its name: not empty, without a dot.
-            r: Its rank (the configuration's, or that of a pattern).
-            lora_alpha: Likewise.
-            config: The rest: dropout, bias, scaling rule, initialization, inference mode.
-
-        Raises:
-            ValueError: A rank below 1, a name that cannot be part of a state-dict key, or a merged adapter's name.
-        """
-        if not isinstance(r, int) or r < 1:
-            raise ValueError(f"r must be an int of at least 1, got {r!r}")
-        check_adapter_name(adapter_name)
-        if adapter_name in self.merged_adapters:
-            raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before making it anew")
-        self._check_adapter(config)
-        self.r[adapter_name] = r
-        self.swaps_in_place.pop(adapter_name, None)
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.use_dora[adapter_name] = config.use_dora
-        self.use_rslora[adapter_name] = config.use_rslora
-        self.lora_bias[adapter_name] = config.lora_bias
-        self.scaling[adapter_name] = self._initial_scaling(adapter_name)
-        p = config.lora_dropout
-        self.lora_dropout[adapter_name] = nn.Dropout(p) if p > 0 else nn.Identity()
-        self._make_weights(adapter_name, r, config.lora_bias)
-        self.frozen_peft_weight_names.pop(adapter_name, None)
-        initialize(self, adapter_name, config)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        if config.use_dora:
-            dora.add_magnitude(self, adapter_name)
-        elif adapter_name in self.lora_magnitude_vector:
-            del self.lora_magnitude_vector[adapter_name]
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _make_anew(self, adapter_name: str, config: LoraConfig) -> None:
-        if config.init_lora_weights == "loftq":  # the base weight is quantized already
-            config = dataclasses.replace(config, **PLAIN_START)
-        self.update_layer(adapter_name, self.r[adapter_name], self.lora_alpha[adapter_name], config)
-
-    def _fill_adapter(self, adapter_name: str, config: LoraConfig) -> None:
-        super()._fill_adapter(adapter_name, config)
-        self._unread_factors.pop(adapter_name, None)
-
-    def _check_adapter(self, config: LoraConfig) -> None:
-        """Raises for a configuration that this kind of layer cannot follow."""
-
-    def _make_weights(self, adapter_name: str, r: int, lora_bias: bool) -> None:
-        """Makes the adapter's parameters, drawing from torch's generator exactly as PEFT does."""
-        raise NotImplementedError(type(self).__name__)
-
-    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
-        """Gives the adapter its initial values: see `LoraConfig.init_lora_weights`."""
-        raise NotImplementedError(type(self).__name__)
-
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """What merging `adapter` adds to the base weight, in the weight's layout and the adapter's dtype."""
-        raise NotImplementedError(type(self).__name__)
-
-    def get_delta_bias(self, adapter: str) -> torch.Tensor | None:
-        """What merging `adapter` adds to the base bias: None without `lora_bias`."""
-        return None
-
-    def merge_weight(self, weight: torch.Tensor, adapter: str) -> None:
-        """Merges `adapter` into a dense copy [out_features, in_features] of a quantized base weight, in place."""
-        weight += self.get_delta_weight(adapter)
-        if self.use_dora[adapter]:
-            weight *= dora.scales_to_merge(self, [adapter])[adapter][:, None]
-
-    def merged_bias(self, bias: torch.Tensor, adapter: str) -> torch.Tensor:
-        """The base bias with `adapter` merged."""
-        delta = self.get_delta_bias(adapter)
-        return bias if delta is None else (bias + delta).to(bias.dtype)
-
-    def _initial_scaling(self, adapter: str) -> float:
-        r = self.r[adapter]
-        return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora[adapter] else r)
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Sets the scaling of `adapter`, if it is here, to `scale` times its initial one."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale * self._initial_scaling(adapter)
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiplies the scaling of the active adapters by `scale`."""
-        for name in self._active_here():
-            self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divides the scaling of the active adapters by `scale`; None gives them their initial one back."""
-        for name in self._active_here():
-            self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, requantize: bool = False) -> None:
-        """Adds adapters to the base weight, in place; to a quantized one by putting a dense layer in its place.
-
-        Args:
-            safe_merge: Check that the sums are finite before the weight is touched.
-            adapter_names: Which; None for the active ones.
-            requantize: Quantize what is merged into a quantized base again; a warning tells the measured error.
-
-        Raises:
-            TypeError: The weight is no plain floating-point tensor.
-            ValueError: A sum is not finite (`safe_merge`), or there is no bias to merge a `lora_bias` into.
-        """
-        merge_adapters(self, safe_merge, adapter_names, requantize)
-
-    def unmerge(self) -> None:
-        """Subtracts every merged adapter from the base weight."""
-        if not self.merged:
-            warnings.warn("no adapter is merged: nothing to unmerge", stacklevel=2)
-            return
-        unmerge_adapters(self)
-
-    def _active_here(self) -> list[str]:
-        """The active adapters that this layer has."""
-        return [name for name in self.active_adapters if name in self.scaling]
-
-    def _why_not_fused(self, names: list[str]) -> str:
-        """Why forward with these adapters cannot be one operation, or ""."""
-        raise NotImplementedError(type(self).__name__)
-
-    def explain_row(self, name: str = "") -> ExplainRow:
-        """How forward would run now."""
-        names = self._active_here()
-        reason = why_base_alone(self, names) or self._why_not_fused(names)
-        base = self.get_base_layer()
-        weight = quantized_weight(base) or getattr(base, "weight", None)
-        return ExplainRow(
-            name,
-            type(base).__name__,
-            self.in_features,
-            self.out_features,
-            sum(self.r[n] for n in names),
-            getattr(weight, "dtype", None),
-            not reason,
-            reason,
-        )
-
-    def __repr__(self) -> str:
-        return "lora." + super().__repr__()
 
 
 class Linear(LoraLayer, nn.Module):
@@ -265,6 +70,8 @@ class Linear(LoraLayer, nn.Module):
     _simple_call: SimpleCall | None = None
     # What `gated_mlp` knows of the MLP whose last projection this is, if it took the MLP's forward over.
     _ends_mlp: Any = None
+    # Whether the A that an operation takes is a parameter, rather than made of some at each forward.
+    factors_are_kept: bool = True
 
     def __init__(
         self,
@@ -332,24 +139,51 @@ class Linear(LoraLayer, nn.Module):
         if weight is None:
             return f"base layer: its weight is {describe_weight(base)}"
         for name in names:
-            for kind in ("lora_A", "lora_B"):
-                module: Any = held[kind]._modules[name]
-                if has_own_bias(module) and not (kind == "lora_B" and self.lora_bias[name]):
-                    return f"adapter {name!r}: its {kind} has a bias"
-                reason = why_called_as_is(module, nn.Linear.forward)
-                if reason:
-                    return f"adapter {name!r}: {reason}"
-                part = plain_weight(module)
-                if part is None:
-                    return f"adapter {name!r}: its weight is {describe_weight(module)}"
-                if quantized is None and part.dtype != weight.dtype and part.dtype != torch.float32:
-                    return f"adapter {name!r}: {part.dtype} beside a base weight of {weight.dtype}"
+            reason = self._why_no_factors(name, weight.dtype if quantized is None else None)
+            if reason:
+                return f"adapter {name!r}: {reason}"
             dropout = held["lora_dropout"]._modules[name]
             if type(dropout) not in (nn.Dropout, nn.Identity):
                 return f"adapter {name!r}: its dropout is a {type(dropout).__name__}"
             if not is_bare(dropout):
                 return f"adapter {name!r}: its dropout has hooks, or a forward of its own"
         return dora.why_not_fused(self, names, weight)
+
+    def _why_no_factors(self, name: str, dtype: torch.dtype | None) -> str:
+        """Why an operation cannot take an adapter's A and B as they are, or ""; beside a dense weight of `dtype`."""
+        for kind in ("lora_A", "lora_B"):
+            module: Any = self._modules[kind]._modules[name]
+            if has_own_bias(module) and not (kind == "lora_B" and self.lora_bias[name]):
+                return f"its {kind} has a bias"
+            reason = why_called_as_is(module, nn.Linear.forward)
+            if reason:
+                return reason
+            part = plain_weight(module)
+            if part is None:
+                return f"its weight is {describe_weight(module)}"
+            if dtype is not None and part.dtype != dtype and part.dtype != torch.float32:
+                return f"{part.dtype} beside a base weight of {dtype}"
+        return ""
+
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """An adapter's A, B and scaling, as an operation takes them."""
+        held: dict[str, Any] = self._modules
+        return held["lora_A"]._modules[name].weight, held["lora_B"]._modules[name].weight, self.scaling[name]
+
+    def _bare_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """`_factors` where A and B are bare modules without a bias; None elsewhere. Told at little cost."""
+        if self.lora_bias.get(name, True) or self.use_dora[name]:  # not here, or with a bias of its own
+            return None
+        held: dict[str, Any] = self._modules
+        into, out_of = held["lora_A"]._modules[name], held["lora_B"]._modules[name]
+        A, B = bare_weight(into), bare_weight(out_of)
+        if A is None or B is None or has_own_bias(into) or has_own_bias(out_of):
+            return None
+        return A, B, self.scaling[name]
+
+    def _told_by(self, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The parameters of the active adapter that its factors A and B are made of."""
+        return A, B
 
     def plan(self, tokens: int) -> Plan:
         """The path that forward takes for `tokens` rows of x: "unfused", or that of `lora_linear`."""
@@ -450,16 +284,14 @@ class Linear(LoraLayer, nn.Module):
             if len(name) != 1:
                 return None
             name = name[0]
-        if self.lora_bias.get(name, True) or self.use_dora[name]:  # not here, or with a bias of its own
+        factors = self._bare_factors(name)
+        if factors is None:
             return None
+        A, B, scaling = factors
         held: dict[str, Any] = self._modules
         base, dropout = held["base_layer"], held["lora_dropout"]._modules[name]
         weight: Weight | None = bare_weight(base)
-        into, out_of = held["lora_A"]._modules[name], held["lora_B"]._modules[name]
-        A, B = bare_weight(into), bare_weight(out_of)
-        if has_own_bias(into) or has_own_bias(out_of):
-            return None
-        if A is None or B is None or A.dtype is not B.dtype:
+        if A.dtype is not B.dtype:
             return None
         if weight is None:
             weight = bare_quantized_weight(base)
@@ -471,7 +303,7 @@ class Linear(LoraLayer, nn.Module):
         if kind not in (nn.Dropout, nn.Identity) or not is_bare(dropout):
             return None
         p = switches["p"] if kind is nn.Dropout and switches["training"] else 0.0
-        return weight, A, B, self.scaling[name], base._parameters["bias"], p
+        return weight, A, B, scaling, base._parameters["bias"], p
 
     def _operands(self) -> tuple[Any, ...] | None:
         """(weight, A, B, scaling, bias, dropout) where forward is one `lora_linear` of one adapter; None elsewhere."""
@@ -485,9 +317,9 @@ class Linear(LoraLayer, nn.Module):
         if self.lora_bias[name] or self.use_dora[name] or self._why_not_fused(names):
             return None
         held: dict[str, Any] = self._modules
-        A, B, dropout = (held[kind]._modules[name] for kind in ("lora_A", "lora_B", "lora_dropout"))
+        dropout = held["lora_dropout"]._modules[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return self._weight_by_rows(), A.weight, B.weight, self.scaling[name], held["base_layer"].bias, p
+        return self._weight_by_rows(), *self._factors(name), held["base_layer"].bias, p
 
     def _forward_in_general(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._disable_adapters:
@@ -512,18 +344,17 @@ class Linear(LoraLayer, nn.Module):
     def _fused(self, x: torch.Tensor, names: list[str], dropout: nn.Module) -> torch.Tensor:
         """The base and these adapters, which all see x through `dropout`, as one operation."""
         held: dict[str, Any] = self._modules
-        As = [held["lora_A"]._modules[name].weight for name in names]
-        Bs = [held["lora_B"]._modules[name].weight for name in names]
+        As, Bs, scalings = zip(*map(self._factors, names), strict=True)
         bias = held["base_layer"].bias
         for name in names:
             if self.lora_bias[name]:
                 added = held["lora_B"]._modules[name].bias * self.scaling[name]
                 bias = added if bias is None else bias + added
         if len(names) == 1:
-            A, B, scaling = As[0], Bs[0], self.scaling[names[0]]
+            A, B, scaling = As[0], Bs[0], scalings[0]
         else:
             # Joined along the rank, the adapters are one; its scaling is in B.
-            A, B = _joined(As, Bs, [self.scaling[name] for name in names])
+            A, B = _joined(As, Bs, scalings)
             scaling = 1.0
         p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
         weight = self._weight_by_rows()
@@ -567,6 +398,6 @@ class Linear(LoraLayer, nn.Module):
 
 
 @without_autocast  # which has no dtype for what is joined in the other one of 16 bits
-def _joined(As: list[Any], Bs: list[Any], scalings: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+def _joined(As: tuple[Any, ...], Bs: tuple[Any, ...], scalings: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """Adapters as one along the rank: A [sum of r, K], and B [N, sum of r] with the scalings in it."""
     return torch.cat(As), torch.cat([B * scaling for B, scaling in zip(Bs, scalings, strict=True)], dim=1)

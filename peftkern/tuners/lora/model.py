@@ -59,7 +59,7 @@ class LoraModel(BaseTuner):
     def check_target(self, config: Any, key: str, target: nn.Module) -> None:
         layer: Any = target
         base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LoraLayer):
+        if isinstance(layer, BaseTunerLayer) and getattr(layer, "peft_type", None) != config.peft_type:
             raise ValueError(f"target_modules names {key!r}, which another method adapted ({type(target).__name__})")
         if not isinstance(base, nn.Embedding) and not is_linear(base):
             raise ValueError(

@@ -83,7 +83,7 @@ class SharedInput:
             self._left, self._misses = None, 0
         if y is None:
             return None
-        return y if key == (_key(layer._operands()) if mixed is None else _key_of_many(layer, mixed)) else None
+        return y if key == (_key(layer, layer._operands()) if mixed is None else _key_of_many(layer, mixed)) else None
 
     def leaves(self, x: torch.Tensor) -> bool:
         """Whether each layer is to compute its output of x by itself: none wait, and x has few elements."""
@@ -113,7 +113,7 @@ class SharedInput:
         each: list[Any] = [layer._operands() for layer in self.layers]
         if None in each:
             return None
-        keys = [_key(operands) for operands in each[1:]]
+        keys = [_key(*pair) for pair in zip(self.layers[1:], each[1:], strict=True)]
         if None in keys:
             return None
         weights, As, Bs, scalings, biases, ps = zip(*each, strict=True)
@@ -168,6 +168,9 @@ class SharedInput:
     def _traced(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         """`forward` under torch.compile, which this leaves no state of: see `ops._lora_linear_traced`."""
         is_first = layer is self.layers[0]
+        # What an A was made of is not seen there, so that its output would not be known again.
+        if not all(one.factors_are_kept for one in self.layers):
+            return None
         # A layer that is compiled by itself would have the others computed for nothing.
         if self._misses >= MOST_MISSES or any(each._compiled_call_impl is not None for each in self.layers):
             return None
@@ -271,16 +274,17 @@ def _modes(x: torch.Tensor) -> tuple[Any, ...]:
     return torch.is_grad_enabled(), autocast_dtype(x), stream_of(x)
 
 
-def _key(operands: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-    """All that a layer with these operands computes from, beside x, by identity and version; None where that cannot be
-    told."""
+def _key(layer: Any, operands: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    """All that `layer`, with these operands, computes from, beside x, by identity and version; None where that cannot
+    be told."""
     if operands is None:
         return None
     weight, A, B, scaling, bias, p = operands
+    parts = (*layer._told_by(A, B), bias)
     if isinstance(weight, torch.Tensor):
-        return _states((weight, A, B, bias), scaling, p)
+        return _states((weight, *parts), scaling, p)
     # It is put together anew if one of its tensors is another, or lies elsewhere: only their versions are left to tell.
-    return _states((A, B, bias), scaling, p, id(weight), told=weight.tensors())
+    return _states(parts, scaling, p, id(weight), told=weight.tensors())
 
 
 def _key_of_many(layer: Any, mixed: Any) -> tuple[Any, ...] | None:

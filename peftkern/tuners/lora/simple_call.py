@@ -60,6 +60,8 @@ class SimpleCall:
         weight, A, B, _, bias, p = operands
         if type(x) is not torch.Tensor or not x.is_cpu or p != 0.0 or type(weight) is not nn.Parameter:
             return False
+        if type(A) is not nn.Parameter:  # made for this call
+            return False
         if shared is not None and not shared.leaves(x):
             return False
         if calls_are_changed() or not adapters_fit(x, weight, A, B, bias):

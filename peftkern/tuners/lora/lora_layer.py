@@ -1,0 +1,222 @@
+"""`LoraLayer`: what the layers of LoRA have in common, whatever they wrap.
+
+`y = base(x) + sum over active adapters of scaling * dropout(x) A^T B^T` (Hu et al. 2021, arXiv:2106.09685). Attribute
+and parameter names are PEFT 0.21.2's, so state dicts are the same. What an adapter with `use_dora` has beside A and B
+is in peftkern/tuners/lora/dora.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftkern.tuners.fusing import ExplainRow, quantized_weight, why_base_alone
+from peftkern.tuners.lora import dora
+from peftkern.tuners.lora.config import PLAIN_START, LoraConfig
+from peftkern.tuners.lora.initial_values import initialize
+from peftkern.tuners.lora.merging import merge_adapters, unmerge_adapters
+from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name
+from peftkern.utils.peft_types import PeftType
+
+
+class LoraLayer(BaseTunerLayer):
+    """What LoRA's layers share: named adapters with a rank, a scaling and a dropout each.
+
+    Args:
+        base_layer: The layer to wrap.
+    """
+
+    adapter_layer_names: tuple[str, ...] = (
+        *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+    )
+    other_param_names: tuple[str, ...] = (
+        *("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias"),
+        "swaps_in_place",
+        *("frozen_peft_weight_names", "_unread_factors"),
+    )
+
+    # The method whose configurations these adapters follow, and the smallest rank that it knows.
+    peft_type: PeftType = PeftType.LORA
+    least_rank: int = 1
+
+    in_features: int
+    out_features: int
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
+        self.base_layer = base_layer
+        self.in_features = in_features
+        self.out_features = out_features
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, int | float] = {}
+        self.scaling: dict[str, float] = {}
+        self.use_dora: dict[str, bool] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
+        # Adapters that others may take the place of without another rank or scaling here (`utils.hotswap`).
+        self.swaps_in_place: dict[str, bool] = {}
+        self.frozen_peft_weight_names = {}
+        # What PiSSA and its like took out of the base weight, until a file gives A and B values.
+        self._unread_factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        # DoRA's c of the merged adapters that have one.
+        self._merged_scales: dict[str, torch.Tensor] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._add_containers()
+
+    def _add_containers(self) -> None:
+        """Makes what adapters of another method of this family have otherwise."""
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int | float, config: LoraConfig, **_: Any) -> None:
+        """Adds an adapter, or makes an existing one anew.
+
+        Args:
+            adapter_name: Its name: not empty, without a dot.
+            r: Its rank (the configuration's, or that of a pattern).
+            lora_alpha: Likewise.
+            config: The rest: dropout, bias, scaling rule, initialization, inference mode.
+
+        Raises:
+            ValueError: A rank below 1, a name that cannot be part of a state-dict key, or a merged adapter's name.
+        """
+        if not isinstance(r, int) or r < self.least_rank:
+            raise ValueError(f"r must be an int of at least {self.least_rank}, got {r!r}")
+        check_adapter_name(adapter_name)
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before making it anew")
+        self._check_adapter(config)
+        self.r[adapter_name] = r
+        self.swaps_in_place.pop(adapter_name, None)
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.use_dora[adapter_name] = config.use_dora
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.lora_bias[adapter_name] = config.lora_bias
+        self.scaling[adapter_name] = self._initial_scaling(adapter_name)
+        p = config.lora_dropout
+        self.lora_dropout[adapter_name] = nn.Dropout(p) if p > 0 else nn.Identity()
+        self._make_weights(adapter_name, r, config.lora_bias)
+        self.frozen_peft_weight_names.pop(adapter_name, None)
+        initialize(self, adapter_name, config)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.use_dora:
+            dora.add_magnitude(self, adapter_name)
+        elif adapter_name in self.lora_magnitude_vector:
+            del self.lora_magnitude_vector[adapter_name]
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _make_anew(self, adapter_name: str, config: LoraConfig) -> None:
+        if config.init_lora_weights == "loftq":  # the base weight is quantized already
+            config = dataclasses.replace(config, **PLAIN_START)
+        self.update_layer(adapter_name, self.r[adapter_name], self.lora_alpha[adapter_name], config)
+
+    def _fill_adapter(self, adapter_name: str, config: LoraConfig) -> None:
+        super()._fill_adapter(adapter_name, config)
+        self._unread_factors.pop(adapter_name, None)
+
+    def _check_adapter(self, config: LoraConfig) -> None:
+        """Raises for a configuration that this kind of layer cannot follow."""
+
+    def _make_weights(self, adapter_name: str, r: int, lora_bias: bool) -> None:
+        """Makes the adapter's parameters, drawing from torch's generator exactly as PEFT does."""
+        raise NotImplementedError(type(self).__name__)
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """Gives the adapter its initial values: see `LoraConfig.init_lora_weights`."""
+        raise NotImplementedError(type(self).__name__)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What merging `adapter` adds to the base weight, in the weight's layout and the adapter's dtype."""
+        raise NotImplementedError(type(self).__name__)
+
+    def get_delta_bias(self, adapter: str) -> torch.Tensor | None:
+        """What merging `adapter` adds to the base bias: None without `lora_bias`."""
+        return None
+
+    def merge_weight(self, weight: torch.Tensor, adapter: str) -> None:
+        """Merges `adapter` into a dense copy [out_features, in_features] of a quantized base weight, in place."""
+        weight += self.get_delta_weight(adapter)
+        if self.use_dora[adapter]:
+            weight *= dora.scales_to_merge(self, [adapter])[adapter][:, None]
+
+    def merged_bias(self, bias: torch.Tensor, adapter: str) -> torch.Tensor:
+        """The base bias with `adapter` merged."""
+        delta = self.get_delta_bias(adapter)
+        return bias if delta is None else (bias + delta).to(bias.dtype)
+
+    def _initial_scaling(self, adapter: str) -> float:
+        r = self.r[adapter]
+        return self.lora_alpha[adapter] / (math.sqrt(r) if self.use_rslora[adapter] else r)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Sets the scaling of `adapter`, if it is here, to `scale` times its initial one."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._initial_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scaling of the active adapters by `scale`."""
+        for name in self._active_here():
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the scaling of the active adapters by `scale`; None gives them their initial one back."""
+        for name in self._active_here():
+            self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, requantize: bool = False) -> None:
+        """Adds adapters to the base weight, in place; to a quantized one by putting a dense layer in its place.
+
+        Args:
+            safe_merge: Check that the sums are finite before the weight is touched.
+            adapter_names: Which; None for the active ones.
+            requantize: Quantize what is merged into a quantized base again; a warning tells the measured error.
+
+        Raises:
+            TypeError: The weight is no plain floating-point tensor.
+            ValueError: A sum is not finite (`safe_merge`), or there is no bias to merge a `lora_bias` into.
+        """
+        merge_adapters(self, safe_merge, adapter_names, requantize)
+
+    def unmerge(self) -> None:
+        """Subtracts every merged adapter from the base weight."""
+        if not self.merged:
+            warnings.warn("no adapter is merged: nothing to unmerge", stacklevel=2)
+            return
+        unmerge_adapters(self)
+
+    def _active_here(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.scaling]
+
+    def _why_not_fused(self, names: list[str]) -> str:
+        """Why forward with these adapters cannot be one operation, or ""."""
+        raise NotImplementedError(type(self).__name__)
+
+    def explain_row(self, name: str = "") -> ExplainRow:
+        """How forward would run now."""
+        names = self._active_here()
+        reason = why_base_alone(self, names) or self._why_not_fused(names)
+        base = self.get_base_layer()
+        weight = quantized_weight(base) or getattr(base, "weight", None)
+        return ExplainRow(
+            name,
+            type(base).__name__,
+            self.in_features,
+            self.out_features,
+            sum(self.r[n] for n in names),
+            getattr(weight, "dtype", None),
+            not reason,
+            reason,
+        )
+
+    def __repr__(self) -> str:
+        return "lora." + super().__repr__()
