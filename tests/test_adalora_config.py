@@ -72,7 +72,7 @@ def test_files_are_those_of_peft_and_are_read_by_both(name, tmp_path):
         ({"total_step": 10, "lora_dropout": 1.0}, ValueError, "lora_dropout"),
         ({"total_step": 10, "target_modules": "a", "layers_to_transform": 1}, ValueError, "layers_to_transform"),
         ({"total_step": 10, "target_parameters": ["a.w"]}, NotImplementedError, "target_parameters"),
-        ({"total_step": 10, "init_lora_weights": "pissa"}, NotImplementedError, "init_lora_weights"),
+        ({"total_step": 10, "init_lora_weights": "pissa"}, ValueError, "init_lora_weights"),
         ({"total_step": 10, "use_qalora": True}, NotImplementedError, "use_qalora"),
     ],
 )

@@ -249,6 +249,9 @@ def test_what_cannot_be_swapped_leaves_the_model_as_it_was(tmp_path):
         hotswap.prepare_model_for_compiled_hotswap(model, target_rank=0)
     with pytest.raises(ValueError, match="no LoRA adapter"):
         hotswap.prepare_model_for_compiled_hotswap(mlp())
+    with pytest.raises(ValueError, match="no LoRA adapter"):
+        of_adalora = peftkern.AdaLoraConfig(total_step=5, target_modules=["up"])
+        hotswap.prepare_model_for_compiled_hotswap(peftkern.get_peft_model(mlp(), of_adalora), target_rank=16)
     with pytest.raises(TypeError, match="unknown arguments: colour"):
         hotswap.hotswap_adapter(model, first, "default", colour="red")
     model.merge_adapter()

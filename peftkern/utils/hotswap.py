@@ -195,7 +195,9 @@ def _uncompiled(model: nn.Module) -> nn.Module:
 
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:
-    return {name: layer for name, layer in named_modules_of(model) if isinstance(layer, LoraLayer) and layer.scaling}
+    """The layers with adapters of LoRA itself: what AdaLoRA has beside A and B could not be filled up."""
+    layers = {name: layer for name, layer in named_modules_of(model) if isinstance(layer, LoraLayer) and layer.scaling}
+    return {name: layer for name, layer in layers.items() if layer.peft_type == PeftType.LORA}
 
 
 # -- one rank for all -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from peftkern.config import _expect
-from peftkern.tuners.lora.config import LoraConfig
+from peftkern.tuners.lora.config import LoraConfig, starts_plain
 from peftkern.utils.peft_types import PeftType
 
 # Fields of LoRA that decide nothing here, as in PEFT: what they are then, and what to use.
@@ -45,7 +45,7 @@ class AdaLoraConfig(LoraConfig):
         rank_pattern: Set by the training, not by hand: `<module>.lora_E` -> for each of the layer's triplets, whether
             it is kept.
         target_modules, exclude_modules, lora_alpha, lora_dropout, fan_in_fan_out, bias, modules_to_save,
-        layers_to_transform, layers_pattern: As for `LoraConfig`.
+        layers_to_transform, layers_pattern, trainable_token_indices, ensure_weight_tying: As for `LoraConfig`.
         init_lora_weights: True: E zero, A and B normal with deviation 0.02. False: all three normal with deviation 1.
         r, use_rslora, lora_bias, alpha_pattern: PEFT's, without effect in PEFT too; a warning says so.
         target_parameters and all others of `LoraConfig`: Not built; anything but the default raises.
@@ -87,6 +87,11 @@ class AdaLoraConfig(LoraConfig):
             raise ValueError("use_dora=True does not go with AdaLoRA")
         if self.loftq_config:
             raise ValueError(f"LoftQ does not go with AdaLoRA, got loftq_config={self.loftq_config!r}")
+        if not starts_plain(self.init_lora_weights):
+            raise ValueError(
+                "init_lora_weights must be True or False for AdaLoRA, which starts with E = 0, got "
+                f"{self.init_lora_weights!r}"
+            )
         if self.target_parameters:
             raise NotImplementedError(
                 f"AdaLoraConfig.target_parameters={self.target_parameters!r} is not built in peftkern; leave it at its "
