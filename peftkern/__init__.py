@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from peftkern.tuners.lora.gated_mlp import fuse_mlps
     from peftkern.tuners.lora.loraga import preprocess_loraga
     from peftkern.tuners.lora.shared_input import share_inputs
+    from peftkern.tuners.p_tuning import PromptEncoder, PromptEncoderConfig
+    from peftkern.tuners.prefix_tuning import PrefixEncoder, PrefixTuningConfig
+    from peftkern.tuners.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
     from peftkern.tuners.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
     from peftkern.utils.adapter_error import AdapterFileError
     from peftkern.utils.base_state_dict import get_base_model_state_dict, set_base_model_state_dict
@@ -54,7 +57,7 @@ _HOMES = {
     "peftkern.adapter_loss": ["per_adapter_loss", "per_slot_loss"],
     "peftkern.estimate": ["estimate_memory"],
     "peftkern.integrations.chunked_loss": ["use_chunked_loss"],
-    "peftkern.config": ["PeftConfig", "PeftConfigMixin"],
+    "peftkern.config": ["PeftConfig", "PeftConfigMixin", "PromptLearningConfig"],
     "peftkern.loftq": ["replace_lora_weights_loftq"],
     "peftkern.mapping": [
         "PEFT_TYPE_TO_CONFIG_MAPPING",
@@ -77,6 +80,9 @@ _HOMES = {
     "peftkern.tuners.lora.gated_mlp": ["fuse_mlps"],
     "peftkern.tuners.lora.loraga": ["preprocess_loraga"],
     "peftkern.tuners.lora.shared_input": ["share_inputs"],
+    "peftkern.tuners.p_tuning": ["PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"],
+    "peftkern.tuners.prefix_tuning": ["PrefixEncoder", "PrefixTuningConfig"],
+    "peftkern.tuners.prompt_tuning": ["PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"],
     "peftkern.tuners.trainable_tokens": ["TrainableTokensConfig", "TrainableTokensModel"],
     "peftkern.utils.adapter_error": ["AdapterFileError"],
     "peftkern.utils.base_state_dict": ["get_base_model_state_dict", "set_base_model_state_dict"],

@@ -49,6 +49,15 @@ def _expect(name: str, value: Any, kinds: tuple[type, ...], described: str) -> N
         raise TypeError(f"{name} must be {described}, got {value!r} of type {type(value).__name__}")
 
 
+def _expect_positive(name: str, value: Any, optional: bool = False) -> None:
+    """Raises unless `value` is an int of 1 or more, or, if it is `optional`, None."""
+    if value is None and optional:
+        return
+    _expect(name, value, (int,), "a positive int or None" if optional else "a positive int")
+    if value < 1:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
 def _expect_names(name: str, value: Any) -> None:
     """Raises unless `value` is a list, tuple or set of non-empty strings."""
     _expect(name, value, (list, tuple, set, frozenset), "a list of str, or None")
@@ -315,6 +324,47 @@ class PeftConfig(PeftConfigMixin):
             if getattr(self, name) is not None:
                 _expect(name, getattr(self, name), (str,), "a str or None")
         _expect("inference_mode", self.inference_mode, (bool,), "True or False")
+
+
+@dataclass
+class PromptLearningConfig(PeftConfig):
+    """What the prompt methods have in common: they train what stands before a text and leave every layer as it is.
+
+    The sizes that are None are those of the model, and are filled in when the adapter is made.
+
+    Args:
+        num_virtual_tokens: How many virtual tokens stand before the text. Must be given by then.
+        token_dim: Their width: that of the word embeddings; of a prefix, that of all heads of a layer's keys.
+        num_transformer_submodules: 2 for an encoder-decoder model (SEQ_2_SEQ_LM), otherwise 1.
+        num_attention_heads: Heads; of a prefix, those of the keys and values.
+        num_layers: Layers; of a prefix, those of the decoder.
+        modules_to_save: Suffixes of names of modules to train and save whole.
+
+    Raises:
+        ValueError, TypeError: A value that is not allowed, by field.
+    """
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+
+    def check(self) -> None:
+        super().check()
+        names = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
+        for name in names:
+            _expect_positive(name, getattr(self, name), optional=True)
+        if self.num_transformer_submodules not in (None, 1, 2):
+            raise ValueError(f"num_transformer_submodules must be 1, 2 or None, got {self.num_transformer_submodules}")
+        if self.modules_to_save is not None:
+            _check_names_in_regex("modules_to_save", self.modules_to_save)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method trains virtual tokens rather than layers: always True."""
+        return True
 
 
 def check_is_config(name: str, value: Any) -> None:

@@ -12,23 +12,36 @@ from peftkern.config import PeftConfig, check_is_config, known_methods
 from peftkern.tuners.adalora import AdaLoraConfig, AdaLoraModel
 from peftkern.tuners.ia3 import IA3Config, IA3Model
 from peftkern.tuners.lora import LoraConfig, LoraModel
+from peftkern.tuners.p_tuning import PromptEncoder, PromptEncoderConfig
+from peftkern.tuners.prefix_tuning import PrefixEncoder, PrefixTuningConfig
+from peftkern.tuners.prompt_tuning import PromptEmbedding, PromptTuningConfig
 from peftkern.tuners.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
-from peftkern.tuners.tuners_utils import BaseTuner
 from peftkern.utils.peft_types import PeftType
 
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, type[PeftConfig]] = {
     PeftType.ADALORA: AdaLoraConfig,
     PeftType.IA3: IA3Config,
     PeftType.LORA: LoraConfig,
+    PeftType.PREFIX_TUNING: PrefixTuningConfig,
+    PeftType.PROMPT_TUNING: PromptTuningConfig,
+    PeftType.P_TUNING: PromptEncoderConfig,
     PeftType.TRAINABLE_TOKENS: TrainableTokensConfig,
 }
-PEFT_TYPE_TO_TUNER_MAPPING: dict[str, type[BaseTuner]] = {
+# What makes the adapters of a method: a tuner changes layers of a model, an encoder makes virtual tokens.
+PEFT_TYPE_TO_TUNER_MAPPING: dict[str, type[Any]] = {
     PeftType.ADALORA: AdaLoraModel,
     PeftType.IA3: IA3Model,
     PeftType.LORA: LoraModel,
+    PeftType.PREFIX_TUNING: PrefixEncoder,
+    PeftType.PROMPT_TUNING: PromptEmbedding,
+    PeftType.P_TUNING: PromptEncoder,
     PeftType.TRAINABLE_TOKENS: TrainableTokensModel,
 }
-PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, str] = {name: tuner.prefix for name, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}
+# How the names of a method's parameters begin; of prompt methods, whose parameters have other names, as PEFT lists it.
+PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, str] = {
+    name: getattr(tuner, "prefix", f"{PeftType(name).value.lower()}_")
+    for name, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()
+}
 
 
 def config_class(config: Mapping[str, Any]) -> type[PeftConfig]:
@@ -79,7 +92,8 @@ def inject_adapter_in_model(
     """
     check_is_config("peft_config", peft_config)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_config.peft_type or "")
-    if tuner is None:
-        raise ValueError(f"inject_adapter_in_model cannot inject peft_type={peft_config.peft_type!r}")
+    if tuner is None or peft_config.is_prompt_learning:
+        why = ", which changes no layers: use get_peft_model" if peft_config.is_prompt_learning else ""
+        raise ValueError(f"inject_adapter_in_model cannot inject peft_type={str(peft_config.peft_type)!r}{why}")
     tuner(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
     return model

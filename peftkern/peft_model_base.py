@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,28 +14,30 @@ from torch.nn.modules.module import _IncompatibleKeys
 from peftkern.config import PeftConfig, check_is_config
 from peftkern.integrations.peft_bridge import bridge_wrappers, bridged_class
 from peftkern.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peftkern.peft_model_saving import SavesAdapters
 from peftkern.tuners.lora.config import warn_of_drawn_residual
 from peftkern.tuners.mixed import check_names
+from peftkern.tuners.prompt_learning.files import refuse_training_of_a_file
 from peftkern.tuners.switching import layers_of
 from peftkern.tuners.tuners_utils import refuse_foreign_adapter
 from peftkern.utils.adapter_error import shorten
-from peftkern.utils.adapter_files import PathLike, blamed_on_config, reading, weights_file, write_adapter
-from peftkern.utils.hub import check_save_options, upload
-from peftkern.utils.model_card import update_model_card
+from peftkern.utils.adapter_files import (
+    PathLike,
+    blamed_on_config,
+    reading,
+    weights_file,
+)
 from peftkern.utils.model_snapshot import restored_on_error
-from peftkern.utils.other import check_is_module
+from peftkern.utils.other import check_is_module, is_checkpointed
 from peftkern.utils.peft_types import PeftType
 from peftkern.utils.save_and_load import (
-    config_to_save,
-    get_peft_model_state_dict,
     load_config,
     read_adapter,
     set_peft_model_state_dict,
 )
-from peftkern.weight_conversion import convert, read_initial_adapter
 
 
-class PeftModel(nn.Module):
+class PeftModel(SavesAdapters, nn.Module):
     """A base model whose layers carry adapters.
 
     `base_model` is the tuner (`LoraModel`), `base_model.model` the model that was given, changed in place. What is
@@ -56,11 +57,16 @@ class PeftModel(nn.Module):
     # Trainer's question of a quantized base: is there an adapter on it?
     _hf_peft_config_loaded = True
     _is_prompt_learning = False
+    # The tuner around the base model; of prompt learning the base model itself.
+    base_model: Any
     # Names that the task adds to modules_to_save.
     _heads: tuple[str, ...] = ()
-    _pipeline_tag: str | None = None
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> PeftModel:
+    def __new__(cls, model: Any = None, peft_config: Any = None, *args: Any, **kwargs: Any) -> PeftModel:
+        if getattr(peft_config, "is_prompt_learning", False):
+            from peftkern.prompt_models import prompt_class  # its classes inherit from this one
+
+            cls = prompt_class(cls)
         return super().__new__(bridged_class(cls))
 
     def __init__(
@@ -80,21 +86,30 @@ class PeftModel(nn.Module):
         self.peft_type = peft_config.peft_type
         self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
         self._adapters_disabled = False
-        tuner = PEFT_TYPE_TO_TUNER_MAPPING[_method(peft_config)]
         with restored_on_error(model):
-            self.base_model = tuner(
-                model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
-            )
-            self.base_model._cast_adapter_dtype(
-                adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
-            )
+            self._adapt(model, peft_config, adapter_name, low_cpu_mem_usage)
+            self._widen(adapter_name, autocast_adapter_dtype)
             bridge_wrappers(self)
             self.active_adapter = adapter_name
-            if _is_checkpointed(model):
+            if is_checkpointed(model):
                 self._prepare_model_for_gradient_checkpointing(model)
         # Some models imitate tensor parallelism when this is above 1, slicing weights that adapters replace.
         if getattr(getattr(model, "config", None), "pretraining_tp", 1) != 1:
             model.config.pretraining_tp = 1
+
+    def _adapt(self, model: nn.Module, config: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+        """Put the first adapter on the base model."""
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[_method(config)]
+        self.base_model = tuner(model, {adapter_name: config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+
+    def _inject(self, config: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+        """Put another adapter beside the first."""
+        self.peft_config[adapter_name] = config
+        self.base_model.inject_adapter(self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+
+    def _widen(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
+        """Have an adapter's parameters in float32 at least, if that is wanted."""
+        self.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
     # --- what is in it -----------------------------------------------------------------------------------------------
 
@@ -188,7 +203,10 @@ class PeftModel(nn.Module):
         of that name, in training too: give those that learn `set_requires_grad`, and see `peftkern.per_adapter_loss`.
         """
         with self._enable_peft_forward_hooks(*args, **kwargs):
-            return self.base_model.add_losses(self.get_base_model()(*args, **self._model_kwargs(kwargs)))
+            return self._call(*args, **self._model_kwargs(kwargs))
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model.add_losses(self.get_base_model()(*args, **kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, adapters included; `adapter_names` has a name for each prompt."""
@@ -202,7 +220,10 @@ class PeftModel(nn.Module):
             meant["adapter_names"] = [name for name in names for _ in range(copies)]
             meant["encoder_adapter_names"] = names  # an encoder sees each prompt once
         with self._enable_peft_forward_hooks(*args, **kwargs, **meant):
-            return self.get_base_model().generate(*args, **self._model_kwargs(kwargs))
+            return self._generate(*args, **self._model_kwargs(kwargs))
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.get_base_model().generate(*args, **kwargs)
 
     def _copies_of_a_prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """How many rows generation makes of each prompt: beams, or several answers."""
@@ -276,9 +297,8 @@ class PeftModel(nn.Module):
         _check_adapter_name(adapter_name)
         _warn_of_adapter_name(adapter_name, peft_config)
         self._add_heads(peft_config)
-        self.peft_config[adapter_name] = peft_config
-        self.base_model.inject_adapter(self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        self.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=widen)
+        self._inject(peft_config, adapter_name, low_cpu_mem_usage)
+        self._widen(adapter_name, widen)
         bridge_wrappers(self)
 
     def _add_heads(self, config: PeftConfig) -> None:
@@ -330,89 +350,6 @@ class PeftModel(nn.Module):
             self._adapters_disabled = was_disabled
 
     # --- files -------------------------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self,
-        save_directory: PathLike,
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        save_embedding_layers: bool | Literal["auto"] = "auto",
-        is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | None = None,
-        state_dict: Mapping[str, torch.Tensor] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Save adapters as PEFT does: "default" in the folder itself, any other in a subfolder of its name.
-
-        Each adapter's two files are replaced as one: after a kill there is the old adapter or the new one.
-
-        Args:
-            save_directory: The folder; made if it is not there.
-            safe_serialization: Must be True: only safetensors are written.
-            selected_adapters: Which; all by default.
-            save_embedding_layers: As for `get_peft_model_state_dict`.
-            is_main_process: Only then is anything written. With FSDP2 every rank has to call.
-            path_initial_model_for_weight_conversion: Folder of the adapter as it was saved before training, where it
-                started by PiSSA, OLoRA, CorDA or LoRA-GA: a LoRA of rank 2r for the unchanged base model is written.
-            state_dict: The model's state dict, where it was gathered already.
-            kwargs: See `peftkern.utils.hub.check_save_options`.
-
-        Raises:
-            ValueError: `save_directory` is a file, an adapter's name is unknown or leads out of the folder, or what was
-                saved before training is not of this adapter.
-        """
-        check_save_options(kwargs)
-        if not safe_serialization:
-            raise ValueError("safe_serialization: only safetensors are written, so it must be True")
-        if os.path.isfile(save_directory):
-            raise ValueError(f"save_directory: expected a folder, got a file: {os.fspath(save_directory)}")
-        names = list(self.peft_config) if selected_adapters is None else selected_adapters
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown:
-            raise ValueError(f"selected_adapters: no adapter {unknown[0]!r}; there are {sorted(self.peft_config)}")
-        initial = path_initial_model_for_weight_conversion and read_initial_adapter(
-            path_initial_model_for_weight_conversion
-        )
-        if state_dict is None:
-            state_dict = self.state_dict()
-        files: Iterable[Any] = (
-            (self.peft_config[n], get_peft_model_state_dict(self, state_dict, n, False, save_embedding_layers))
-            for n in names
-        )
-        if initial:
-            files = [convert(config, tensors, initial) for config, tensors in files]  # all, before any is written
-        for name, (config, tensors) in zip(names, files, strict=True):
-            folder = _adapter_folder(save_directory, name)
-            if is_main_process:
-                write_adapter(folder, config_to_save(config, self.get_base_model()), tensors)
-        if is_main_process:
-            self.create_or_update_model_card(save_directory)
-
-    def create_or_update_model_card(self, output_dir: PathLike, tags: Sequence[str] = ()) -> None:
-        """Write README.md in `output_dir`, or bring the one there up to date (see `peftkern.utils.model_card`).
-
-        `tags` are added to those of the card and of the base model."""
-        from peftkern import __version__
-
-        base = self.get_base_model()
-        name = getattr(base, "name_or_path", None)
-        every = [*tags, *(getattr(base, "model_tags", None) or ())]
-        every += ["lora"] if self.peft_type == PeftType.LORA else []
-        every += ["transformers"] if any(c.__module__.startswith("transformers.") for c in type(base).__mro__) else []
-        every += [f"base_model:adapter:{name}"] if name else []
-        update_model_card(
-            output_dir, base_model=name or None, tags=every, pipeline_tag=self._pipeline_tag, version=__version__
-        )
-
-    def push_to_hub(self, repo_id: str, *, tags: Sequence[str] | None = None, **kwargs: Any) -> str:
-        """Upload the adapters, `tags` in their model card; see `peftkern.utils.hub.upload` for the rest."""
-
-        def save(folder: str) -> None:
-            self.save_pretrained(folder)
-            if tags:
-                self.create_or_update_model_card(folder, [tags] if isinstance(tags, str) else tags)
-
-        return upload(save, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -467,6 +404,7 @@ class PeftModel(nn.Module):
             else:
                 check_is_config("config", config)
             tensors, options = read_adapter(model_id, config, key_mapping, ephemeral_gpu_offload, hub, options)
+        refuse_training_of_a_file(config, is_trainable)
         config.inference_mode = not is_trainable
         wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls)
         with restored_on_error(model):
@@ -517,6 +455,8 @@ class PeftModel(nn.Module):
         known = adapter_name in self.peft_config
         with reading(model_id, hub.get("subfolder")):
             config = self.peft_config[adapter_name] if known else load_config(model_id, **hub)
+            if not known:
+                refuse_training_of_a_file(config, is_trainable)
             # What the file's own configuration says of its tensors' ranks counts, also for an adapter that is here.
             saved = load_config(model_id, **hub) if known and config.peft_type == PeftType.ADALORA else config
             tensors, options = read_adapter(model_id, saved, key_mapping, ephemeral_gpu_offload, hub, options)
@@ -530,13 +470,15 @@ class PeftModel(nn.Module):
                     self._add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
                 if is_trainable:
                     self.set_requires_grad(adapter_name)
+            self._before_load(adapter_name, is_trainable)
             result = self._load_tensors(tensors, adapter_name, model_id, hub, options, low_cpu_mem_usage)
-            self.base_model._cast_adapter_dtype(
-                adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
-            )
+            self._widen(adapter_name, autocast_adapter_dtype)
         if not is_trainable:
             self.eval()
         return result
+
+    def _before_load(self, adapter_name: str, is_trainable: bool) -> None:
+        """Called before a file's values go into an adapter."""
 
     def _load_tensors(
         self,
@@ -555,12 +497,6 @@ class PeftModel(nn.Module):
         if result.unexpected_keys:
             warnings.warn(f"{file}: unknown names, not loaded: {shorten(result.unexpected_keys)}.", stacklevel=3)
         return result
-
-
-def _is_checkpointed(model: nn.Module) -> bool:
-    """Whether gradient checkpointing is on; as in PEFT, a model that does not say may switch it on later."""
-    name = "is_activation_checkpointing"  # transformers' name since 5.20; reading the older one there warns
-    return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", True))
 
 
 def _method(config: PeftConfig) -> PeftType:
@@ -586,14 +522,3 @@ def _warn_of_adapter_name(adapter_name: str, config: PeftConfig) -> None:
             "take one for the other when it loads this adapter.",
             stacklevel=4,
         )
-
-
-def _adapter_folder(save_directory: PathLike, adapter_name: str) -> str:
-    """Where an adapter is saved; never outside of `save_directory`."""
-    if adapter_name == "default":
-        return os.fspath(save_directory)
-    folder = os.path.join(save_directory, adapter_name)
-    root = os.path.abspath(save_directory)
-    if os.path.commonpath([root, os.path.abspath(folder)]) != root:
-        raise ValueError(f"adapter name {adapter_name!r}: would be saved outside of {root}")
-    return folder

@@ -84,11 +84,14 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
             others; beside those they are part of the base.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or its adapters are virtual tokens.
         ValueError: nothing in it is adapted.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, PeftModel) and model._is_prompt_learning:
+        kind = PeftType(model.peft_type or "").value
+        raise TypeError(f"model: expected adapters in layers, got those of {kind}, which are in none")
     base: Any = model.base_model if isinstance(model, PeftModel) else model
     found = [(n, m) for n, m in named_modules_of(base) if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))]
     managed = [(n, m) for n, m in found if is_tuned(m) or isinstance(m, ModulesToSaveWrapper)]

@@ -249,7 +249,7 @@ def test_a_configuration_of_pefts_is_told_how_to_become_ours():
     unbuilt = peft.LoHaConfig(target_modules=["down"])
     with pytest.raises(
         TypeError,
-        match=r"LoHaConfig, a method that is not built here \(those that are: ADALORA, IA3, LORA, TRAINABLE_TOKENS\)",
+        match=r"LoHaConfig, a method that is not built here \(those that are: ADALORA, IA3, LORA, PREFIX_TUNING, ",
     ):
         get_peft_model(mlp(), unbuilt)
     model.add_adapter("other", peftkern.LoraConfig(**theirs.to_dict()))

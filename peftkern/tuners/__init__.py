@@ -3,6 +3,9 @@
 from peftkern.tuners.adalora import AdaLoraConfig, AdaLoraModel
 from peftkern.tuners.ia3 import IA3Config, IA3Model
 from peftkern.tuners.lora import LoraConfig, LoraModel, LoraRuntimeConfig
+from peftkern.tuners.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
+from peftkern.tuners.prefix_tuning import PrefixEncoder, PrefixTuningConfig
+from peftkern.tuners.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
 from peftkern.tuners.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 
 __all__ = [
@@ -13,6 +16,14 @@ __all__ = [
     "LoraConfig",
     "LoraModel",
     "LoraRuntimeConfig",
+    "PrefixEncoder",
+    "PrefixTuningConfig",
+    "PromptEmbedding",
+    "PromptEncoder",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptTuningConfig",
+    "PromptTuningInit",
     "TrainableTokensConfig",
     "TrainableTokensModel",
 ]

@@ -217,6 +217,17 @@ def reading(folder_or_hub_id: PathLike, subfolder: str | None = None) -> Iterato
         yield
 
 
+def adapter_folder(save_directory: PathLike, adapter_name: str) -> str:
+    """Where an adapter is saved; never outside of `save_directory`."""
+    if adapter_name == "default":
+        return os.fspath(save_directory)
+    folder = os.path.join(save_directory, adapter_name)
+    root = os.path.abspath(save_directory)
+    if os.path.commonpath([root, os.path.abspath(folder)]) != root:
+        raise ValueError(f"adapter name {adapter_name!r}: would be saved outside of {root}")
+    return folder
+
+
 # --- finding ---------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkern.tuners.prompt_learning.encoder import PROMPT_KEY, VirtualTokens
 from peftkern.tuners.trainable_tokens import TrainableTokensLayer, TrainableTokensWrapper
 from peftkern.tuners.tuner_layer import BaseTunerLayer, is_tuned
 from peftkern.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -37,14 +38,15 @@ _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Names in the file -> names in `model.state_dict()`, for every tensor of the adapter, biases and embeddings aside.
 
-    Covers each adapted layer's own parameters, the copies of `modules_to_save` and trained rows of embeddings, once
-    where tied layers share them. Layers of `peftkern.nn` are part of
-    the base, but where they are all that is adapted (`layer_files`, which says so by `stands_alone`). A layer inside a
-    module of which another adapter has a copy goes by its name in the base model.
+    Covers each adapted layer's own parameters, virtual tokens, the copies of `modules_to_save`, and trained rows of
+    embeddings, once where tied layers share them. Layers of `peftkern.nn` are part of the base, but where they are all
+    that is adapted (`layer_files`, which says so by `stands_alone`). A layer inside a module of which another adapter
+    has a copy goes by its name in the base model.
     """
     found: dict[str, str] = {}
     alone = getattr(model, "stands_alone", False)
     wrappers: list[str] = []
+    encoder = prompt_encoder_of(model, adapter_name)
     for name, module in _named_modules(model):
         dot = f"{name}." if name else ""
         around = [wrapper for wrapper in wrappers if dot.startswith(wrapper)]
@@ -58,6 +60,8 @@ def adapter_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
                 wrappers.append(dot)
             load_map = module.adapter_state_dict_load_map(adapter_name)
             found.update({f"{own}{saved}": f"{dot}{held}" for saved, held in load_map.items()})
+        elif module is encoder:
+            found[PROMPT_KEY] = f"{dot}embedding.weight"
         elif isinstance(module, TrainableTokensLayer) and module.tied_adapter is not None:
             continue  # see `tied_rows_key_map`
         elif is_tuned(module) or (alone and isinstance(module, BaseTunerLayer)):
@@ -89,6 +93,13 @@ def tied_rows_key_map(model: nn.Module, adapter_name: str) -> dict[str, str]:
         and module.tied_adapter is not None
         and adapter_name in module.trainable_tokens_delta
     }
+
+
+def prompt_encoder_of(model: nn.Module, adapter_name: str) -> VirtualTokens | None:
+    """The module that makes an adapter's virtual tokens; None where the adapter is no prompt."""
+    encoders = model._modules.get("prompt_encoder")
+    found = encoders._modules.get(adapter_name) if encoders is not None else None
+    return found if isinstance(found, VirtualTokens) else None
 
 
 def base_bias_keys(model: nn.Module, config: Any) -> list[str]:

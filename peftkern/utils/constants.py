@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
@@ -99,3 +102,7 @@ TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING: dict[str, list[str] | str] = 
 TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING: dict[str, list[str]] = {
     name: list(inputs) for names, _, inputs in _IA3_TARGETS for name in names
 }
+
+# PEFT's table of functions by `model_type`: what a model that takes no transformers cache wants in its place, made of a
+# tuple of [2, batch, heads, tokens, head_dim] for each layer. Every model of transformers from 5.14 on takes a cache.
+TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Callable[[tuple[Any, ...]], Any]] = {}

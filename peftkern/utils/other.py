@@ -39,6 +39,12 @@ def check_is_module(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a torch.nn.Module, got {type(value).__name__}")
 
 
+def is_checkpointed(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on; as in PEFT, a model that does not say may switch it on later."""
+    name = "is_activation_checkpointing"  # transformers' name since 5.20; reading the older one there warns
+    return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", True))
+
+
 def infer_device() -> str:
     """The type of the accelerator that is here (the first of cuda, mps, mlu, xpu and npu that is), else "cpu"."""
     for kind, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)):

@@ -15,6 +15,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from peftkern.config import PeftConfig
 from peftkern.tuners.adalora import files as adalora_files
+from peftkern.tuners.prompt_learning.encoder import PROMPT_KEY
+from peftkern.tuners.prompt_learning.files import check_prompt_tensors
 from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import AdapterFileError, shorten, shown
 from peftkern.utils.adapter_files import PathLike, read_weights, weights_file
@@ -25,6 +27,7 @@ from peftkern.utils.adapter_keys import (
     base_bias_keys,
     embedding_is_targeted,
     embedding_key_map,
+    prompt_encoder_of,
     tied_rows_key_map,
 )
 from peftkern.utils.expert_files import stack_experts
@@ -82,8 +85,11 @@ def get_peft_model_state_dict(
     base |= _embeddings_to_save(model, config, save_embedding_layers, adapter_name)
     # The adapter's copy of a module (modules_to_save) has the name of the base model's.
     wanted |= {saved: held for saved, held in base.items() if saved not in wanted}
-    found = {saved: _full(state[held]) for saved, held in wanted.items() if held in state}
-    return adalora_files.pruned(found, config, adapter_name) if config.peft_type == PeftType.ADALORA else found
+    tensors = {saved: _full(state[held]) for saved, held in wanted.items() if held in state}
+    encoder = prompt_encoder_of(model, adapter_name)
+    if encoder is not None and encoder.is_computed:  # what comes out of its layers, not what goes in
+        tensors[PROMPT_KEY] = encoder.to_save()
+    return adalora_files.pruned(tensors, config, adapter_name) if config.peft_type == PeftType.ADALORA else tensors
 
 
 def config_to_save(config: PeftConfig, base: nn.Module) -> dict[str, Any]:
@@ -197,6 +203,9 @@ def plan_load(
     if not wrapped:  # adapters injected into a bare model: the file's names still carry the prefix
         state_dict = {key.removeprefix(PREFIX): value for key, value in state_dict.items()}
     state_dict = stack_experts(model, state_dict, adapter_name, source)
+    encoder = prompt_encoder_of(model, adapter_name)
+    if encoder is not None:
+        encoder.check_can_load()
     held = model.state_dict()
     tensors, mismatched = {}, []
     for key, value in state_dict.items():
@@ -480,6 +489,8 @@ def read_adapter(
     tensors = load_peft_weights(model_id, device=device, key_mapping=key_mapping, **hub)
     if config.peft_type == PeftType.LORA:
         check_lora_tensors(weights_file(model_id, **hub), tensors, config)
-    if config.peft_type == PeftType.ADALORA:
+    elif config.is_prompt_learning:
+        check_prompt_tensors(weights_file(model_id, **hub), tensors, config)
+    elif config.peft_type == PeftType.ADALORA:
         adalora_files.check_tensors(weights_file(model_id, **hub), tensors, config)
     return tensors, options
