@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,9 @@ from peftkern.mapping_func import get_peft_model
 from peftkern.ops._common import check_float_dtype
 from peftkern.peft_model_base import PeftModel
 from peftkern.tuners.lora import LoraConfig, LoraModel
+from peftkern.tuners.lora.attention import MultiheadAttention
 from peftkern.tuners.lora.config import highest_rank
+from peftkern.tuners.lora.conv import is_convolution
 from peftkern.tuners.lora.experts import ParamWrapper
 from peftkern.tuners.lora.layer import Linear, LoraLayer
 from peftkern.tuners.lora.mixed import MixedAdapters
@@ -72,9 +75,9 @@ class AdapterBank:
     trained together, and each gets the gradients that its rows give it alone. An adapter that is named by no row gets
     none; with ids that are only on a device it gets zeros (set those to None, or give names).
 
-    What no pool holds (`lora_bias`, adapted embeddings, `modules_to_save`, `trainable_token_indices`) is added for rows
-    that the host must know: with ids on a device it cannot be captured, and a graph from before such an adapter came
-    leaves it out.
+    What no pool holds (`lora_bias`, adapted embeddings and convolutions, `modules_to_save`, `trainable_token_indices`)
+    is added for rows that the host must know: with ids on a device it cannot be captured, and a graph from before such
+    an adapter came leaves it out.
 
     Within `batch`, whoever calls the model gets the mixed batch, `bank.model` and the module that was given alike.
     With gradient checkpointing, run backward before the next forward, or inside the block: layers that are computed
@@ -85,8 +88,8 @@ class AdapterBank:
             `get_peft_model` made with LoRA, whose adapters become the first of the bank.
         slots: adapters that there is room for.
         max_rank: the largest rank that there is room for.
-        target_modules: which linear layers, as in `LoraConfig`; None for the architecture's default. Adapters may
-            target any of these.
+        target_modules: which layers, as in `LoraConfig`; None for the architecture's default. Adapters may target any
+            of these; those that `add` makes itself target the linear ones.
         dtype: of the adapters; None for float32 beside a 16-bit base, else the base's.
 
     Attributes:
@@ -112,7 +115,7 @@ class AdapterBank:
         if isinstance(model, PeftModel):
             if model.peft_type != PeftType.LORA:
                 raise TypeError(f"model: expected LoRA adapters, got {type(model.base_model).__name__}")
-            model.base_model.refuse_parameters("model: a bank cannot mix what is part of a weight")
+            model.base_model.refuse_parts_of_weights("model: a bank cannot mix what is part of a weight")
             if len(model.peft_config) > slots:
                 raise BankFullError(f"slots: expected at least {len(model.peft_config)} for the adapters that are here")
             with_dora = [name for name, held in model.peft_config.items() if getattr(held, "use_dora", False)]
@@ -128,8 +131,7 @@ class AdapterBank:
                 here = next(iter(layer.lora_A.values()), None)
                 if here is None:
                     device, kind = layer._base_device_and_dtype()
-                    wide = torch.float32 if kind is None or kind.itemsize < 4 else kind
-                    self._mixed.make_pool(layer, dtype or wide, device or torch.device("cpu"))
+                    self._mixed.make_pool(layer, self._dtype_beside(kind), device or torch.device("cpu"))
             self._tuner.__dict__["_mixed_adapters"] = self._mixed
             self._seat()
 
@@ -397,6 +399,10 @@ class AdapterBank:
     def _linear_layers(self) -> list[Any]:
         return [layer for layer in self._layers() if isinstance(layer, Linear)]
 
+    def _dtype_beside(self, kind: torch.dtype | None) -> torch.dtype:
+        """The dtype of adapters beside a base of this one."""
+        return self._dtype or (torch.float32 if kind is None or kind.itemsize < 4 else kind)
+
     def _covered(self) -> list[str]:
         modules = named_modules_of(self._tuner.model)
         return [name for name, module in modules if isinstance(module, Linear) and is_tuned(module)]
@@ -452,11 +458,11 @@ class AdapterBank:
             _cast(layer, name, pool.pool_a.dtype)
         for tokens in rows_of_own(self._tuner.model):
             if name in tokens.trainable_tokens_delta:
-                kind = tokens.trainable_tokens_delta[name].dtype
-                tokens.trainable_tokens_delta[name].data = tokens.trainable_tokens_delta[name].to(
-                    self._dtype or (torch.float32 if kind.itemsize < 4 else kind)
-                )
+                own = tokens.trainable_tokens_delta[name]
+                own.data = own.to(self._dtype_beside(own.dtype))
         for layer in self._layers():
+            if name in layer.lora_A and not layer.is_pooled:
+                _cast(layer, name, self._dtype_beside(layer.lora_A[name].weight.dtype))
             if name in layer.lora_dropout:  # a module is made in training mode, whatever the model is in
                 layer.lora_dropout[name].train(layer.training)
         if state_dict is not None:
@@ -470,8 +476,19 @@ class AdapterBank:
 
 def _with_layers_alone(model: nn.Module, target_modules: list[str] | str | None) -> PeftModel:
     """A `PeftModel` whose layers are in place, without an adapter in them."""
-    with restored_on_error(model):
-        made = get_peft_model(model, LoraConfig(r=1, target_modules=target_modules), adapter_name=_PLACE)
+    # A convolution's groups have to divide even the rank of what only keeps a place.
+    convolutions: dict[str, Any] = {name: m for name, m in named_modules_of(model) if is_convolution(m)}
+    ranks = {f"^{re.escape(name)}": m.groups for name, m in convolutions.items() if m.groups > 1}
+    config = LoraConfig(r=1, target_modules=target_modules, rank_pattern=ranks)
+    with restored_on_error(model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="rank_pattern")  # of those that nobody targets
+        made = get_peft_model(model, config, adapter_name=_PLACE)
+        read = [name for name, module in named_modules_of(model) if isinstance(module, MultiheadAttention)]
+        if read:
+            raise ValueError(
+                f"target_modules={shown(target_modules, 300)} means nn.MultiheadAttention in this model "
+                f"({shorten(read, 2)}), whose adapters are part of weights that all rows share: name other layers"
+            )
         stacked = [name for name, module in named_modules_of(model) if isinstance(module, ParamWrapper)]
         if stacked:
             raise ValueError(

@@ -210,6 +210,33 @@ def test_trained_rows_and_whole_modules_are_swapped_along(tmp_path):
         torch.testing.assert_close(logits(model), logits(loaded(second)))
 
 
+class Matrices(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(4, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.up.T @ self.down.T
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_patterns_of_parameters_are_followed(tmp_path, prepared):
+    """Would catch an alpha that is looked for under the name of a wrapper, which no pattern means: the adapter would be
+    scaled as the configuration scales those without one."""
+    base, x = lambda: nn.ModuleDict({"m": Matrices()}), torch.randn(3, 4)
+    fields = {"base": base, "target_modules": [], "target_parameters": ["m.up", "m.down"]}
+    first = adapter(tmp_path, "first", 1, **fields)
+    second = adapter(tmp_path, "second", 2, alpha_pattern={"m.up": 3, "down": 16}, **fields)
+    model = loaded(first, base)
+    if prepared:
+        hotswap.prepare_model_for_compiled_hotswap(model, target_rank=4)
+    hotswap.hotswap_adapter(model, second, "default")
+    want = loaded(second, base).base_model.model["m"](x)
+    torch.testing.assert_close(model.base_model.model["m"](x), want)
+    model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(loaded(tmp_path / "again", base).base_model.model["m"](x), want)
+
+
 def test_what_cannot_be_swapped_leaves_the_model_as_it_was(tmp_path):
     """Would catch an error that comes after something was written."""
     first, wide = adapter(tmp_path, "first", 1), adapter(tmp_path, "wide", 2, r=6)

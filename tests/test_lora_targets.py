@@ -215,14 +215,15 @@ class Mixed(nn.Module):
         super().__init__()
         self.first = nn.Linear(4, 4)
         self.conv = nn.Conv2d(3, 3, 1)
-        self.attention = nn.MultiheadAttention(8, 2)
+        self.norm = nn.BatchNorm2d(3)
+        self.attention = nn.MultiheadAttention(8, 2, kdim=4)
 
 
 @pytest.mark.parametrize(
     "targets, words",
     [
-        (["first", "conv"], "'conv', a Conv2d"),
-        (["first", "attention"], "'attention', a MultiheadAttention"),
+        (["first", "norm"], "'norm', a BatchNorm2d"),
+        (["first", "attention"], "'attention', a MultiheadAttention: expected query, key and value of one size"),
         (["first", "out_proj"], "'attention.out_proj'.*without calling"),
     ],
 )

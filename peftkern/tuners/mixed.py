@@ -37,6 +37,18 @@ def check_names(names: Any) -> list[str]:
     return list(names)
 
 
+def check_batch_axis(batch: AdapterBatch, x: torch.Tensor, axes: int) -> None:
+    """Raises ValueError unless x, a convolution's input, has so many axes and a first one of the batch's rows."""
+    n = len(batch)
+    if x.dim() == axes and x.shape[0] == n:
+        return
+    if x.dim() == axes:
+        batch.refuse_names(x)
+    raise ValueError(
+        f"adapter_names: expected an input with {axes} axes whose first is the batch, {n} rows, got {list(x.shape)}"
+    )
+
+
 class LayerRows:
     """A batch as one layer sees it.
 

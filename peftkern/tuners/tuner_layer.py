@@ -214,6 +214,11 @@ class BaseTunerLayer:
         raise NotImplementedError(type(self).__name__)
 
 
+def of_base_layer(name: str) -> Any:
+    """A property of an adapted layer that is its base layer's, for model code that asks for more than the weight."""
+    return property(lambda layer: getattr(layer.get_base_layer(), name), doc=f"The base layer's `{name}`.")
+
+
 def parameters_of(held: Any) -> list[torch.Tensor]:
     """The parameters of what a container has for an adapter: a module, or a parameter itself."""
     return [held] if isinstance(held, torch.Tensor) else list(held.parameters())

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from peftkern.config import PeftConfig
+from peftkern.tuners.lora.attention import OUT_PROJ
 from peftkern.tuners.lora.config import LoraConfig, changes_base
 from peftkern.tuners.lora.experts import ParamWrapper
 from peftkern.tuners.lora.layer import LoraLayer
@@ -34,7 +35,8 @@ from peftkern.utils.module_tree import named_modules_of
 from peftkern.utils.peft_types import PeftType
 from peftkern.utils.save_and_load import load_config, read_adapter, set_peft_model_state_dict
 
-# Of a layer's parameters those that have the rank as a dimension, and which dimension that is.
+# Of a layer's parameters those that have the rank as a dimension, and which dimension that is. Of a convolution with
+# groups A's rows lie group by group, and B has those of one group.
 _RANK_AXES = {"lora_A": 0, "lora_embedding_A": 0, "lora_B": 1, "lora_embedding_B": 1}
 
 
@@ -59,8 +61,8 @@ def prepare_model_for_compiled_hotswap(
             "error", "warn", or "ignore" it.
 
     Raises:
-        ValueError: The model has no LoRA adapter, or one of a rank above `target_rank`, or is compiled; `target_rank`
-            or `check_compiled` is none of the above.
+        ValueError: The model has no LoRA adapter, or one of a rank above `target_rank`, or is compiled; a convolution's
+            groups do not divide `target_rank`; `target_rank` or `check_compiled` is none of the above.
         NotImplementedError: `target_rank` is not the rank of an adapter on a parameter (`target_parameters`).
     """
     if check_compiled not in ("error", "warn", "ignore"):
@@ -84,6 +86,11 @@ def prepare_model_for_compiled_hotswap(
                 continue
             if r > target_rank:
                 raise ValueError(f"target_rank={target_rank}: adapter {adapter!r} has rank {r} on {name!r}")
+            if target_rank % layer.rank_groups:
+                raise ValueError(
+                    f"target_rank={target_rank} does not go with {name!r}, a convolution with "
+                    f"groups={layer.rank_groups}: each needs an equal part of it"
+                )
             if isinstance(layer, ParamWrapper):
                 raise NotImplementedError(
                     f"target_rank={target_rank}: adapter {adapter!r} has rank {r} on a parameter of {name!r} "
@@ -200,6 +207,16 @@ def _lora_layers(model: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in layers.items() if layer.peft_type == PeftType.LORA}
 
 
+def _key(layer: Any, name: str) -> str:
+    """The name that patterns of a configuration know a layer by: of one around a parameter's module the parameter's, of
+    an attention's out_proj the attention's."""
+    if not isinstance(layer, ParamWrapper):
+        return name.removesuffix(OUT_PROJ)
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return f"{name}.{layer.parameter_name}"
+
+
 # -- one rank for all -------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +229,8 @@ def _fill_up(layer: Any, adapter: str, rank: int) -> None:
                 continue
             is_parameter = isinstance(held, nn.ParameterDict)
             old: Any = held[adapter] if is_parameter else held[adapter].weight
-            new = nn.Parameter(_padded(old.detach(), axis, rank), requires_grad=old.requires_grad)
+            padded = _padded(old.detach(), axis, rank, layer.rank_groups)
+            new = nn.Parameter(padded, requires_grad=old.requires_grad)
             if is_parameter:
                 held[adapter] = new
             else:
@@ -220,18 +238,22 @@ def _fill_up(layer: Any, adapter: str, rank: int) -> None:
     _settle_scaling(layer, adapter, rank, layer.scaling[adapter])
 
 
-def _padded(t: torch.Tensor, axis: int, size: int) -> torch.Tensor:
-    """A copy of the matrix t with zeros after it along `axis`."""
-    shape = list(t.shape)
-    shape[axis] = size
+def _padded(t: torch.Tensor, axis: int, rank: int, groups: int) -> torch.Tensor:
+    """A copy of a factor, A (axis 0) or B (axis 1), with zeros for the rest of the rank, in each of the groups."""
+    blocks = t.unflatten(0, (groups if axis == 0 else 1, -1))
+    shape = list(blocks.shape)
+    shape[axis + 1] = rank // groups
     padded = t.new_zeros(shape)
-    padded.narrow(axis, 0, t.shape[axis]).copy_(t)
-    return padded
+    padded.narrow(axis + 1, 0, blocks.shape[axis + 1]).copy_(blocks)
+    return padded.flatten(0, 1)
 
 
-def _set_weight(linear: Any, weight: nn.Parameter) -> None:
-    linear.weight = weight
-    linear.out_features, linear.in_features = weight.shape
+def _set_weight(module: Any, weight: nn.Parameter) -> None:
+    module.weight = weight
+    if weight.dim() == 2:
+        module.out_features, module.in_features = weight.shape
+    else:
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
 
 
 def _settle_scaling(layer: Any, adapter: str, rank: int, scaling: float) -> None:
@@ -248,7 +270,7 @@ def _tell_configs(model: nn.Module, layers: dict[str, Any], rank: int, others: A
     for adapter in held:
         prefix = PREFIX if any(name.startswith(PREFIX) for name in layers) else ""
         alphas = {
-            name.removeprefix(prefix): layer.lora_alpha[adapter]
+            _key(layer, name.removeprefix(prefix)): layer.lora_alpha[adapter]
             for name, layer in layers.items()
             if adapter in layer.lora_alpha
         }
@@ -277,7 +299,7 @@ def _swap(model: Any, tensors: Mapping[str, torch.Tensor], adapter: str, config:
     with restored_on_error(model):
         for name, layer in layers.items():
             own = {held[len(name) + 1 :]: key for held, key in saved.items() if _is_of(held, name)}
-            base = name.removeprefix(PREFIX)
+            base = _key(layer, name.removeprefix(PREFIX))
             found.update(_fitted(layer, base, adapter, own, found, config, in_place))
         set_peft_model_state_dict(model, found, adapter, source=source)
         if not in_place:
@@ -334,7 +356,7 @@ def _fitted(
     fitted = {}
     for kind, (_, key) in parts.items():
         if kind in _RANK_AXES and new_rank < held_rank:
-            fitted[key] = _padded(found[key], _RANK_AXES[kind], held_rank)
+            fitted[key] = _padded(found[key], _RANK_AXES[kind], held_rank, layer.rank_groups)
     if scaling != held_scaling:
         factor = scaling / held_scaling
         for part, key in own.items():
@@ -354,7 +376,7 @@ def _make_rank(layer: Any, adapter: str, rank: int) -> None:
         is_parameter = isinstance(held, nn.ParameterDict)
         old: Any = held[adapter] if is_parameter else held[adapter].weight
         shape = list(old.shape)
-        shape[axis] = rank
+        shape[axis] = rank if axis == 0 else rank // layer.rank_groups
         new = nn.Parameter(old.detach().new_zeros(shape), requires_grad=old.requires_grad)
         if is_parameter:
             held[adapter] = new

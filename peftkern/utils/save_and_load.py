@@ -415,9 +415,12 @@ def check_lora_tensors(source: PathLike, tensors: Mapping[str, torch.Tensor], co
         if value.dim() < 2 or 0 in value.shape:
             text = f"expected a matrix, got shape {list(value.shape)}: was a sharded model saved without gathering?"
             raise AdapterFileError(source, text, key=key)
-        rank = value.shape[0 if match["name"].endswith("A") else 1]
+        is_A = match["name"].endswith("A")
+        rank = value.shape[0 if is_A else 1]
         # The factors of a stack of matrices (target_parameters) hold the rank rows of each, however many there are.
         stacked = bool(config.target_parameters) and any(rank % r == 0 for r in ranks)
+        # B of a convolution with groups has the part of the rank that one of them has.
+        stacked |= value.dim() > 2 and not is_A and any(r % rank == 0 for r in ranks)
         if rank not in ranks and not stacked:
             text = f"its rank is {rank} (shape {list(value.shape)}), adapter_config.json says {sorted(ranks)}"
             raise AdapterFileError(source, text, key=key)
@@ -435,7 +438,7 @@ def check_lora_tensors(source: PathLike, tensors: Mapping[str, torch.Tensor], co
             if (module, other, rest) not in found:
                 raise AdapterFileError(source, f"its partner {other} is missing", key=key)
             a, b = found[module, first, rest], found[module, second, rest]
-            if a.shape[0] != b.shape[1]:
+            if a.shape[0] != b.shape[1] and (a.dim() == 2 or a.shape[0] % b.shape[1]):
                 text = f"shapes {list(a.shape)} and {list(b.shape)} of {first} and {second} differ in rank"
                 raise AdapterFileError(source, text, key=key)
     _check_magnitudes(source, tensors, found, config)
@@ -454,7 +457,7 @@ def _check_magnitudes(source: PathLike, tensors: Mapping[str, torch.Tensor], fac
             raise AdapterFileError(source, "its lora_A and lora_B are missing", key=key)
         if not value.is_floating_point():
             raise AdapterFileError(source, f"expected floating point, got {value.dtype}", key=key)
-        if value.shape != (rows[module],):
+        if value.shape not in ((rows[module],), (1, rows[module], *(1,) * (value.dim() - 2))):
             text = f"its shape is {list(value.shape)}, expected [{rows[module]}], a number for each row of lora_B"
             raise AdapterFileError(source, text, key=key)
     for module in rows if config.use_dora else ():

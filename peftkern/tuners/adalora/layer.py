@@ -116,7 +116,7 @@ class SVDLinear(AdaLoraLayer, Linear):
 
     factors_are_kept: bool = False
 
-    def _check_adapter(self, config: Any) -> None:
+    def _check_adapter(self, config: Any, r: int) -> None:
         """What LoRA says of a bias of `lora_B` does not concern a layer without one."""
 
     def _make_weights(self, adapter_name: str, r: int, lora_bias: bool) -> None:

@@ -19,7 +19,7 @@ import torch
 from peftkern.ops._ia3_linear_torch import slots_of
 from peftkern.ops.adapter_route import AdapterBatch
 from peftkern.tuners.fusing import base_alone
-from peftkern.tuners.mixed import LayerRows, MixedRows
+from peftkern.tuners.mixed import LayerRows, MixedRows, check_batch_axis
 
 
 class MixedVectors(MixedRows):
@@ -112,12 +112,7 @@ def linear_forward(
 def conv_forward(layer: Any, mixed: LayerVectors, x: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
     """Forward of a convolution for a batch of many adapters: x [batch, channels, ...]."""
     n, axes = len(mixed.batch), layer._kernel_dim
-    if x.dim() != axes or x.shape[0] != n:
-        if x.dim() == axes:
-            mixed.batch.refuse_names(x)
-        raise ValueError(
-            f"adapter_names: expected an input with {axes} axes whose first is the batch, {n} rows, got {list(x.shape)}"
-        )
+    check_batch_axis(mixed.batch, x, axes)
     if not mixed.here:
         return layer.base_layer(x, *args, **kwargs)
     table, x = _table_and_input(layer, mixed, x)

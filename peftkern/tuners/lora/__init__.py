@@ -1,6 +1,8 @@
 """LoRA: configuration, layers and model."""
 
+from peftkern.tuners.lora.attention import MultiheadAttention
 from peftkern.tuners.lora.config import LoraConfig
+from peftkern.tuners.lora.conv import Conv1d, Conv2d, Conv3d
 from peftkern.tuners.lora.embedding import Embedding
 from peftkern.tuners.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from peftkern.tuners.lora.experts import ParamWrapper
@@ -23,6 +25,9 @@ from peftkern.tuners.lora.variant_configs import (
 __all__ = [
     "ArrowConfig",
     "BdLoraConfig",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
     "CordaConfig",
     "Embedding",
     "EvaConfig",
@@ -35,6 +40,7 @@ __all__ = [
     "LoraModel",
     "LoraRuntimeConfig",
     "MontecloraConfig",
+    "MultiheadAttention",
     "ParamWrapper",
     "VeloraConfig",
     "get_eva_state_dict",

@@ -60,7 +60,8 @@ class LoraConfig(PeftConfig):
     Args:
         r: Rank of the adapters, at least 1.
         target_modules: Which modules to adapt: names or dotted suffixes of names; or a regular expression that a whole
-            name must match; or "all-linear": every linear layer but the output head. None: the architecture's default.
+            name must match; or "all-linear": every linear layer but the output head (embeddings and convolutions are
+            adapted where they are named). None: the architecture's default.
             Where transformers 5 stacked layers in one parameter, their names, and "all-linear", mean that parameter.
         exclude_modules: Names, suffixes or a regular expression of modules to leave alone.
         lora_alpha: Numerator of the scaling.
@@ -84,7 +85,8 @@ class LoraConfig(PeftConfig):
             the principal components of a layer's inputs, with ranks by what they explain, once
             `peftkern.initialize_lora_eva_weights` was called; B zero. Formulas and sources:
             peftkern/tuners/lora/initial_values.py. Embeddings know all but "loftq", and start as with True under those
-            that are no "mica" or False.
+            that are no "mica" or False. Convolutions know True, False and "gaussian", and start as with True under
+            "lora_ga".
         layers_to_transform: Indices of the layers to adapt, for `target_modules` as a list.
         layers_pattern: Name of the list of layers (such as "layers" or "h") that those indices count.
         rank_pattern: Name, suffix or regular expression of modules -> their rank.

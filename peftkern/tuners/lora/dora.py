@@ -7,7 +7,7 @@ With V = W + scaling * B A [N, K], norm [N] the lengths of its rows, constant in
 
 so that merging makes W into c o V. The magnitude starts as the norm, which changes nothing; a scaling that is changed
 later turns the rows and leaves their lengths. On an embedding, whose weight is W^T [K, N], c scales what is looked up,
-`y = c o (W^T[i] + scaling * (A[:, i])^T B^T)`.
+`y = c o (W^T[i] + scaling * (A[:, i])^T B^T)`. On a convolution a row is all that makes one output channel.
 
 Several active adapters act one after another, each on what the last one made, as in PEFT 0.21.2: in the first formula
 the next adapter's x W^T is the last one's y - bias, and merging them in that order gives the same. A row of V that is
@@ -22,7 +22,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from peftkern.ops import dequantize, dora_linear, dora_norm
@@ -55,14 +54,15 @@ class Magnitude(nn.Module):
         return self.weight
 
     def extra_repr(self) -> str:
-        return f"out_features={self.weight.shape[0]}"
+        return f"out_features={self.weight.numel()}"
 
     def __repr__(self) -> str:
         return "lora.dora." + super().__repr__()
 
 
 def add_magnitude(layer: Any, adapter: str) -> None:
-    """Gives an adapter that has its A and B the magnitude that changes nothing: the norm; in the dtype of A.
+    """Gives an adapter that has its A and B the magnitude that changes nothing: the norm; in the dtype of A, in the
+    shape that the layer's kind has for it in PEFT.
 
     One on the meta device, which waits for values from a file, gets its magnitude there.
     """
@@ -71,17 +71,29 @@ def add_magnitude(layer: Any, adapter: str) -> None:
         norm = torch.empty(layer.out_features, dtype=A.dtype, device="meta")
     else:
         norm = weight_norm(layer, adapter).to(A.dtype)
-    layer.lora_magnitude_vector[adapter] = Magnitude(norm)
+    layer.lora_magnitude_vector[adapter] = Magnitude(norm.view(layer._magnitude_shape()))
 
 
 # -- norms and scales --------------------------------------------------------------------------------------------------
 
 
 def _factors(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [R, K] and B [N, R] of an adapter, on a linear layer or an embedding."""
+    """A and B of an adapter as they are held: [R, K] and [N, R], or those of a convolution."""
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+
+def matrices(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [R, K] and B [N, R / groups]; of a convolution K counts the elements of its kernel for all input channels."""
+    A, B = _factors(layer, adapter)
+    return (A, B) if A.dim() == 2 else (A.flatten(1), B.flatten(1))
+
+
+def _magnitude(layer: Any, adapter: str) -> torch.Tensor:
+    """The magnitude of an adapter, [N]."""
+    magnitude: torch.Tensor = layer.lora_magnitude_vector[adapter]()
+    return magnitude.flatten()
 
 
 def _stored_transposed(layer: Any) -> bool:
@@ -90,7 +102,7 @@ def _stored_transposed(layer: Any) -> bool:
 
 
 def _base_weight(layer: Any) -> Weight:
-    """The base weight [N, K] without adapters, also where some are merged into it.
+    """The base weight [N, K] without adapters, also where some are merged into it; a convolution's as a matrix.
 
     Raises:
         ValueError: It is on the meta device, where it has no values.
@@ -107,6 +119,8 @@ def _base_weight(layer: Any) -> Weight:
         )
     for name in reversed(layer.merged_adapters):
         weight = without_adapter(layer, weight, name)
+    if weight.dim() > 2:
+        return weight.flatten(1)
     return weight.t() if _stored_transposed(layer) else weight
 
 
@@ -117,7 +131,7 @@ def weight_norm(layer: Any, adapter: str, dtype: torch.dtype | None = None) -> t
     A quantized weight is decoded to `dtype`, by default that which the layer computes in, float32 if it has none.
     """
     weight = _base_weight(layer)
-    A, B = _factors(layer, adapter)
+    A, B = matrices(layer, adapter)
     if not isinstance(weight, torch.Tensor):
         dtype = dtype or compute_dtype(layer.get_base_layer(), torch.float32)
         if why_plain():
@@ -179,7 +193,7 @@ def norms_are_kept(layer: Any) -> bool:
 def row_scale(layer: Any, adapter: str) -> torch.Tensor:
     """c = magnitude / norm, [N], in the wider dtype of the two; 0 where the norm is."""
     norm = weight_norm(layer, adapter)
-    return layer.lora_magnitude_vector[adapter]() / norm.masked_fill(norm == 0, torch.inf)
+    return _magnitude(layer, adapter) / norm.masked_fill(norm == 0, torch.inf)
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
@@ -227,20 +241,20 @@ def fused(layer: Any, x: torch.Tensor, adapter: str) -> torch.Tensor:
 
 
 def linear_with(layer: Any, y: torch.Tensor, x: torch.Tensor, adapter: str) -> torch.Tensor:
-    """The output of a linear layer with one more adapter, by calling modules; in the widest dtype.
+    """The output of a layer with one more adapter, by calling modules; in the widest dtype.
 
     Args:
-        layer: A `Linear` of `peftkern.tuners.lora`.
+        layer: A `Linear` of `peftkern.tuners.lora`, or a convolution.
         y: The output without this adapter: the base layer's, or that with the adapters before.
         x: The layer's input.
         adapter: One with a magnitude.
     """
     A, B, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
-    c = row_scale(layer, adapter)
+    c = layer._per_output(row_scale(layer, adapter))
     x = layer._cast_input_dtype(x, A.weight.dtype)
     if isinstance(dropout, nn.Identity) or not layer.training:
         bias = getattr(layer.get_base_layer(), "bias", None)
-        product = y if bias is None else y - bias
+        product = y if bias is None else y - layer._per_output(bias)
     else:
         x = dropout(x)
         product = _base_product(layer, x)
@@ -248,10 +262,10 @@ def linear_with(layer: Any, y: torch.Tensor, x: torch.Tensor, adapter: str) -> t
 
 
 def _base_product(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """`x W^T`, in x's dtype."""
+    """`x W^T`, or the convolution of x with the weight, in x's dtype."""
     weight = _base_weight(layer)
     if isinstance(weight, torch.Tensor):
-        return F.linear(x, weight.to(x.dtype))
+        return layer._product(x, weight.to(x.dtype))
     return linear_quantized(x, weight)
 
 
@@ -265,7 +279,7 @@ def scales_to_merge(layer: Any, adapters: Iterable[str]) -> dict[str, torch.Tens
     for name in adapters:
         if layer.use_dora[name]:
             norm = weight_norm(layer, name)
-            scales[name] = torch.where(norm > 0, layer.lora_magnitude_vector[name]() / norm, 1.0)
+            scales[name] = torch.where(norm > 0, _magnitude(layer, name) / norm, 1.0)
     return scales
 
 
@@ -273,7 +287,7 @@ def _wide(layer: Any, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.
     """The weight in at least float32, and c beside it."""
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     scale = scale.to(wide.device, wide.dtype)
-    return wide, scale if _stored_transposed(layer) else scale[:, None]
+    return wide, scale if _stored_transposed(layer) else scale.view(-1, *(1,) * (wide.dim() - 1))
 
 
 def with_adapter(layer: Any, weight: torch.Tensor, adapter: str, scale: torch.Tensor) -> torch.Tensor:

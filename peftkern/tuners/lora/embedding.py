@@ -22,7 +22,6 @@ from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.layer import LoraLayer
 from peftkern.tuners.lora.merging import delta_weight
 from peftkern.tuners.lora.mixed import add_parts
-from peftkern.tuners.tuner_layer import refuse_adapter_names
 from peftkern.utils.other import batch_in_force
 
 
@@ -52,7 +51,7 @@ class Embedding(LoraLayer, nn.Module):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r or config.r, config.lora_alpha if lora_alpha is None else lora_alpha, config)
 
-    def _check_adapter(self, config: LoraConfig) -> None:
+    def _check_adapter(self, config: LoraConfig, r: int) -> None:
         if config.lora_bias:
             raise ValueError("lora_bias=True does not go with an embedding: its adapter has no bias")
 
@@ -105,13 +104,8 @@ class Embedding(LoraLayer, nn.Module):
         mixed = batch_in_force(self)
         if mixed is not None:
             return add_parts(self, self.base_layer(x, *args, **kwargs), x, mixed)
-        if self._disable_adapters:
-            if self.merged_adapters:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        refuse_adapter_names(kwargs)
-        names = self._active_here()
-        if self.merged_adapters or not names:
+        names = self._names_to_add(kwargs)
+        if not names:
             return self.base_layer(x, *args, **kwargs)
         if args or kwargs or is_nested(x) or self._why_not_fused(names):
             return self._add_plain(self.base_layer(x, *args, **kwargs), x, names)

@@ -21,7 +21,7 @@ from peftkern.tuners.fusing import ExplainRow, describe_weight, plain_weight, wh
 from peftkern.tuners.lora import experts_forward
 from peftkern.tuners.lora.config import LoraConfig, starts_plain
 from peftkern.tuners.lora.experts_forward import Factors
-from peftkern.tuners.lora.layer import Linear, LoraLayer
+from peftkern.tuners.lora.layer import LoraLayer
 from peftkern.tuners.lora.replaced_parameter import call_with
 from peftkern.utils.other import batch_in_force
 
@@ -116,14 +116,12 @@ class ParamWrapper(LoraLayer, nn.Module):
         """The parameter, as other layers' `weight` is the base layer's."""
         return self.get_param()
 
-    def _check_adapter(self, config: LoraConfig) -> None:
+    def _check_adapter(self, config: LoraConfig, r: int) -> None:
         check_parameter_config(config)
 
     def _make_weights(self, adapter_name: str, r: int, lora_bias: bool) -> None:
         self.lora_A[adapter_name] = nn.Linear(self.in_features, r * self.num_experts, bias=False)
         self.lora_B[adapter_name] = nn.Linear(r * self.num_experts, self.out_features, bias=False)
-
-    reset_lora_parameters = Linear.reset_lora_parameters
 
     def _base_device_and_dtype(self) -> tuple[torch.device | None, torch.dtype | None]:
         parameter = self.get_param()

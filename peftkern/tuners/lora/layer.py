@@ -6,12 +6,11 @@ plain PyTorch. `explain_row` says which of the two, and why.
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from peftkern.backend import current_backend
@@ -45,10 +44,8 @@ from peftkern.tuners.lora.merging import delta_weight
 from peftkern.tuners.lora.mixed import linear_forward
 from peftkern.tuners.lora.simple_call import SimpleCall
 from peftkern.tuners.targets import linear_sizes
-from peftkern.tuners.tuner_layer import refuse_adapter_names
 from peftkern.utils.linear_layers import conv1d_class
 from peftkern.utils.other import batch_in_force
-from peftkern.utils.warning import PeftWarning
 from peftkern.weights import DENSE_DTYPES, Weight
 
 
@@ -64,6 +61,7 @@ class Linear(LoraLayer, nn.Module):
         lora_alpha: None for the configuration's.
     """
 
+    is_pooled = True
     # The `SharedInput` of layers that are called with the same x, if this is one of them.
     _shared_input: Any = None
     # What the last forward found, where the next may be the same.
@@ -93,39 +91,10 @@ class Linear(LoraLayer, nn.Module):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r or config.r, config.lora_alpha if lora_alpha is None else lora_alpha, config)
 
-    def _check_adapter(self, config: LoraConfig) -> None:
-        if config.lora_bias and getattr(self.get_base_layer(), "bias", None) is None:
-            kind = type(self.get_base_layer()).__name__
-            message = f"lora_bias=True on a {kind} without a bias: the adapter can be trained but not merged"
-            warnings.warn(message, PeftWarning, stacklevel=2)
-
-    def _make_weights(self, adapter_name: str, r: int, lora_bias: bool) -> None:
-        self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
-        self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=lora_bias)
-
-    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
-        if init_lora_weights is False:
-            return
-        A: Any = self.lora_A[adapter_name]
-        B: Any = self.lora_B[adapter_name]
-        if init_lora_weights is True:
-            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
-        elif isinstance(init_lora_weights, str) and init_lora_weights.lower() == "gaussian":
-            nn.init.normal_(A.weight, std=1 / self.r[adapter_name])
-        else:
-            raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")
-        nn.init.zeros_(B.weight)
-        if B.bias is not None:
-            nn.init.zeros_(B.bias)
-
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         A: Any = self.lora_A[adapter]
         B: Any = self.lora_B[adapter]
         return delta_weight(A.weight, B.weight, self.scaling[adapter], self.fan_in_fan_out)
-
-    def get_delta_bias(self, adapter: str) -> torch.Tensor | None:
-        B: Any = self.lora_B[adapter]
-        return None if B.bias is None else B.bias * self.scaling[adapter]
 
     def _why_not_fused(self, names: list[str]) -> str:
         # Runs at every forward: dicts rather than attributes, which nn.Module looks up slowly.
@@ -223,6 +192,10 @@ class Linear(LoraLayer, nn.Module):
         dtype = compute_dtype(self._modules["base_layer"], weight.dtype)  # type: ignore[arg-type]
         x = torch.empty(1, 1, self.in_features, dtype=dtype, device=weight.device).expand(tokens, 1, -1)
         return plan_for_many(x, weight, max(self.r[name] for name in names), current_backend())
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """What the base layer makes of x with a weight [out_features, in_features], without its bias."""
+        return F.linear(x, weight)
 
     def _weight_by_rows(self) -> Weight:
         """The base weight as [out_features, in_features]."""
@@ -322,13 +295,8 @@ class Linear(LoraLayer, nn.Module):
         return self._weight_by_rows(), *self._factors(name), held["base_layer"].bias, p
 
     def _forward_in_general(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._disable_adapters:
-            if self.merged_adapters:
-                self.unmerge()
-            return base_alone(self, x, *args, **kwargs)
-        refuse_adapter_names(kwargs)
-        names = self._active_here()
-        if self.merged_adapters or not names:
+        names = self._names_to_add(kwargs)
+        if not names:
             return base_alone(self, x, *args, **kwargs)
         if args or kwargs or is_nested(x) or self._why_not_fused(names):
             return self._add_plain(self.base_layer(x, *args, **kwargs), x, names)
@@ -368,33 +336,6 @@ class Linear(LoraLayer, nn.Module):
         if bias is not None and bias.dtype not in (dtype, torch.float32):
             bias = bias.to(dtype)
         return lora_linear(x.to(dtype), weight, A, B, scaling, bias, **options).to(x.dtype)
-
-    def _add_plain(self, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
-        """`y` plus each adapter's part, by calling the modules; in y's dtype."""
-        if not isinstance(y, torch.Tensor):
-            kind = type(self.base_layer).__name__
-            raise TypeError(
-                f"LoRA adds to a tensor, and the base layer, a {kind}, returned a {type(y).__name__} (as some routers "
-                "do): keep it out with exclude_modules"
-            )
-        total = y
-        for name in names:
-            total = dora.linear_with(self, total, x, name) if self.use_dora[name] else total + self._part(x, name)
-        return total.to(y.dtype)
-
-    def _part(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """What an adapter adds, by calling its modules; in its own dtype.
-
-        Raises:
-            ValueError: It is on the meta device, and x is not: torch would multiply by whatever is in memory.
-        """
-        A: Any = self.lora_A[name]
-        if A.weight.is_meta and not x.is_meta and not hasattr(A, "_hf_hook"):
-            raise ValueError(f"adapter {name!r} is on the meta device (low_cpu_mem_usage): load its values first")
-        return (
-            self.lora_B[name](A(self.lora_dropout[name](self._cast_input_dtype(x, A.weight.dtype))))
-            * self.scaling[name]
-        )
 
 
 @without_autocast  # which has no dtype for what is joined in the other one of 16 bits

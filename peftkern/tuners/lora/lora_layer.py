@@ -20,8 +20,9 @@ from peftkern.tuners.lora import dora
 from peftkern.tuners.lora.config import PLAIN_START, LoraConfig
 from peftkern.tuners.lora.initial_values import initialize
 from peftkern.tuners.lora.merging import merge_adapters, unmerge_adapters
-from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name
+from peftkern.tuners.tuner_layer import BaseTunerLayer, check_adapter_name, refuse_adapter_names
 from peftkern.utils.peft_types import PeftType
+from peftkern.utils.warning import PeftWarning
 
 
 class LoraLayer(BaseTunerLayer):
@@ -43,6 +44,11 @@ class LoraLayer(BaseTunerLayer):
     # The method whose configurations these adapters follow, and the smallest rank that it knows.
     peft_type: PeftType = PeftType.LORA
     least_rank: int = 1
+
+    # Whether A and B are matrices that a batch of many adapters can keep in a pool.
+    is_pooled: bool = False
+    # The groups of a convolution, each of which has a part of the rank of its own.
+    rank_groups: int = 1
 
     in_features: int
     out_features: int
@@ -94,7 +100,7 @@ class LoraLayer(BaseTunerLayer):
         check_adapter_name(adapter_name)
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged: unmerge it before making it anew")
-        self._check_adapter(config)
+        self._check_adapter(config, r)
         self.r[adapter_name] = r
         self.swaps_in_place.pop(adapter_name, None)
         self.lora_alpha[adapter_name] = lora_alpha
@@ -106,7 +112,7 @@ class LoraLayer(BaseTunerLayer):
         self.lora_dropout[adapter_name] = nn.Dropout(p) if p > 0 else nn.Identity()
         self._make_weights(adapter_name, r, config.lora_bias)
         self.frozen_peft_weight_names.pop(adapter_name, None)
-        initialize(self, adapter_name, config)
+        self._initialize(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         if config.use_dora:
             dora.add_magnitude(self, adapter_name)
@@ -123,24 +129,52 @@ class LoraLayer(BaseTunerLayer):
         super()._fill_adapter(adapter_name, config)
         self._unread_factors.pop(adapter_name, None)
 
-    def _check_adapter(self, config: LoraConfig) -> None:
-        """Raises for a configuration that this kind of layer cannot follow."""
+    def _check_adapter(self, config: LoraConfig, r: int) -> None:
+        """Raises for a configuration, or a rank, that this kind of layer cannot follow."""
+        if config.lora_bias and getattr(self.get_base_layer(), "bias", None) is None:
+            kind = type(self.get_base_layer()).__name__
+            message = f"lora_bias=True on a {kind} without a bias: the adapter can be trained but not merged"
+            warnings.warn(message, PeftWarning, stacklevel=2)
 
     def _make_weights(self, adapter_name: str, r: int, lora_bias: bool) -> None:
         """Makes the adapter's parameters, drawing from torch's generator exactly as PEFT does."""
-        raise NotImplementedError(type(self).__name__)
+        self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
+        self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=lora_bias)
+
+    def _initialize(self, adapter_name: str, config: LoraConfig) -> None:
+        """Gives a new adapter its values, by `config.init_lora_weights`."""
+        initialize(self, adapter_name, config)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Gives the adapter its initial values: see `LoraConfig.init_lora_weights`."""
-        raise NotImplementedError(type(self).__name__)
+        if init_lora_weights is False:
+            return
+        A: Any = self.lora_A[adapter_name]
+        B: Any = self.lora_B[adapter_name]
+        if init_lora_weights is True:
+            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+        elif isinstance(init_lora_weights, str) and init_lora_weights.lower() == "gaussian":
+            nn.init.normal_(A.weight, std=1 / self.r[adapter_name])
+        else:
+            raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")
+        nn.init.zeros_(B.weight)
+        if B.bias is not None:
+            nn.init.zeros_(B.bias)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What merging `adapter` adds to the base weight, in the weight's layout and the adapter's dtype."""
         raise NotImplementedError(type(self).__name__)
 
+    def why_no_delta(self) -> str:
+        """Why no change of the base weight does what its adapters do, or ""."""
+        return ""
+
     def get_delta_bias(self, adapter: str) -> torch.Tensor | None:
         """What merging `adapter` adds to the base bias: None without `lora_bias`."""
-        return None
+        if adapter not in self.lora_B:
+            return None
+        B: Any = self.lora_B[adapter]
+        return None if B.bias is None else B.bias * self.scaling[adapter]
 
     def merge_weight(self, weight: torch.Tensor, adapter: str) -> None:
         """Merges `adapter` into a dense copy [out_features, in_features] of a quantized base weight, in place."""
@@ -197,6 +231,51 @@ class LoraLayer(BaseTunerLayer):
         """The active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.scaling]
 
+    def _magnitude_shape(self) -> tuple[int, ...]:
+        """The shape of a magnitude of DoRA's, as PEFT stores it."""
+        return (self.out_features,)
+
+    def _per_output(self, numbers: torch.Tensor) -> torch.Tensor:
+        """A number for each output, [out_features], in a shape that broadcasts against the layer's output."""
+        return numbers
+
+    def _names_to_add(self, kwargs: dict[str, Any]) -> list[str]:
+        """The adapters that this forward adds to what the base layer gives; where all are disabled, what is merged is
+        taken out first."""
+        if self._disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return []
+        refuse_adapter_names(kwargs)
+        return [] if self.merged_adapters else self._active_here()
+
+    def _add_plain(self, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
+        """`y` plus each adapter's part, by calling the modules; in y's dtype."""
+        if not isinstance(y, torch.Tensor):
+            kind = type(self.base_layer).__name__
+            raise TypeError(
+                f"LoRA adds to a tensor, and the base layer, a {kind}, returned a {type(y).__name__} (as some routers "
+                "do): keep it out with exclude_modules"
+            )
+        total = y
+        for name in names:
+            total = dora.linear_with(self, total, x, name) if self.use_dora[name] else total + self._part(x, name)
+        return total.to(y.dtype)
+
+    def _part(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """What an adapter adds, by calling its modules; in its own dtype.
+
+        Raises:
+            ValueError: It is on the meta device, and x is not: torch would multiply by whatever is in memory.
+        """
+        A: Any = self.lora_A[name]
+        if A.weight.is_meta and not x.is_meta and not hasattr(A, "_hf_hook"):
+            raise ValueError(f"adapter {name!r} is on the meta device (low_cpu_mem_usage): load its values first")
+        return (
+            self.lora_B[name](A(self.lora_dropout[name](self._cast_input_dtype(x, A.weight.dtype))))
+            * self.scaling[name]
+        )
+
     def _why_not_fused(self, names: list[str]) -> str:
         """Why forward with these adapters cannot be one operation, or ""."""
         raise NotImplementedError(type(self).__name__)
@@ -206,7 +285,7 @@ class LoraLayer(BaseTunerLayer):
         names = self._active_here()
         reason = why_base_alone(self, names) or self._why_not_fused(names)
         base = self.get_base_layer()
-        weight = quantized_weight(base) or getattr(base, "weight", None)
+        weight = quantized_weight(base) or getattr(self, "weight", None)
         return ExplainRow(
             name,
             type(base).__name__,

@@ -50,8 +50,12 @@ def check_mergeable(layer: LoraLayer, adapter_names: list[str]) -> None:
     Raises:
         TypeError, ValueError: See `check_mergeable_base`.
         ValueError: There is no bias to merge a `lora_bias` into, or an adapter is on the meta device.
+        NotImplementedError: What the adapters do is no change of the weight: see `LoraLayer.why_no_delta`.
     """
     base = layer.get_base_layer()
+    reason = layer.why_no_delta()
+    if reason:
+        raise NotImplementedError(f"cannot merge adapters {adapter_names}: {reason}")
     check_mergeable_base(layer)
     for name in adapter_names:
         if any(p.is_meta for c in layer._containers() if name in c for p in parameters_of(c[name])):

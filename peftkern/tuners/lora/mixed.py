@@ -77,7 +77,7 @@ class MixedAdapters(MixedRows):
         if torch.compiler.is_compiling():
             return
         changed = []
-        for layer in self._tuned:
+        for layer in self._pooled():
             now = _adapters_now(layer)
             if now is None or self._seen.get(layer) != (now, self.names):
                 changed.append(layer)
@@ -100,7 +100,11 @@ class MixedAdapters(MixedRows):
         self.max_rank = highest
         self._pools.clear()
         self._seen.clear()
-        return self._tuned
+        return self._pooled()
+
+    def _pooled(self) -> list[Any]:
+        """The layers whose adapters can be in a pool."""
+        return [layer for layer in self._tuned if layer.is_pooled]
 
     def _sync_layer(self, layer: Any) -> None:
         held = layer._modules

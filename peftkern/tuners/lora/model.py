@@ -9,7 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from peftkern.tuners.lora.attention import AttentionOutput, MultiheadAttention, check_attention
 from peftkern.tuners.lora.config import changes_base, highest_rank, leaves_residual
+from peftkern.tuners.lora.conv import check_convolution, conv_layer, is_convolution
 from peftkern.tuners.lora.embedding import Embedding
 from peftkern.tuners.lora.experts import ParamWrapper
 from peftkern.tuners.lora.gated_mlp import fuse_known_mlps, release_mlps
@@ -45,10 +47,11 @@ def _warn_of_residual(inits: dict[str, Any], what: str) -> None:
 
 
 class LoraModel(BaseTuner):
-    """A model with LoRA adapters (Hu et al. 2021, arXiv:2106.09685) in its linear layers and embeddings.
+    """A model with LoRA adapters (Hu et al. 2021, arXiv:2106.09685) in its linear layers, embeddings and convolutions.
 
-    Changes `model` in place: a `Linear` or `Embedding` of `peftkern.tuners.lora` is put around each targeted module, a
-    `ParamWrapper` around the module of each targeted parameter.
+    Changes `model` in place: a `Linear`, `Embedding`, `Conv1d`, `Conv2d`, `Conv3d` or `MultiheadAttention` of
+    `peftkern.tuners.lora` is put around each targeted module, a `ParamWrapper` around the module of each targeted
+    parameter.
     The arguments and errors are those of `BaseTuner`; the configuration is a `LoraConfig`.
     """
 
@@ -61,10 +64,15 @@ class LoraModel(BaseTuner):
         base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
         if isinstance(layer, BaseTunerLayer) and getattr(layer, "peft_type", None) != config.peft_type:
             raise ValueError(f"target_modules names {key!r}, which another method adapted ({type(target).__name__})")
-        if not isinstance(base, nn.Embedding) and not is_linear(base):
+        if isinstance(base, nn.MultiheadAttention):
+            check_attention(base, config, key)
+        elif is_convolution(base):
+            check_convolution(base, config, rank_and_alpha(config, key)[0], key)
+        elif not isinstance(base, nn.Embedding) and not is_linear(base):
             raise ValueError(
-                f"target_modules names {key!r}, a {type(base).__name__}: LoRA adapts nn.Linear, nn.Embedding and "
-                "transformers' Conv1D (name the linear layers inside it, or keep it out with exclude_modules)"
+                f"target_modules names {key!r}, a {type(base).__name__}: LoRA adapts nn.Linear, nn.Embedding, "
+                "nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention and transformers' Conv1D (name the layers "
+                "inside it, or keep it out with exclude_modules)"
             )
         if isinstance(base, nn.Embedding) and config.lora_bias:
             raise ValueError(f"lora_bias=True does not go with the embedding {key!r}: its adapter has no bias")
@@ -77,6 +85,10 @@ class LoraModel(BaseTuner):
             return target
         if isinstance(target, nn.Embedding):
             return Embedding(target, adapter_name, config, r=r, lora_alpha=lora_alpha)
+        if isinstance(target, nn.MultiheadAttention):
+            return MultiheadAttention(target, adapter_name, config, r=r, lora_alpha=lora_alpha)
+        if is_convolution(target):
+            return conv_layer(target)(target, adapter_name, config, r=r, lora_alpha=lora_alpha)
         fit_fan_in_fan_out(config, target)
         return Linear(target, adapter_name, config, r=r, lora_alpha=lora_alpha)
 
@@ -145,15 +157,19 @@ class LoraModel(BaseTuner):
                     f"{sorted(held)} of {name!r}"
                 )
 
-    def refuse_parameters(self, what: str) -> None:
-        """Raises NotImplementedError, for `what` cannot be done with an adapter on a parameter, if there is one."""
-        wrapped = [wrapper for wrapper in self._layers() if isinstance(wrapper, ParamWrapper)]
-        names = sorted({name for wrapper in wrapped for name in wrapper.scaling})
-        if names:
-            raise NotImplementedError(f"{what}: adapters {names} are on parameters (target_parameters)")
+    def refuse_parts_of_weights(self, what: str) -> None:
+        """Raises NotImplementedError, for `what` cannot be done with adapters that are part of a weight, if there are
+        any: on a parameter, or on `nn.MultiheadAttention`."""
+        for kinds, where in (
+            ((ParamWrapper,), "parameters (target_parameters)"),
+            ((MultiheadAttention, AttentionOutput), "nn.MultiheadAttention"),
+        ):
+            names = sorted({name for layer in self._layers() if isinstance(layer, kinds) for name in layer.scaling})
+            if names:
+                raise NotImplementedError(f"{what}: adapters {names} are on {where}")
 
     def make_room(self, mixed: MixedRows | None) -> MixedRows:
-        self.refuse_parameters("adapter_names cannot mix what is part of a weight")
+        self.refuse_parts_of_weights("adapter_names cannot mix what is part of a weight")
         slots = len(self.peft_config)
         highest = max((r for layer in self._layers() for r in layer.r.values()), default=1)
         if isinstance(mixed, MixedAdapters) and mixed.slots >= slots and mixed.max_rank >= highest:

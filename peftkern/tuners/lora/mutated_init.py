@@ -57,8 +57,17 @@ def subtract_initial(
                 f"got {found}: was it saved from the same model before training?"
             )
         start = start.to(value.device)
-        made[name] = torch.cat([value, start]) if match["kind"] == "A" else torch.cat([value, -start], dim=1)
+        if match["kind"] == "B":
+            made[name] = torch.cat([value, -start], dim=1)
+        else:  # whose rows lie group by group, if it is that of a convolution with groups
+            groups = _groups_of(value, trained.get(name.replace(".lora_A", ".lora_B")))
+            made[name] = torch.cat([t.unflatten(0, (groups, -1)) for t in (value, start)], dim=1).flatten(0, 1)
     return made
+
+
+def _groups_of(A: torch.Tensor, B: torch.Tensor | None) -> int:
+    """The groups of the convolution that A and B are of; 1 of all else."""
+    return 1 if B is None or A.dim() == 2 else max(A.shape[0] // B.shape[1], 1)
 
 
 def converted_config(config: LoraConfig) -> LoraConfig:

@@ -9,7 +9,8 @@ For adapters (A_i [r_i, K], B_i [N, r_i], scaling s_i) with weights w_i, and f_i
 
 Computed in at least float32, rounded once. dare draws its masks as PEFT does, layer after layer in the model's order,
 for all A before all B, from torch's generator, which the new adapter's initialization has drawn from before: after the
-same `torch.manual_seed` the masks are PEFT's.
+same `torch.manual_seed` the masks are PEFT's. A convolution's A and B are taken as matrices; with groups each group has
+its own rows of A, and no B A, so that what needs that is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import nn
 
 from peftkern.ops._common import without_autocast
 from peftkern.tuners.lora.config import PLAIN_START, highest_rank, starts_plain
-from peftkern.tuners.lora.dora import _factors, _stored_transposed
+from peftkern.tuners.lora.dora import _factors, _stored_transposed, matrices
 from peftkern.tuners.lora.merging import delta_weight
 from peftkern.tuners.weighted import check_sources, joined_targets
 from peftkern.utils.adapter_error import shorten
@@ -151,6 +152,7 @@ def _check_layers(model: LoraModel, held: dict[str, list[str]], how: Combination
 
     Raises:
         TypeError: A factor is sharded, or otherwise no plain tensor.
+        NotImplementedError: The adapters' B A is asked for of a convolution with groups.
         ValueError: It is on the meta device or not finite; or the ranks here differ, where those must be one.
     """
     layers = model._named_layers()
@@ -170,6 +172,9 @@ def _check_layers(model: LoraModel, held: dict[str, list[str]], how: Combination
                         f"svd_driver={how.svd_driver!r} is for CUDA devices, got {key!r} on {factor.device} (None lets "
                         "torch choose)"
                     )
+        reason = layers[key].why_no_delta() if how.decomposes else ""
+        if reason:
+            raise NotImplementedError(f"combination_type={how.combination_type!r} does not go with {key!r}: {reason}")
         ranks = [layers[key].r[name] for name in names]
         if len(set(ranks)) > 1 and how.combination_type != "cat" and not how.decomposes:
             raise ValueError(
@@ -216,14 +221,15 @@ def _fill(layer: Any, name: str, weighted: list[tuple[str, float]], how: Combina
     """Gives the new adapter of `layer` its values; where none of the others is, those that change nothing."""
     A, B = _factors(layer, name)
     here = [(source, weight) for source, weight in weighted if source in layer.scaling]
-    pairs = [_factors(layer, source) for source, _ in here]
+    pairs = [matrices(layer, source) for source, _ in here]
+    groups = layer.rank_groups
     weights, scalings = [weight for _, weight in here], [layer.scaling[source] for source, _ in here]
     if not here:
         idle = A if name in layer.lora_embedding_A else B
         idle.zero_()
-        new_A, new_B = A, B
+        new_A, new_B = matrices(layer, name)
     elif how.combination_type == "cat":
-        new_A, new_B = _side_by_side(pairs, [w * s for w, s in zip(weights, scalings, strict=True)])
+        new_A, new_B = _side_by_side(pairs, [w * s for w, s in zip(weights, scalings, strict=True)], groups)
     elif how.decomposes:
         new_A, new_B = _decomposed(pairs, weights, scalings, how, _stored_transposed(layer))
     else:
@@ -233,9 +239,11 @@ def _fill(layer: Any, name: str, weighted: list[tuple[str, float]], how: Combina
         new_A = _merged([pair[0] for pair in pairs], signed, how)
         new_B = _merged([pair[1] for pair in pairs], roots, how)
     # Ranks that patterns make smaller leave zeros, so that every layer has the rank that the configuration says.
-    for parameter, made in ((A, new_A), (B, new_B)):
+    # Those of A lie group by group.
+    for parameter, made, blocks in ((A, new_A, groups), (B, new_B, 1)):
         values = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-        values[: made.shape[0], : made.shape[1]] = made
+        within = values.view(blocks, parameter.shape[0] // blocks, -1)
+        within[:, : made.shape[0] // blocks, : made.shape[1]] = made.unflatten(0, (blocks, -1))
         if not torch.isfinite(values).all():
             raise ValueError(f"adapter_name: {name!r} would have values that {dtype} cannot hold")
         parameter.data = values
@@ -250,9 +258,10 @@ def _merged(tensors: list[torch.Tensor], weights: list[float], how: Combination)
     )
 
 
-def _side_by_side(pairs: list[Pair], factors: list[float]) -> Pair:
-    """A [sum of r, K] and B [N, sum of r] with B A = sum of factors[i] * B_i A_i."""
-    A = torch.cat([wide(A) * factor for (A, _), factor in zip(pairs, factors, strict=True)])
+def _side_by_side(pairs: list[Pair], factors: list[float], groups: int = 1) -> Pair:
+    """A [sum of r, K] and B [N, sum of r / groups] with B A = sum of factors[i] * B_i A_i, in each of the groups."""
+    scaled = [(wide(A) * factor).unflatten(0, (groups, -1)) for (A, _), factor in zip(pairs, factors, strict=True)]
+    A = torch.cat(scaled, dim=1).flatten(0, 1)
     return A, torch.cat([wide(B) for _, B in pairs], dim=1)
 
 
