@@ -68,9 +68,8 @@ class SavesAdapters(nn.Module):
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise ValueError(f"selected_adapters: no adapter {unknown[0]!r}; there are {sorted(self.peft_config)}")
-        initial = path_initial_model_for_weight_conversion and read_initial_adapter(
-            path_initial_model_for_weight_conversion
-        )
+        before = path_initial_model_for_weight_conversion
+        initial = None if before is None else read_initial_adapter(before)
         if state_dict is None:
             state_dict = self.state_dict()
         files: Iterable[Any] = (

@@ -346,6 +346,10 @@ def test_a_pattern_that_the_file_contradicts_is_refused(tmp_path):
         set_peft_model_state_dict(model, tensors)
     model.peft_config["default"].rank_pattern = {name: [True] * 3 + [False] * 3}
     assert str(fingerprint(model)) == before
+    settings = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(settings | {"rank_pattern": {name: [True] * 5}}))
+    with pytest.raises(peftkern.AdapterFileError, match=r"its rank is 6 .* says \[5\]"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
 
 
 def test_injected_automatic_and_whole_modules(tmp_path):

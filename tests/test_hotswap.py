@@ -152,13 +152,35 @@ def test_embeddings_biases_and_other_adapters(tmp_path, prepared, dtype):
 def test_layers_that_the_new_adapter_lacks_are_the_base_alone(tmp_path):
     """Would catch values of the old adapter that stay."""
     first = adapter(tmp_path, "first", 1)
-    second = adapter(tmp_path, "second", 2, target_modules=["q_proj"], layers_to_transform=[1])
+    part: Any = {"target_modules": ["q_proj"], "layers_to_transform": [1]}
+    second = adapter(tmp_path, "second", 2, r=3, use_rslora=True, **part)
+    third = adapter(tmp_path, "third", 3, r=6)
     for prepared in (False, True):
         model = loaded(first)
         if prepared:
-            hotswap.prepare_model_for_compiled_hotswap(model)
+            hotswap.prepare_model_for_compiled_hotswap(model, target_rank=6)
         hotswap.hotswap_adapter(model, second, "default")
         torch.testing.assert_close(logits(model), logits(loaded(second)))
+        model.save_pretrained(tmp_path / "again")  # of ranks and scalings that the configuration tells
+        torch.testing.assert_close(logits(loaded(tmp_path / "again")), logits(loaded(second)))
+        if not prepared:
+            hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
+        hotswap.hotswap_adapter(model, third, "default")
+        model.save_pretrained(tmp_path / "again")
+        torch.testing.assert_close(logits(loaded(tmp_path / "again")), logits(loaded(third)))
+
+
+def test_files_that_hold_the_base_models_embedding(tmp_path):
+    """Would catch files that `save_pretrained` writes and a swap does not take, and another embedding that is lost."""
+    fields: Any = {"target_modules": ["embed_tokens", "q_proj"]}
+    first, second = (adapter(tmp_path, str(r), r, r=r, **fields) for r in (2, 3))
+    other = adapter(tmp_path, "other", 4, base=lambda: tiny_llama(seed=1), **fields)
+    model = loaded(first)
+    hotswap.hotswap_adapter(model, second, "default")
+    torch.testing.assert_close(logits(model), logits(loaded(second)))
+    with pytest.raises(ValueError, match="is another embedding than the model's"):
+        hotswap.hotswap_adapter(model, other, "default")
+    torch.testing.assert_close(logits(model), logits(loaded(second)))
 
 
 def test_a_state_dict_takes_an_adapters_place_in_a_plain_module(tmp_path):
@@ -279,6 +301,23 @@ def test_what_cannot_be_swapped_leaves_the_model_as_it_was(tmp_path):
     with pytest.raises(ValueError, match="no LoRA adapter"):
         of_adalora = peftkern.AdaLoraConfig(total_step=5, target_modules=["up"])
         hotswap.prepare_model_for_compiled_hotswap(peftkern.get_peft_model(mlp(), of_adalora), target_rank=16)
+    for wrong in (5, {"default": 5}, {"other": model.peft_config["default"]}):
+        before = json.dumps(model.peft_config["default"].to_dict(), default=str)
+        with pytest.raises(TypeError, match="config: expected a LoraConfig"):
+            hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8, config=wrong)  # type: ignore[arg-type]
+        assert json.dumps(model.peft_config["default"].to_dict(), default=str) == before
+    held = {name: value.clone() for name, value in model.state_dict().items() if ".default." in name}
+    config = model.peft_config["default"]
+    one = next(name for name in held if "lora_A" in name)
+    for state, error, message in (
+        ({}, ValueError, "no tensor of adapter 'default'"),
+        (None, TypeError, "state_dict: expected a dict of names to tensors"),
+        ({**held, one: held[one][:2]}, ValueError, "its rank is 2"),
+        ({**held, one: held[one][:0]}, ValueError, "expected a matrix"),
+        ({name: value for name, value in held.items() if name != one}, ValueError, "its partner lora_A is missing"),
+    ):
+        with pytest.raises(error, match=message):
+            hotswap.hotswap_adapter_from_state_dict(model, state, "default", config)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="unknown arguments: colour"):
         hotswap.hotswap_adapter(model, first, "default", colour="red")
     model.merge_adapter()

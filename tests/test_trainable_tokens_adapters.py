@@ -184,6 +184,16 @@ def test_rows_that_a_tied_weight_cannot_take_are_not_merged(indices):
     model.unload()
 
 
+def test_rows_of_a_pair_that_is_tied_no_longer_are_not_merged():
+    """Catches rows that are merged into the embedding alone, and are then lost in the head."""
+    model = adapted(peftkern, [3, 1])
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    before = model(ids()).logits
+    with pytest.raises(ValueError, match="the weight of 'lm_head', which was tied to the embedding's, is another one"):
+        model.merge_adapter()
+    assert torch.equal(model(ids()).logits, before)
+
+
 def test_unload():
     """Catches a wrapper that is left, and what unloading leaves of rows that were not merged."""
     base = tiny_models.tiny_llama(tie_word_embeddings=True)

@@ -29,11 +29,16 @@ from peftkern.tuners.lora.layer import LoraLayer
 from peftkern.tuners.lora.model import rank_and_alpha
 from peftkern.tuners.switching import refuse_merged
 from peftkern.utils.adapter_files import PathLike, reading
-from peftkern.utils.adapter_keys import MAGNITUDE, PREFIX, adapter_key_map
+from peftkern.utils.adapter_keys import MAGNITUDE, PREFIX, adapter_key_map, embedding_key_map
 from peftkern.utils.model_snapshot import restored_on_error
 from peftkern.utils.module_tree import named_modules_of
 from peftkern.utils.peft_types import PeftType
-from peftkern.utils.save_and_load import load_config, read_adapter, set_peft_model_state_dict
+from peftkern.utils.save_and_load import (
+    check_lora_tensors,
+    load_config,
+    read_adapter,
+    set_peft_model_state_dict,
+)
 
 # Of a layer's parameters those that have the rank as a dimension, and which dimension that is. Of a convolution with
 # groups A's rows lie group by group, and B has those of one group.
@@ -61,6 +66,7 @@ def prepare_model_for_compiled_hotswap(
             "error", "warn", or "ignore" it.
 
     Raises:
+        TypeError: `config` is something else, or has the name of no adapter.
         ValueError: The model has no LoRA adapter, or one of a rank above `target_rank`, or is compiled; a convolution's
             groups do not divide `target_rank`; `target_rank` or `check_compiled` is none of the above.
         NotImplementedError: `target_rank` is not the rank of an adapter on a parameter (`target_parameters`).
@@ -77,6 +83,14 @@ def prepare_model_for_compiled_hotswap(
             raise ValueError(text)
         if check_compiled == "warn":
             warnings.warn(f"{text}, or it is compiled again", stacklevel=2)
+    held = getattr(plain, "peft_config", None) or {}
+    given_configs = {} if config is None else config if isinstance(config, dict) else dict.fromkeys(held, config)
+    for name, given in given_configs.items():
+        if name not in held or not isinstance(given, LoraConfig):
+            raise TypeError(
+                f"config: expected a LoraConfig, or a dict of them by the names of adapters {sorted(held)}, got "
+                f"{type(given).__name__} for {name!r}"
+            )
     layers = _lora_layers(plain)
     if not layers:
         raise ValueError("model: no LoRA adapter is in it: load the first adapter, then prepare the model")
@@ -102,7 +116,7 @@ def prepare_model_for_compiled_hotswap(
                 _fill_up(layer, adapter, layer.r[adapter] if target_rank is None else target_rank)
                 layer.swaps_in_place[adapter] = True
         if target_rank is not None:
-            _tell_configs(plain, layers, target_rank, config)
+            _tell_configs(plain, layers, target_rank, given_configs)
 
 
 def hotswap_adapter(
@@ -164,8 +178,11 @@ def hotswap_adapter_from_state_dict(
     """
     plain = _uncompiled(model)
     _check_config(plain, adapter_name, config)
+    if not isinstance(state_dict, Mapping) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+        raise TypeError(f"state_dict: expected a dict of names to tensors, got a {type(state_dict).__name__}")
     saved = {held: key for key, held in adapter_key_map(plain, adapter_name).items()}
     tensors = {saved.get(key, key): value for key, value in state_dict.items()}
+    check_lora_tensors("state_dict", tensors, config)
     _swap(plain, tensors, adapter_name, config, "state_dict")
 
 
@@ -180,8 +197,15 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
             raise ValueError(f"adapters can be swapped on base weights that both are for; {init!r} changed its own")
     for field in ("use_dora", "trainable_token_indices"):
         ours, theirs = (getattr(config, field, None) for config in (config0, config1))
-        if ours != theirs:
+        if _lists(ours) != _lists(theirs):
             raise ValueError(f"the adapters do not go into one another's place: {field} is {ours} and {theirs}")
+
+
+def _lists(value: Any) -> Any:
+    """Ids of tokens without the names of what has them, which a list leaves out; anything else as it is."""
+    if isinstance(value, Mapping):
+        return [list(ids) for ids in value.values()]
+    return [list(value)] if isinstance(value, (list, tuple)) else value
 
 
 def _check_config(model: nn.Module, adapter: str, config: Any) -> None:
@@ -263,10 +287,9 @@ def _settle_scaling(layer: Any, adapter: str, rank: int, scaling: float) -> None
     layer.scaling[adapter] = scaling
 
 
-def _tell_configs(model: nn.Module, layers: dict[str, Any], rank: int, others: Any) -> None:
+def _tell_configs(model: nn.Module, layers: dict[str, Any], rank: int, given: Mapping[str, LoraConfig]) -> None:
     """Write rank and alphas of the adapters into the model's configurations, and into others that were given."""
     held = getattr(model, "peft_config", None) or {}
-    given = others if isinstance(others, Mapping) else {} if others is None else dict.fromkeys(held, others)
     for adapter in held:
         prefix = PREFIX if any(name.startswith(PREFIX) for name in layers) else ""
         alphas = {
@@ -291,9 +314,12 @@ def _swap(model: Any, tensors: Mapping[str, torch.Tensor], adapter: str, config:
     saved = {held: key for key, held in adapter_key_map(model, adapter).items()}
     wrapped = any(key.startswith(PREFIX) for key in saved.values())
     found = dict(tensors) if wrapped else {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    _leave_out_embeddings(model, found, set(saved.values()), adapter, source)
     unknown = sorted(key for key in found if key not in saved.values())
     if unknown:
         raise ValueError(f"{source}: adapter {adapter!r} of the model has no place for {', '.join(unknown[:5])}")
+    if not any(key in found for held, key in saved.items() if any(f".{kind}." in held for kind in _RANK_AXES)):
+        raise ValueError(f"{source}: no tensor of adapter {adapter!r} is in it")
     layers = {name: layer for name, layer in _lora_layers(model).items() if adapter in layer.scaling}
     in_place = {layer.swaps_in_place.get(adapter, False) for layer in layers.values()} == {True}
     with restored_on_error(model):
@@ -306,6 +332,27 @@ def _swap(model: Any, tensors: Mapping[str, torch.Tensor], adapter: str, config:
             known = model.peft_config[adapter]
             for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"):
                 setattr(known, field, getattr(config, field))
+
+
+def _leave_out_embeddings(
+    model: nn.Module, found: dict[str, Any], own_keys: set[str], adapter: str, source: PathLike
+) -> None:
+    """Take the base model's embeddings, which files of adapters on them hold too, out of `found`; what has one of
+    `own_keys` is the adapter's.
+
+    Raises:
+        ValueError: One of them is not the model's own, which other adapters stand on.
+    """
+    places = embedding_key_map(model, False, adapter) | embedding_key_map(model, True, adapter)
+    places |= {held: held for held in places.values()}
+    state = model.state_dict()
+    for key in [key for key in found if key in places and key not in own_keys]:
+        value, own = found.pop(key), state[places[key]]
+        if value.shape != own.shape or not torch.equal(value.to(own.device, own.dtype), own):
+            raise ValueError(
+                f"{source}: {key} is another embedding than the model's, which a swap leaves as it is: load the "
+                "adapter by load_adapter"
+            )
 
 
 def _is_of(held: str, name: str) -> bool:
@@ -326,13 +373,15 @@ def _fitted(
     if len(absent) == len(own):
         if MAGNITUDE in parts:
             raise ValueError(f"the adapter has no values for {name!r}, whose DoRA magnitude nothing can stand for")
-        return {key: torch.zeros_like(layer.get_parameter(part)) for part, key in own.items()}
-    if absent or not all(isinstance(found[key], torch.Tensor) and found[key].dim() for key in own.values()):
-        return {}  # loading will say what is missing, or no tensor
-    count = getattr(layer, "num_experts", 1)
-    first = parts.get("lora_A") or parts["lora_embedding_A"]
-    new_rank, held_rank = found[first[1]].shape[0] // count, layer.r[adapter]
-    _, alpha = rank_and_alpha(config, name)
+    elif absent:
+        return {}  # loading will say what is missing
+    held_rank = layer.r[adapter]
+    new_rank, alpha = rank_and_alpha(config, name)
+    if not absent:
+        first = parts.get("lora_A") or parts["lora_embedding_A"]
+        new_rank = found[first[1]].shape[0] // getattr(layer, "num_experts", 1)
+    elif isinstance(layer, ParamWrapper):
+        new_rank = held_rank
     scaling = alpha / (math.sqrt(new_rank) if config.use_rslora else new_rank)
     if not in_place:
         if isinstance(layer, ParamWrapper) and new_rank != held_rank:
@@ -344,7 +393,9 @@ def _fitted(
         _make_rank(layer, adapter, new_rank)
         _settle_scaling(layer, adapter, new_rank, scaling)
         layer.lora_alpha[adapter] = alpha
-        return {}
+        return {key: torch.zeros_like(layer.get_parameter(part)) for part, key in own.items()} if absent else {}
+    if absent:
+        return {key: torch.zeros_like(layer.get_parameter(part)) for part, key in own.items()}
     if new_rank > held_rank:
         raise ValueError(
             f"the adapter has rank {new_rank} on {name!r}, and the model is prepared for {held_rank}: give "

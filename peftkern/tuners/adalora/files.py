@@ -133,7 +133,7 @@ def check_tensors(source: Any, tensors: Mapping[str, torch.Tensor], config: Any)
             raise AdapterFileError(source, f"its partners are missing: {', '.join(missing)}", key=key)
         for kind, (key, value) in held.items():
             mask = kept.get(module)
-            ranks = {config.init_r, *((sum(mask), len(mask)) if mask is not None else ())}
+            ranks = {config.init_r} if mask is None else {sum(mask), len(mask)}
             rank = value.shape[_AXES[kind]]
             if rank not in ranks:
                 text = f"its rank is {rank} (shape {list(value.shape)}), adapter_config.json says {sorted(ranks)}"

@@ -27,6 +27,8 @@ def write_eva_weights(
     tuner: LoraModel, config: LoraConfig, state_dict: Mapping[str, torch.Tensor], adapter_name: str
 ) -> None:
     """See `peftkern.tuners.lora.eva.initialize_lora_eva_weights`."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"eva_state_dict: expected a dict of names to matrices, got a {type(state_dict).__name__}")
     layers = {name: layer for name, layer in tuner._named_layers().items() if adapter_name in layer.scaling}
     merged = [name for name, layer in layers.items() if layer.merged_adapters]
     if merged:

@@ -145,13 +145,15 @@ def check_rows_mergeable(model: nn.Module, adapter_names: Sequence[str] | None, 
 
     Raises:
         TypeError, ValueError: see `TrainableTokensLayer.check_mergeable`.
-        ValueError: the weight is tied to another module's, which does not take these rows: it would change as well.
+        ValueError: the weight is tied to another module's, which does not take these rows: it would change as well; or
+            it no longer is that of a module which does, whose rows would be lost.
     """
     merging = {layer: layer.to_merge(adapter_names) for layer in rows_of_own(model)}
     for layer, names in merging.items():
         if not names:
             continue
         layer.check_mergeable(names, safe_merge)
+        _check_still_tied(model, layer, names[0])
         weight, users = layer.base_layer.weight, []
         for key, module in named_modules_of(model, remove_duplicate=False):
             if module._parameters.get("weight") is weight:
@@ -162,6 +164,18 @@ def check_rows_mergeable(model: nn.Module, adapter_names: Sequence[str] | None, 
             raise ValueError(
                 f"adapter {names[0]!r}: its trained rows of tokens cannot be merged, for the weight is also that of "
                 f"{shorten(users, 2)}, which does not take them"
+            )
+
+
+def _check_still_tied(model: nn.Module, layer: TrainableTokensLayer, adapter: str) -> None:
+    """Raises ValueError where a layer with the rows of `layer` has another weight than it: they would not go there."""
+    for key, module in named_modules_of(model):
+        tied = isinstance(module, TrainableTokensLayer) and module.tied_adapter is layer
+        if tied and module.weight.data_ptr() != layer.weight.data_ptr():
+            raise ValueError(
+                f"adapter {adapter!r}: its trained rows of tokens cannot be merged, for the weight of "
+                f"{key.removesuffix('.token_adapter')!r}, which was tied to the embedding's, is another one now: call "
+                "the model's tie_weights() first"
             )
 
 
