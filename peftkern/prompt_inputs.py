@@ -97,10 +97,15 @@ def lengthen_mask(given: dict[str, Any], name: str, batch: int, n: int) -> None:
     mask = given.get(name)
     if mask is None:
         return
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        shape = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"{name}: prompt learning expects a mask [batch, tokens], got {shape}")
+    _check_by_tokens(name, mask, batch)
     given[name] = torch.cat([mask.new_ones(batch, n), mask], 1)
+
+
+def _check_by_tokens(name: str, value: Any, batch: int) -> None:
+    """Raises ValueError for what is not a number for each token of each row."""
+    if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.shape[0] != batch:
+        got = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"{name}: prompt learning expects a tensor [{batch} rows, tokens], got {got}")
 
 
 def shift_positions(given: dict[str, Any], name: str, n: int, inserted: int) -> None:
@@ -108,6 +113,8 @@ def shift_positions(given: dict[str, Any], name: str, n: int, inserted: int) -> 
     positions = given.get(name)
     if positions is None:
         return
+    if not isinstance(positions, torch.Tensor) or positions.dim() == 0:
+        raise ValueError(f"{name}: prompt learning expects a tensor [..., tokens], got {type(positions).__name__}")
     positions = positions + n
     if inserted:
         first = torch.arange(inserted, device=positions.device, dtype=positions.dtype)
@@ -132,7 +139,12 @@ def settle_token_types(given: dict[str, Any], inserted: int, are_taken: bool) ->
 
 
 def lengthen_labels(given: dict[str, Any], batch: int, n: int) -> None:
-    """Have labels [batch, tokens] say nothing of `n` tokens at the front (-100)."""
+    """Have labels [batch, tokens] say nothing of `n` tokens at the front (-100).
+
+    Raises:
+        ValueError: Labels of another shape.
+    """
     labels = given.get("labels")
     if labels is not None:
+        _check_by_tokens("labels", labels, batch)
         given["labels"] = torch.cat([labels.new_full((batch, n), -100), labels], 1)

@@ -318,6 +318,8 @@ def test_refusals_of_a_call():
         (lambda m: m(), ValueError, "expects one of them, got neither"),
         (lambda m: m(ids(), inputs_embeds=torch.zeros(2, 12, 64)), ValueError, "expects one of them, got both"),
         (lambda m: m(ids(), attention_mask=flat), ValueError, r"attention_mask: .* \[2, 1, 12, 12\]"),
+        (lambda m: m(ids(), attention_mask=torch.ones(1, 12)), ValueError, r"attention_mask: .* got shape \[1, 12\]"),
+        (lambda m: m(ids(), position_ids=[0]), ValueError, "position_ids: .* got list"),
         (lambda m: m(ids(), task_ids=torch.zeros(2)), NotImplementedError, "task_ids: multitask"),
         (lambda m: m.generate(ids(), cache_implementation="static"), NotImplementedError, "cache_implementation: "),
         (lambda m: m.generate(ids(), prompt_lookup_num_tokens=2), NotImplementedError, "prompt_lookup_num_tokens: "),
@@ -328,6 +330,8 @@ def test_refusals_of_a_call():
         (lambda m: m.merge_and_unload(), AttributeError, "merge_and_unload: prompt learning changes no weights"),
         (lambda m: m.set_adapter("other"), ValueError, "no adapter 'other'"),
     ]
+    with pytest.raises(ValueError, match="labels: prompt learning expects a tensor .* got a list"):
+        vectors(ids(), labels=[1, 2])  # a prefix leaves labels to the model
     for call, kind, words in cases:
         for model in (vectors, prefix):
             with pytest.raises(kind, match=words):
