@@ -363,59 +363,68 @@ def _is_of(held: str, name: str) -> bool:
 def _fitted(
     layer: Any, name: str, adapter: str, own: dict[str, str], found: Mapping[str, Any], config: Any, in_place: bool
 ) -> dict[str, torch.Tensor]:
-    """A layer's new tensors as it is to hold them, by their names in the file; the layer is made ready for them.
+    """A layer's new tensors where they are others than the file's, by their names there; the layer is made ready for
+    them.
 
     Args:
         own: the layer's parameters, by their names in it -> their names in the file.
     """
-    parts = {part.partition(".")[0]: (part, key) for part, key in own.items() if not part.endswith(".bias")}
     absent = [key for key in own.values() if key not in found]
-    if len(absent) == len(own):
-        if MAGNITUDE in parts:
-            raise ValueError(f"the adapter has no values for {name!r}, whose DoRA magnitude nothing can stand for")
-    elif absent:
+    is_absent = len(absent) == len(own)
+    if absent and not is_absent:
         return {}  # loading will say what is missing
-    held_rank = layer.r[adapter]
-    new_rank, alpha = rank_and_alpha(config, name)
-    if not absent:
-        first = parts.get("lora_A") or parts["lora_embedding_A"]
-        new_rank = found[first[1]].shape[0] // getattr(layer, "num_experts", 1)
-    elif isinstance(layer, ParamWrapper):
-        new_rank = held_rank
-    scaling = alpha / (math.sqrt(new_rank) if config.use_rslora else new_rank)
+    if is_absent and MAGNITUDE in (part.partition(".")[0] for part in own):
+        raise ValueError(f"the adapter has no values for {name!r}, whose DoRA magnitude nothing can stand for")
+    rank, alpha = rank_and_alpha(config, name)
+    is_parameter = isinstance(layer, ParamWrapper)
+    if not is_absent:
+        first = next(key for part, key in own.items() if part.startswith(("lora_A", "lora_embedding_A")))
+        rank = found[first].shape[0] // getattr(layer, "num_experts", 1)
+    elif is_parameter:
+        rank = layer.r[adapter]
+    scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
     if not in_place:
-        if isinstance(layer, ParamWrapper) and new_rank != held_rank:
+        if is_parameter and rank != layer.r[adapter]:
             raise ValueError(
-                f"the adapter has rank {new_rank} on a parameter of {name!r}, the model's has {held_rank}: delete that "
-                "and load the other"
+                f"the adapter has rank {rank} on a parameter of {name!r}, the model's has {layer.r[adapter]}: delete "
+                "that and load the other"
             )
         layer.use_rslora[adapter] = config.use_rslora
-        _make_rank(layer, adapter, new_rank)
-        _settle_scaling(layer, adapter, new_rank, scaling)
+        _make_rank(layer, adapter, rank)
+        _settle_scaling(layer, adapter, rank, scaling)
         layer.lora_alpha[adapter] = alpha
-        return {key: torch.zeros_like(layer.get_parameter(part)) for part, key in own.items()} if absent else {}
-    if absent:
+    if is_absent:
         return {key: torch.zeros_like(layer.get_parameter(part)) for part, key in own.items()}
-    if new_rank > held_rank:
+    return _as_held(layer, name, adapter, own, found, rank, scaling) if in_place else {}
+
+
+def _as_held(
+    layer: Any, name: str, adapter: str, own: dict[str, str], found: Mapping[str, Any], rank: int, scaling: float
+) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter of this rank and scaling as those of one of the layer's own rank and scaling.
+
+    Raises:
+        ValueError: The layer's rank is smaller, or its scaling is 0.
+    """
+    held_rank, held_scaling = layer.r[adapter], layer.scaling[adapter]
+    if rank > held_rank:
         raise ValueError(
-            f"the adapter has rank {new_rank} on {name!r}, and the model is prepared for {held_rank}: give "
+            f"the adapter has rank {rank} on {name!r}, and the model is prepared for {held_rank}: give "
             "prepare_model_for_compiled_hotswap the largest rank as target_rank"
         )
-    held_scaling = layer.scaling[adapter]
     if held_scaling == 0.0 != scaling:
         raise ValueError(f"the model's adapter has scaling 0 on {name!r}, which no values of another can make up for")
-    fitted = {}
-    for kind, (_, key) in parts.items():
-        if kind in _RANK_AXES and new_rank < held_rank:
-            fitted[key] = _padded(found[key], _RANK_AXES[kind], held_rank, layer.rank_groups)
-    if scaling != held_scaling:
-        factor = scaling / held_scaling
-        for part, key in own.items():
-            if part.startswith(("lora_B.", "lora_embedding_B.")):
-                value = fitted.get(key, found[key])
-                # Rounded once, to what the layer holds.
-                fitted[key] = value.to(torch.promote_types(value.dtype, torch.float32)) * factor
-    return fitted
+    made = {}
+    for part, key in own.items():
+        kind = part.partition(".")[0]
+        value = found[key]
+        if kind in _RANK_AXES and rank < held_rank and not part.endswith(".bias"):
+            value = _padded(value, _RANK_AXES[kind], held_rank, layer.rank_groups)
+        if _RANK_AXES.get(kind) == 1 and scaling != held_scaling:  # B, and its bias
+            # Rounded once, to what the layer holds.
+            value = value.to(torch.promote_types(value.dtype, torch.float32)) * (scaling / held_scaling)
+        made[key] = value
+    return made
 
 
 def _make_rank(layer: Any, adapter: str, rank: int) -> None:
