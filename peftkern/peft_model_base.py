@@ -19,6 +19,7 @@ from peftkern.tuners.lora.config import warn_of_drawn_residual
 from peftkern.tuners.mixed import check_names
 from peftkern.tuners.prompt_learning.files import refuse_training_of_a_file
 from peftkern.tuners.switching import layers_of
+from peftkern.tuners.tuner_layer import check_adapter_name
 from peftkern.tuners.tuners_utils import refuse_foreign_adapter
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.adapter_files import (
@@ -80,7 +81,7 @@ class PeftModel(SavesAdapters, nn.Module):
         nn.Module.__init__(self)  # not super(): next in line may be peft's class, which would set itself up
         check_is_module("model", model)
         check_is_config("peft_config", peft_config)
-        _check_adapter_name(adapter_name)
+        check_adapter_name(adapter_name)
         _warn_of_adapter_name(adapter_name, peft_config)
         self._add_heads(peft_config)
         self.peft_type = peft_config.peft_type
@@ -294,7 +295,7 @@ class PeftModel(SavesAdapters, nn.Module):
         check_is_config("peft_config", peft_config)
         if peft_config.peft_type != self.peft_type:
             raise ValueError(f"peft_config: the model has {self.peft_type} adapters, got {peft_config.peft_type}")
-        _check_adapter_name(adapter_name)
+        check_adapter_name(adapter_name)
         _warn_of_adapter_name(adapter_name, peft_config)
         self._add_heads(peft_config)
         self._inject(peft_config, adapter_name, low_cpu_mem_usage)
@@ -393,7 +394,7 @@ class PeftModel(SavesAdapters, nn.Module):
 
         hub, _, options = PeftConfig._split_kwargs(kwargs)
         check_is_module("model", model)
-        _check_adapter_name(adapter_name)
+        check_adapter_name(adapter_name)
         refuse_foreign_adapter(model, adapter_name)
         blame: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if key_mapping is None:
@@ -451,7 +452,7 @@ class PeftModel(SavesAdapters, nn.Module):
         """
         hub, _, options = PeftConfig._split_kwargs(kwargs)
         options["torch_device"] = torch_device
-        _check_adapter_name(adapter_name)
+        check_adapter_name(adapter_name)
         known = adapter_name in self.peft_config
         with reading(model_id, hub.get("subfolder")):
             config = self.peft_config[adapter_name] if known else load_config(model_id, **hub)
@@ -505,12 +506,6 @@ def _method(config: PeftConfig) -> PeftType:
         built = ", ".join(PEFT_TYPE_TO_TUNER_MAPPING)
         raise ValueError(f"peft_config: expected peft_type {built}, got {config.peft_type!r} ({type(config).__name__})")
     return PeftType(config.peft_type or "")
-
-
-def _check_adapter_name(adapter_name: str) -> None:
-    """Refuse names that cannot be part of a parameter's name."""
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-        raise ValueError(f"adapter_name: expected a string without dots, got {adapter_name!r}")
 
 
 def _warn_of_adapter_name(adapter_name: str, config: PeftConfig) -> None:
