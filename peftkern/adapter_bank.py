@@ -4,12 +4,10 @@ and go while it serves."""
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,11 +32,12 @@ from peftkern.tuners.trainable_tokens.places import rows_of_own
 from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import AdapterFileError, shorten, shown
 from peftkern.utils.adapter_files import PathLike, blamed_on_config, reading, write_adapter
-from peftkern.utils.adapter_keys import PREFIX
+from peftkern.utils.constants import PREFIX
 from peftkern.utils.model_snapshot import restored_on_error
 from peftkern.utils.module_tree import modules_of, named_modules_of
 from peftkern.utils.other import ModulesToSaveWrapper, check_is_module
 from peftkern.utils.peft_types import PeftType
+from peftkern.utils.progress import with_bar
 from peftkern.utils.save_and_load import (
     check_lora_tensors,
     config_to_save,
@@ -564,15 +563,7 @@ def _read_all(
     """Every adapter's configuration and tensors, read side by side, in the order of `adapters`."""
     with ThreadPoolExecutor(max_workers=min(8, len(adapters))) as pool:
         jobs = {name: pool.submit(_read, name, folder, hub) for name, folder in adapters.items()}
-        return {name: jobs[name].result() for name in _shown(list(jobs), progress)}
-
-
-def _shown(names: list[str], progress: bool) -> Iterable[str]:
-    """`names`, behind a bar where tqdm is installed and standard error is a terminal."""
-    if not progress or importlib.util.find_spec("tqdm") is None:
-        return names
-    bar = importlib.import_module("tqdm.auto").tqdm
-    return bar(names, desc="adapters", disable=None)
+        return {name: jobs[name].result() for name in with_bar(jobs, "adapters", progress)}
 
 
 def _targets_of(tensors: Mapping[str, torch.Tensor]) -> set[str]:

@@ -27,8 +27,7 @@ from peftkern.tuners.targets import ends_with_name, lies_under
 from peftkern.tuners.tuner_layer import BaseTunerLayer
 from peftkern.utils.adapter_error import AdapterFileError, shorten
 from peftkern.utils.adapter_files import PathLike, config_file, reading, weights_file, write_adapter
-from peftkern.utils.adapter_keys import PREFIX
-from peftkern.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from peftkern.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION, PREFIX
 from peftkern.utils.peft_types import PeftType
 from peftkern.utils.save_and_load import (
     check_lora_tensors,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import re
 import warnings
@@ -20,6 +19,7 @@ from peftkern.utils.adapter_files import PathLike, all_finite, readable_to
 from peftkern.utils.checkpoint_files import Checkpoint, read_model_config, replacing_checkpoint
 from peftkern.utils.linear_layers import is_conv1d, is_quantizable, rows_of
 from peftkern.utils.other import check_is_module
+from peftkern.utils.progress import with_bar
 from peftkern.utils.quantization_settings import (
     QuantizationSettings,
     check_patterns,
@@ -97,7 +97,7 @@ def quantize_model(
     _check_dense(model)
     names = _layers_to_quantize(model, skips)
     _check_layers(model, [group[0] for group in names], settings)
-    for group in _with_progress(names, progress):
+    for group in with_bar(names, "Quantizing", progress and len(names) > _FEW, unit="layer", disable=False):
         _quantize_layer(model, group, settings, device)
     if device is not None:
         model.to(device)
@@ -178,16 +178,6 @@ def _quantize_layer(
     made.requires_grad_(False)
     for name in names:
         model.set_submodule(name, made)
-
-
-def _with_progress(groups: list[list[str]], progress: bool) -> Iterator[list[str]]:
-    if progress and len(groups) > _FEW:
-        try:
-            bar = importlib.import_module("tqdm.auto").tqdm
-        except ImportError:
-            return iter(groups)
-        return iter(bar(groups, desc="Quantizing", unit="layer"))
-    return iter(groups)
 
 
 def _note_left_dense(model: nn.Module, skips: list[str]) -> None:

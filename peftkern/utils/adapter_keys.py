@@ -21,7 +21,6 @@ from peftkern.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peftkern.utils.module_tree import named_modules_of
 from peftkern.utils.other import ModulesToSaveWrapper, embeddings_of
 
-PREFIX = "base_model.model."
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 # DoRA's magnitudes: in a file a tensor, in the model since PEFT 0.11 a module with a `weight`.
 MAGNITUDE = "lora_magnitude_vector"

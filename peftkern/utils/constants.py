@@ -8,6 +8,8 @@ from typing import Any
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
+# How names in files begin, those of the base model following; of modules too in a PeftModel.
+PREFIX = "base_model.model."
 
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
 # The attribute names under which transformers' sequence classifiers keep their head.

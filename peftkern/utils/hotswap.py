@@ -15,7 +15,7 @@ import collections
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -29,7 +29,8 @@ from peftkern.tuners.lora.layer import LoraLayer
 from peftkern.tuners.lora.model import rank_and_alpha
 from peftkern.tuners.switching import refuse_merged
 from peftkern.utils.adapter_files import PathLike, reading
-from peftkern.utils.adapter_keys import MAGNITUDE, PREFIX, adapter_key_map, embedding_key_map
+from peftkern.utils.adapter_keys import MAGNITUDE, adapter_key_map, embedding_key_map
+from peftkern.utils.constants import PREFIX
 from peftkern.utils.model_snapshot import restored_on_error
 from peftkern.utils.module_tree import named_modules_of
 from peftkern.utils.peft_types import PeftType
@@ -246,20 +247,34 @@ def _key(layer: Any, name: str) -> str:
 
 def _fill_up(layer: Any, adapter: str, rank: int) -> None:
     """Bring an adapter of a layer to `rank` by zeros, without a change of its scaling."""
-    if layer.r[adapter] != rank:
-        for kind, axis in _RANK_AXES.items():
-            held = getattr(layer, kind)
-            if adapter not in held:
-                continue
-            is_parameter = isinstance(held, nn.ParameterDict)
-            old: Any = held[adapter] if is_parameter else held[adapter].weight
-            padded = _padded(old.detach(), axis, rank, layer.rank_groups)
-            new = nn.Parameter(padded, requires_grad=old.requires_grad)
-            if is_parameter:
-                held[adapter] = new
-            else:
-                _set_weight(held[adapter], new)
+    _make_rank(layer, adapter, rank, _padded)
     _settle_scaling(layer, adapter, rank, layer.scaling[adapter])
+
+
+def _make_rank(layer: Any, adapter: str, rank: int, make: Callable[..., torch.Tensor]) -> None:
+    """Factors of another rank for an adapter of a layer: `make` of the old one, its axis of the rank, the rank and the
+    number of groups."""
+    if layer.r[adapter] == rank:
+        return
+    for kind, axis in _RANK_AXES.items():
+        held = getattr(layer, kind)
+        if adapter not in held:
+            continue
+        is_parameter = isinstance(held, nn.ParameterDict)
+        old: Any = held[adapter] if is_parameter else held[adapter].weight
+        made = make(old.detach(), axis, rank, layer.rank_groups)
+        new = nn.Parameter(made, requires_grad=old.requires_grad)
+        if is_parameter:
+            held[adapter] = new
+        else:
+            _set_weight(held[adapter], new)
+
+
+def _zeros(t: torch.Tensor, axis: int, rank: int, groups: int) -> torch.Tensor:
+    """Zeros in the place of a factor, to be loaded into."""
+    shape = list(t.shape)
+    shape[axis] = rank if axis == 0 else rank // groups
+    return t.new_zeros(shape)
 
 
 def _padded(t: torch.Tensor, axis: int, rank: int, groups: int) -> torch.Tensor:
@@ -390,7 +405,7 @@ def _fitted(
                 "that and load the other"
             )
         layer.use_rslora[adapter] = config.use_rslora
-        _make_rank(layer, adapter, rank)
+        _make_rank(layer, adapter, rank, _zeros)
         _settle_scaling(layer, adapter, rank, scaling)
         layer.lora_alpha[adapter] = alpha
     if is_absent:
@@ -425,20 +440,3 @@ def _as_held(
             value = value.to(torch.promote_types(value.dtype, torch.float32)) * (scaling / held_scaling)
         made[key] = value
     return made
-
-
-def _make_rank(layer: Any, adapter: str, rank: int) -> None:
-    """Parameters of another rank, of any values, for an adapter of a layer."""
-    for kind, axis in _RANK_AXES.items():
-        held = getattr(layer, kind)
-        if adapter not in held or layer.r[adapter] == rank:
-            continue
-        is_parameter = isinstance(held, nn.ParameterDict)
-        old: Any = held[adapter] if is_parameter else held[adapter].weight
-        shape = list(old.shape)
-        shape[axis] = rank if axis == 0 else rank // layer.rank_groups
-        new = nn.Parameter(old.detach().new_zeros(shape), requires_grad=old.requires_grad)
-        if is_parameter:
-            held[adapter] = new
-        else:
-            _set_weight(held[adapter], new)

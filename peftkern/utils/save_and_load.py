@@ -22,7 +22,6 @@ from peftkern.utils.adapter_error import AdapterFileError, shorten, shown
 from peftkern.utils.adapter_files import PathLike, read_weights, weights_file
 from peftkern.utils.adapter_keys import (
     MAGNITUDE,
-    PREFIX,
     adapter_key_map,
     base_bias_keys,
     embedding_is_targeted,
@@ -30,6 +29,7 @@ from peftkern.utils.adapter_keys import (
     prompt_encoder_of,
     tied_rows_key_map,
 )
+from peftkern.utils.constants import PREFIX
 from peftkern.utils.expert_files import stack_experts
 from peftkern.utils.model_snapshot import restored_on_error
 from peftkern.utils.module_tree import modules_of

@@ -15,8 +15,8 @@ from torch import nn
 
 from peftkern.tuners.adalora.ranks import as_saved, by_module, layers_with
 from peftkern.utils.adapter_error import AdapterFileError, shorten
+from peftkern.utils.constants import PREFIX
 
-PREFIX = "base_model.model."  # of names in files; in a bare model that adapters were injected into there is none
 _AXES = {"lora_A": 0, "lora_E": 0, "lora_B": 1}  # the one that counts triplets
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
-import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,13 +52,6 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def shown(names: Iterable[str], what: str, wanted: bool) -> Iterable[str]:
-    """`names`, behind a bar on a terminal if `wanted` and tqdm is installed."""
-    if not wanted or importlib.util.find_spec("tqdm") is None:
-        return names
-    return importlib.import_module("tqdm.auto").tqdm(names, desc=what, disable=None)
 
 
 def is_there(path: PathLike | None) -> bool:

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkern.tuners.lora.calibration import dense_targets, in_mode, is_there, read_tensors, shown, write_tensors
+from peftkern.tuners.lora.calibration import dense_targets, in_mode, is_there, read_tensors, write_tensors
 from peftkern.tuners.lora.config import LoraConfig
 from peftkern.tuners.lora.model import rank_and_alpha
 from peftkern.utils.adapter_error import shorten
 from peftkern.utils.linear_layers import rows_of
+from peftkern.utils.progress import with_bar
 
 # Added to C's diagonal, of its mean, so that it can be inverted; doubled until it can.
 _FIRST_DAMPING = 0.01
@@ -79,7 +80,7 @@ def preprocess_corda(
     if settings.corda_method is None:
         raise ValueError("corda_config.corda_method: expected 'ipm' or 'kpm' without a cache_file, got None")
     covariances, counts = _covariances(model, layers, lora_config, run_model, hooked_model)
-    for name in shown(layers, "CorDA", settings.verbose):
+    for name in with_bar(layers, "CorDA", settings.verbose):
         layers[name].eigens = _eigens(layers[name], covariances[name], ranks[name], settings.corda_method)
         if not settings.prune_temporary_fields:
             fields = {"covariance_matrix": covariances[name], "sample_count": counts.get(name), "rank": ranks[name]}

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
-import importlib.util
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -27,14 +25,16 @@ from torch import nn
 
 from peftkern.tuners.lora.calibration import in_mode, linear_targets
 from peftkern.tuners.lora.config import LoraConfig
-from peftkern.tuners.lora.eva_weights import PREFIX, write_eva_weights
+from peftkern.tuners.lora.eva_weights import write_eva_weights
 from peftkern.tuners.lora.layer import Linear
 from peftkern.tuners.lora.model import LoraModel, rank_and_alpha
 from peftkern.tuners.lora.running_svd import RunningSvd
 from peftkern.tuners.targets import is_linear
 from peftkern.tuners.tuner_layer import is_tuned
 from peftkern.utils.adapter_error import shorten
+from peftkern.utils.constants import PREFIX
 from peftkern.utils.module_tree import named_modules_of
+from peftkern.utils.progress import with_bar
 
 PrepareModelInputs = Callable[[Any, LoraConfig], Any]
 PrepareLayerInputs = Callable[[Any, Any, str], torch.Tensor]
@@ -280,7 +280,7 @@ class _Search:
         ranks = dict(self.most)
         watching: dict[str, Any] = {}
         try:
-            for inputs in self._batches(dataloader, show_progress_bar):
+            for inputs in with_bar(self._batches(dataloader), "EVA", show_progress_bar, unit=" batches"):
                 prepared = batch_of(inputs)
                 for name in self.found:
                     done = bool(self.stands_still[name][: ranks[name]].all())
@@ -305,31 +305,22 @@ class _Search:
             made[name] = A.clone()
         return made
 
-    def _batches(self, dataloader: Iterable[Any], show_progress_bar: bool) -> Iterator[Any]:
+    def _batches(self, dataloader: Iterable[Any]) -> Iterator[Any]:
         """All batches again and again.
 
         Raises:
             ValueError: Once through, no layer took in anything.
         """
-        shown = show_progress_bar and importlib.util.find_spec("tqdm") is not None
-        bar = importlib.import_module("tqdm.auto").tqdm(desc="EVA", unit=" batches", disable=None) if shown else None
-        try:
-            while True:
-                self.grew = False
-                for inputs in dataloader:
-                    yield inputs
-                    if bar is not None:
-                        bar.update()
-                if not self.grew:
-                    short = {name: svd.k for name, svd in self.found.items() if svd.components is None}
-                    name = next(iter(short), next(iter(self.found)))
-                    raise ValueError(
-                        f"dataloader: no batch has as many rows as components are looked for ({self.found[name].k} at "
-                        f"{name}): make batches larger, or r or rho smaller"
-                    )
-        finally:
-            if bar is not None:
-                bar.close()
+        while True:
+            self.grew = False
+            yield from dataloader
+            if not self.grew:
+                short = {name: svd.k for name, svd in self.found.items() if svd.components is None}
+                name = next(iter(short), next(iter(self.found)))
+                raise ValueError(
+                    f"dataloader: no batch has as many rows as components are looked for ({self.found[name].k} at "
+                    f"{name}): make batches larger, or r or rho smaller"
+                )
 
     def _group_by_input(self, forward_fn: Callable[[nn.Module, Any], Any], inputs: Any) -> None:
         """Which layers are given the same, by one batch."""

@@ -15,12 +15,10 @@ from peftkern.tuners.lora.model import LoraModel, rank_and_alpha
 from peftkern.tuners.targets import shortest_suffixes
 from peftkern.tuners.tuner_layer import parameters_of
 from peftkern.utils.adapter_error import shorten
-from peftkern.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from peftkern.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION, PREFIX
 from peftkern.utils.model_snapshot import restored_on_error
 from peftkern.utils.module_tree import named_modules_of
 from peftkern.utils.other import _get_submodules
-
-PREFIX = "base_model.model."
 
 
 def write_eva_weights(
